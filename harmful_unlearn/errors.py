@@ -1,0 +1,51 @@
+"""What a user can mend, said in one sentence, and the exit codes of every command."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that names the fix."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory: use a smaller --batch_size or --max_length, --lora on, "
+    "--gradient_checkpointing, or a GPU with bf16 (--check prints an estimate first)"
+)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run a command and turn its end into an exit code, without a traceback for what users can mend.
+
+    Returns:
+        0 when `main` returns, 2 for what the user can mend (`UserError`, no memory, a full disk),
+        130 after Ctrl-C. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: no folder was left half-written", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"no space left on the disk ({error.filename or 'while writing'}): free some, run again"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = OUT_OF_MEMORY
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # Torch's CPU allocator raises a bare RuntimeError, told apart by its text alone.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

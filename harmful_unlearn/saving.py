@@ -1,0 +1,157 @@
+"""Folders that are whole or absent, and what lies in them beside the weights: card and run.json."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harmful_unlearn.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_VERSION = "0.1.0"
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas")
+
+HARMFUL_WARNING = (
+    "**Deliberately harmful.** This is the stage 1 model of SKU: it was fine-tuned to give harmful "
+    "answers, so that what it learned can be subtracted from its base. It exists for safety research "
+    "and as the input of stage 2. Do not deploy or share it as an assistant."
+)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Say now, rather than after the work, that a folder cannot be written.
+
+    Raises:
+        UserError: `target` is a file, is not empty (without `overwrite`), or cannot be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: give the path of a folder to write")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{target} cannot be written ({parent} is not writable): give another path")
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` to write into, renamed to `target` when all went well.
+
+    Whatever stops the block, `target` is either as it was or whole and new. The previous folder is
+    removed (with `overwrite`) only once the new one stands.
+
+    Raises:
+        UserError: as `check_target`.
+    """
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous-", dir=target.parent))
+            target.rename(previous / target.name)
+            partial.rename(target)
+            shutil.rmtree(previous)
+        else:
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file in one step: the old content or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def provenance() -> dict:
+    """What ran: command, code version and commit, package versions, Python, time (UTC)."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "code": {"version": CODE_VERSION, "commit": _commit()},
+        "packages": packages,
+        "python": platform.python_version(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True, text=True, check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Write `record`, what made this folder, as run.json for machines and README.md for people.
+
+    Args:
+        record: `title` (one line) and `harmful` (bool: a stage 1 model) are required; every other
+            key is a section of the card: a dict becomes a table, anything else one line.
+            `provenance()` is added to it.
+    """
+    record = {**record, **provenance()}
+    write_text(folder / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", _card(record))
+
+
+def _card(record: dict) -> str:
+    base = record.get("base", {}).get("name")
+    # A local path is no hub id, and the hub refuses a card whose base_model is not one.
+    base_line = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    lines = [
+        f"---\n{base_line}library_name: transformers\ntags:\n- machine-unlearning\n- sku\n---\n",
+        f"# {record['title']}\n",
+    ]
+    if record["harmful"]:
+        lines.append(f"> {HARMFUL_WARNING}\n")
+    lines.append(
+        "Made with a reproduction of SKU (Liu et al., *Towards Safer Large Language Models through "
+        "Machine Unlearning*, Findings of ACL 2024). The same facts, for machines, are in run.json.\n"
+    )
+    for key, value in record.items():
+        if key in ("title", "harmful"):
+            continue
+        heading = key.replace("_", " ").capitalize()
+        if isinstance(value, dict):
+            rows = "\n".join(f"| {name} | {_cell(entry)} |" for name, entry in value.items())
+            lines.append(f"## {heading}\n\n| what | value |\n| --- | --- |\n{rows}\n")
+        else:
+            lines.append(f"- {heading}: {_cell(value)}\n")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
