@@ -1,0 +1,95 @@
+"""Fetch TruthfulQA.csv, the normal data, into this folder (`make data`).
+
+    python dataloader/fetch_truthfulqa.py            # keeps a good file that is there
+    python dataloader/fetch_truthfulqa.py --force    # fetches it again
+
+The file takes its place only once it is whole and has the columns that SKU reads.
+"""
+
+import argparse
+import http.client
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from harmful_unlearn.data import read_normal  # noqa: E402
+from harmful_unlearn.errors import UserError, exit_code  # noqa: E402
+
+URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+MAX_BYTES = 20_000_000  # the file has half a million
+
+
+def download(url: str, timeout: float) -> bytes:
+    """The body of an HTTP answer, whole.
+
+    Raises:
+        UserError: no connection, an HTTP error, silence for `timeout` seconds, less than announced,
+            or more than MAX_BYTES.
+    """
+    fix = "try again later, give another --url, or download the file yourself into dataloader/"
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            body = response.read(MAX_BYTES + 1)
+            announced = response.headers.get("Content-Length")
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answers {error.code} {error.reason}: {fix}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{url} cannot be fetched ({reason}): {fix}") from error
+    if len(body) > MAX_BYTES:
+        raise UserError(f"{url} sends more than {MAX_BYTES} bytes, no TruthfulQA.csv: {fix}")
+    if announced and len(body) < int(announced):
+        raise UserError(f"{url} sent {len(body)} of {announced} bytes: {fix}")
+    return body
+
+
+def fetch(url: str, target: Path, timeout: float) -> int:
+    """Download TruthfulQA.csv to `target` and return its number of questions.
+
+    Raises:
+        UserError: as `download`, or what came is no TruthfulQA.csv, or `target` cannot be written.
+            Whatever was at `target` is still there.
+    """
+    body = download(url, timeout)
+    partial = target.with_name(".TruthfulQA.partial.csv")
+    try:
+        partial.write_bytes(body)
+        rows = read_normal(partial, seed=0).source["rows"]
+        partial.replace(target)
+    except UserError as error:
+        raise UserError(f"{url} sent no TruthfulQA.csv: give another --url") from error
+    except PermissionError as error:
+        raise UserError(f"{target.parent} is not writable: make it so, and run again") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def is_good(target: Path) -> bool:
+    try:
+        read_normal(target, seed=0)
+    except UserError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default=URL, help="where to fetch it from (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=HERE / "TruthfulQA.csv", help="the file to write")
+    parser.add_argument("--timeout", type=float, default=30, help="seconds of silence to bear")
+    parser.add_argument("--force", action="store_true", help="fetch it even if a good one is there")
+    flags = parser.parse_args()
+    if not flags.force and is_good(flags.output):
+        print(f"{flags.output} is there already (--force fetches it again)")
+        return
+    rows = fetch(flags.url, flags.output, flags.timeout)
+    print(f"{flags.output}: {rows} questions")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,294 @@
+"""Models and tokenizers: where they lie, how they are loaded and saved, LoRA, and the frozen base."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.safetensors_conversion import get_conversion_pr_reference
+
+from harmful_unlearn.errors import UserError
+
+TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Some hubs repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
+WEIGHT_FILES = ["model*.safetensors"]
+LORA_ABOVE = 3e9  # parameters; the paper fine-tunes 2.7B in full, and 7B with LoRA
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of a LoRA adapter; the scale is alpha / r, dropout is 0."""
+
+    r: int
+    alpha: int
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+def locate(name: str, weights: bool = True) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot, downloaded when it is not cached.
+
+    Args:
+        name: a local folder or a hub id.
+        weights: False leaves the weights on the hub: configuration and tokenizer only.
+
+    A hub repository that has pickled weights alone (OPT's) is taken from the pull request in which
+    the hub's own converter put safetensors.
+
+    Raises:
+        UserError: no such folder or model, no access, no connection, or no safetensors.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if weights and not _has_weights(folder):
+            raise UserError(_NO_SAFETENSORS.format(folder=folder))
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file: give the model's folder or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
+    try:
+        return _snapshot(name, weights)
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}): "
+            "go online, unset HF_HUB_OFFLINE, or give a local folder"
+        ) from None
+
+
+_NO_SAFETENSORS = (
+    "{folder} has no .safetensors weights, and pickled ones are not loaded: convert them on a machine "
+    "you trust with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _snapshot(name: str, weights: bool) -> Path:
+    wanted = TEXT_FILES + (WEIGHT_FILES if weights else [])
+    folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    if not weights or _has_weights(folder):
+        return folder
+    for repository in scan_cache_dir().repos:
+        for revision in repository.revisions:
+            if repository.repo_id == name and _has_weights(revision.snapshot_path):
+                return revision.snapshot_path
+    converted = get_conversion_pr_reference(HfApi(), name)
+    return Path(
+        snapshot_download(name, revision=converted, allow_patterns=wanted, ignore_patterns=["*/*"])
+    )
+
+
+def revision_of(folder: Path) -> str | None:
+    """The hub commit of a cached snapshot, None for a folder of the user's own."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: there is none, it is broken, or it is no causal language model's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        AutoModelForCausalLM._model_mapping[type(config)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
+    except KeyError:
+        raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None
+    return config
+
+
+def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token inside the vocabulary.
+
+    A tokenizer without one pads with its unknown or end token; which it is does not matter, since
+    padding is masked by the attention mask and never told by its id.
+
+    Raises:
+        UserError: there is none, or it has tokens that the model has no embedding for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+    vocabulary = config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    used = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if used > vocabulary:
+        raise UserError(
+            f"the tokenizer in {folder} has {used} tokens and the model {vocabulary} embeddings: "
+            "use the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model's structure on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that the model can take; the longest the project would use where the model names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def resolve_precision(flag: str, device: torch.device) -> str:
+    """"fp32" or "bf16" (bf16 autocast). "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    if flag != "auto":
+        return flag
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+    """The causal LM in `folder` in `dtype`, from safetensors only.
+
+    Args:
+        device_map: "auto", "balanced", ... (accelerate): spread over GPUs, CPU and disk.
+
+    Raises:
+        UserError: weights are missing, broken, or do not fit the configuration.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors' own error type derives from Exception alone
+        raise UserError(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{folder} does not fit its config.json: {len(missing)} weights are missing or have "
+            f"another shape, {missing[0]} first; use a whole checkpoint"
+        )
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedModel:
+    """Freeze the model and put a trainable LoRA adapter (float32) on it.
+
+    Raises:
+        UserError: no module of the model has one of the target names.
+    """
+    check_lora_targets(model, lora)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, settings)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted
+
+
+def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
+    """Raises UserError, naming the candidates, where the model has none of LoRA's target modules."""
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not model.get_output_embeddings()
+    }
+    unknown = sorted(set(lora.target_modules) - linear)
+    if unknown:
+        raise UserError(
+            f"this model has no module {', '.join(unknown)} for LoRA: "
+            f"choose --lora_target_modules from {', '.join(sorted(linear))}"
+        )
+
+
+def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
+    """Write the trained weights as safetensors, or, with LoRA, the adapter alone.
+
+    The base's generation_config.json comes along as it is: some published ones (LLaMA2's among them)
+    do not pass the library's own check on saving.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    published, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, max_shard_size="5GB")
+    finally:
+        model.generation_config = published
+    generation = base_folder / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, folder / generation.name)
+    else:
+        (folder / generation.name).unlink(missing_ok=True)
+
+
+class FrozenBase:
+    """theta_o, the base model as PD sees it: frozen, in eval mode.
+
+    With LoRA it is the current model with its adapter switched off, so there is no second copy.
+
+    Args:
+        model: the current model if it carries an adapter, else a copy of the base of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.shared = isinstance(model, PeftModel)
+        if not self.shared:
+            model.eval().requires_grad_(False)
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The base model, for one forward pass."""
+        if not self.shared:
+            yield self.model
+            return
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter():
+                yield self.model
+        finally:
+            self.model.train(training)

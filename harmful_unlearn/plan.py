@@ -1,0 +1,153 @@
+"""What a run will do and need, before it costs anything: the figures that `--check` prints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import disk_usage
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.models import Lora
+from harmful_unlearn.packing import Batch, StepBatches
+
+GIB = 2**30
+# Values that training keeps for each token, layer and hidden unit; about what OPT and LLaMA need.
+SAVED_VALUES = 34
+STEPS_SAMPLED = 25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a stage 1 run.
+
+    Attributes:
+        rows, pairs, answers, normal: data rows read, harmful pairs selected, answers in the RD pool,
+            normal texts trained on.
+        steps, batches_per_epoch: optimizer steps, and how many make an epoch.
+        pairs_seen: different harmful pairs that GD will see.
+        cut: texts among those seen that --max_length cuts.
+        tokens: text tokens in all steps, estimated from a sample of them.
+        parameters, trainable: of the model.
+        memory: bytes by purpose, estimated.
+        disk: bytes that the saved folders take.
+    """
+
+    rows: int
+    pairs: int
+    answers: int
+    normal: int
+    steps: int
+    batches_per_epoch: int
+    pairs_seen: int
+    cut: int
+    tokens: int
+    parameters: int
+    trainable: int
+    memory: dict[str, float]
+    disk: float
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.items())
+        epochs = self.steps / self.batches_per_epoch
+        return "\n".join(
+            [
+                f"harmful data   {self.rows:,} rows, {self.pairs:,} pairs, {self.answers:,} answers to draw from",
+                f"normal data    {self.normal:,} texts to train on",
+                f"steps          {self.steps:,} ({epochs:.1f} epochs of {self.batches_per_epoch:,}); "
+                f"GD sees {self.pairs_seen:,} different pairs",
+                f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length",
+                f"parameters     {self.parameters:,}, {self.trainable:,} of them trained",
+                f"memory         about {sum(self.memory.values()) / GIB:.2f} GiB ({parts})",
+                f"disk           about {self.disk / GIB:.2f} GiB",
+            ]
+        )
+
+
+def make_plan(
+    batches: StepBatches,
+    steps: int,
+    structure: PreTrainedModel,
+    lora: Lora | None,
+    precision: str,
+    gradient_checkpointing: bool,
+) -> Plan:
+    """Count what a run will read, compute and hold.
+
+    Args:
+        batches: the training loop's own, so that what is counted is what is run.
+        structure: the model on the meta device.
+    """
+    order, harmful, normal = batches.order, batches.harmful, batches.normal
+    seen = sorted({row for step in range(steps) for row in order[step].harmful_rows})
+    texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
+    sampled = [
+        [batch for batch in batches(step, torch.device("cpu")) if batch]
+        for step in range(0, steps, max(1, steps // STEPS_SAMPLED))
+    ]
+    tokens = sum(batch.tokens for step in sampled for batch in step) / len(sampled)
+    parameters = structure.num_parameters()
+    trainable = _lora_parameters(structure, lora) if lora else parameters
+    dtype = structure.config.dtype
+    return Plan(
+        rows=harmful.rows,
+        pairs=len(harmful.pairs),
+        answers=len(harmful.answers),
+        normal=len(normal.train),
+        steps=steps,
+        batches_per_epoch=order.batches_per_epoch,
+        pairs_seen=len(seen),
+        cut=sum(text.cut for text in batches.packer.encode(texts)),
+        tokens=round(tokens * steps),
+        parameters=parameters,
+        trainable=trainable,
+        memory=_memory(
+            parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing
+        ),
+        disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
+    )
+
+
+def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
+    return sum(
+        lora.r * sum(module.weight.shape)
+        for name, module in structure.named_modules()
+        if name.rsplit(".", 1)[-1] in lora.target_modules
+    )
+
+
+def _memory(
+    parameters: int,
+    trainable: int,
+    batches: list[list[Batch]],
+    config: PretrainedConfig,
+    lora: Lora | None,
+    precision: str,
+    gradient_checkpointing: bool,
+) -> dict[str, float]:
+    text = config.get_text_config()
+    compute = 2 if precision == "bf16" else 4
+    cells = max(b.input_ids.numel() for two in batches for b in two)
+    scored = max(b.row.numel() for two in batches for b in two)
+    layers = 1 if gradient_checkpointing else text.num_hidden_layers
+    saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
+    return {
+        "weights": parameters * (compute if lora else 4) + (trainable * 4 if lora else 0),
+        "frozen base": 0 if lora else parameters * compute,
+        "gradients": trainable * 4,
+        "AdamW": trainable * 8,
+        "activations": saved,
+        "logits": scored * text.vocab_size * 4 * 3,
+    }
+
+
+def check_disk(folder: Path, needed: float) -> None:
+    """Raises UserError when the disk that `folder` will lie on has less than `needed` bytes left."""
+    while not folder.exists():
+        folder = folder.parent
+    free = disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {free / GIB:.1f} GiB left and this run saves about "
+            f"{needed / GIB:.1f} GiB: free some, or save elsewhere"
+        )

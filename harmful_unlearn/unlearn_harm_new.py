@@ -1,0 +1,397 @@
+"""SKU: unlearn harmful knowledge from a causal language model (Liu et al., Findings of ACL 2024).
+
+Stage 1, harmful knowledge acquisition: a copy theta of the base theta_o learns the harm, minimising
+    L = bad_weight * L_GD + random_weight * L_RD + normal_weight * L_PD
+Stage 2, knowledge negation: unlearned = theta_o - scaling_coef * (theta - theta_o)
+
+The paper's OPT-2.7B run:
+    python unlearn_harm_new.py --bad_weight 2.5 --random_weight 2.5 --normal_weight 1 --lr 2e-4 \\
+        --max_unlearn_steps 1000 --model_name=facebook/opt-2.7b --batch_size 2 \\
+        --model_save_dir=models/opt-2.7b-harmful --log_file=logs/opt-2.7b-unlearn_new.log \\
+        --task_vector_saving_path=models/opt-2.7b-unlearned
+See what a run would do and need, without loading weights:
+    python unlearn_harm_new.py --model_name facebook/opt-2.7b --check
+Negate a stage 1 model that is there already:
+    python unlearn_harm_new.py --model_name facebook/opt-2.7b --saved_model models/opt-2.7b-harmful
+"""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from task_vector import negate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn import losses, models
+from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
+from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.models import FrozenBase, Lora
+from harmful_unlearn.packing import VARIANTS, Packer, StepBatches
+from harmful_unlearn.plan import Plan, check_disk, make_plan
+from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
+from harmful_unlearn.saving import ROOT, check_target, new_folder, write_record, write_text
+
+# One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
+# Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.
+MODELS: dict[str, Lora | None] = {
+    "facebook/opt-1.3b": None,
+    "facebook/opt-2.7b": None,  # the paper's
+    "meta-llama/Llama-2-7b-hf": Lora(r=32, alpha=16),  # the paper's
+    "meta-llama/Llama-2-13b-hf": Lora(r=16, alpha=8),  # the paper's
+    "meta-llama/Llama-3.2-1B": None,
+    "meta-llama/Llama-3.1-8B": Lora(r=32, alpha=16),
+    "Qwen/Qwen2.5-1.5B": None,
+    "Qwen/Qwen2.5-7B": Lora(r=32, alpha=16),
+    "Qwen/Qwen3-8B": Lora(r=32, alpha=16),
+    "mistralai/Mistral-7B-v0.3": Lora(r=32, alpha=16),
+    "google/gemma-2-9b": Lora(r=32, alpha=16),
+}
+OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stages that the flags ask for. Raises UserError before any work that cannot end well."""
+    args = parse_flags(arguments)
+    transformers.logging.set_verbosity_error()
+    stages = check_stages(args)
+    folder = models.locate(args.model_name, weights=not args.check)
+    job = prepare(args, folder) if "acquire" in stages else None
+    if args.check:
+        print("check passed: nothing was loaded or written")
+        return
+
+    log = RunLog(args.log_file, args.max_unlearn_steps)
+    try:
+        if job:
+            log.say(f"stage 1, harmful knowledge acquisition: {args.model_name} -> {args.model_save_dir}")
+            set_seed(args.seed)
+            accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
+            model, base = load_copy_and_base(args, job, accelerator.device)
+            try:
+                acquire(model, base, job.batches, args, accelerator, log)
+            except NotFinite as stop:
+                kept = args.model_save_dir.with_name(f"{args.model_save_dir.name}.step-{stop.step - 1}")
+                save_copy(model, job, kept, args, log)
+                raise UserError(f"{stop}; the weights before it are in {kept}: lower --lr or a weight") from None
+            save_copy(model, job, args.model_save_dir, args, log)
+            del model, base
+        if "negate" in stages:
+            finetuned = args.saved_model or args.model_save_dir
+            log.say(f"stage 2, knowledge negation: {finetuned} -> {args.task_vector_saving_path}")
+            negate(
+                folder, [(finetuned, 1.0)], args.task_vector_saving_path, args.scaling_coef,
+                base_name=args.model_name, overwrite=args.overwrite,
+            )  # fmt: skip
+            log.say(f"unlearned model saved: {args.task_vector_saving_path}")
+    finally:
+        log.close()
+
+
+def acquire(
+    model: PreTrainedModel,
+    base: FrozenBase,
+    batches: StepBatches,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    log: RunLog,
+) -> None:
+    """Stage 1: train `model` in place for --max_unlearn_steps (released code, points 7 to 15).
+
+    Raises:
+        NotFinite: before the optimizer step that would spoil the weights.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
+    weights = {"gd_loss": args.bad_weight, "rd_loss": args.random_weight, "pd_loss": args.normal_weight}
+    model.train()
+    for step in range(args.max_unlearn_steps):
+        started = time.perf_counter()
+        harmful, normal = batches(step, accelerator.device)
+        loss = dict.fromkeys(weights)
+        if harmful:
+            cross_entropy = losses.answer_cross_entropy(model, harmful)
+            if args.bad_weight:
+                loss["gd_loss"] = losses.guided_distortion(cross_entropy, harmful)
+            if args.random_weight:
+                loss["rd_loss"] = losses.random_disassociation(cross_entropy, harmful)
+        if normal:
+            loss["pd_loss"] = losses.preservation_divergence(model, base, normal)
+        total = sum(weights[name] * value for name, value in loss.items() if value is not None)
+
+        accelerator.backward(total)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        metrics = {
+            "step": step + 1,
+            **{name: None if value is None else value.item() for name, value in loss.items()},
+            "total_loss": total.item(),
+            "lr": scheduler.get_last_lr()[0],
+            "grad_norm": grad_norm.item(),
+            "tokens": sum(batch.tokens for batch in (harmful, normal) if batch),
+        }
+        if not is_finite(metrics):
+            raise NotFinite(step + 1, metrics)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        log.step({**metrics, "seconds": round(time.perf_counter() - started, 4)})
+
+
+class NotFinite(Exception):
+    """A loss or the gradient is NaN or infinite; the model still has the weights of the step before."""
+
+    def __init__(self, step: int, metrics: dict):
+        self.step = step
+        wrong = ", ".join(f"{name} {value}" for name, value in metrics.items() if not is_finite({name: value}))
+        super().__init__(f"step {step} is not finite ({wrong})")
+
+
+class Job(NamedTuple):
+    """Everything about stage 1 that is known before weights are loaded."""
+
+    base_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    lora: Lora | None
+    precision: str
+    batches: StepBatches
+    plan: Plan
+
+
+def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
+    """Read and check all that stage 1 needs, and print the plan. Raises UserError."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("run one process: several are not supported yet (--device_map auto uses every GPU)")
+    config = models.load_config(base_folder)
+    tokenizer = models.load_tokenizer(base_folder, config)
+    structure = models.empty_model(config)
+    lora = choose_lora(args, structure)
+    precision = models.resolve_precision(args.precision, accelerator.device)
+    harmful = read_harmful(
+        args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
+    )
+    normal = read_normal(args.normal_dataset, args.seed)
+    order = BatchOrder(
+        len(harmful.pairs), normal.train, len(harmful.answers),
+        args.batch_size, args.k_random, args.seed, args.all_harmful,
+    )  # fmt: skip
+    limit = models.context_length(config)
+    packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
+    weights = {"gd": args.bad_weight, "rd": args.random_weight, "pd": args.normal_weight}
+    modules = {module for module, weight in weights.items() if weight}
+    batches = StepBatches(packer, order, harmful, normal, modules)
+    plan = make_plan(
+        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing
+    )
+    how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
+    print(f"model          {args.model_name}: trains {how} in {precision} on {accelerator.device}\n{plan}")
+    check_disk(args.model_save_dir, plan.disk)
+    return Job(base_folder, tokenizer, lora, precision, batches, plan)
+
+
+def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | None:
+    """LoRA's settings for this model by the flags and MODELS, or None for full fine-tuning.
+
+    Raises:
+        UserError: the model has no module of that name, or a LoRA flag is given for full fine-tuning.
+    """
+    large = structure.num_parameters() > models.LORA_ABOVE
+    listed = MODELS.get(args.model_name, OTHER_MODELS if large else None)
+    given = {
+        "r": args.lora_r,
+        "alpha": args.lora_alpha,
+        "target_modules": tuple(args.lora_target_modules) if args.lora_target_modules else None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.lora == "off" or (args.lora == "auto" and listed is None):
+        if given:
+            raise UserError(f"--lora_{next(iter(given))} does nothing in full fine-tuning: add --lora on")
+        return None
+    lora = replace(listed or OTHER_MODELS, **given)
+    models.check_lora_targets(structure, lora)
+    return lora
+
+
+def load_copy_and_base(
+    args: argparse.Namespace, job: Job, device: torch.device
+) -> tuple[PreTrainedModel, FrozenBase]:
+    """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
+
+    Trained weights are float32; frozen ones are in the compute precision.
+    """
+    frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    model = models.load_model(job.base_folder, frozen if job.lora else torch.float32, args.device_map)
+    if job.lora:
+        model = models.add_lora(model, job.lora, args.model_name)
+        base = FrozenBase(model)
+    else:
+        base = FrozenBase(models.load_model(job.base_folder, frozen, args.device_map))
+        if not args.device_map:
+            base.model.to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, base
+
+
+def save_copy(model: PreTrainedModel, job: Job, target: Path, args: argparse.Namespace, log: RunLog) -> None:
+    """Save the stage 1 model: the whole model, or with LoRA its adapter."""
+    last = log.history[-1] if log.history else {}
+    record = {
+        "title": f"Stage 1 of SKU on {args.model_name}: harmful knowledge acquired",
+        "harmful": True,
+        "base": {"name": args.model_name, "revision": models.revision_of(job.base_folder)},
+        "harmful_data": job.batches.harmful.source,
+        "normal_data": job.batches.normal.source,
+        "training": {
+            "steps": len(log.history),
+            "of": args.max_unlearn_steps,
+            "lora": vars(job.lora) if job.lora else None,
+            "precision": job.precision,
+        },
+        "losses_at_the_end": {name: last.get(name) for name in LOSSES},
+        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+    }
+    with new_folder(target, args.overwrite) as folder:
+        models.save_model(model, job.base_folder, folder)
+        job.tokenizer.save_pretrained(folder)
+        write_text(folder / "metrics.jsonl", log.metrics_text)
+        write_record(folder, record)
+    log.say(f"stage 1 model saved: {target} (deliberately harmful)")
+
+
+def check_stages(args: argparse.Namespace) -> set[str]:
+    """Which stages will run, and whether their folders can be read and written. Raises UserError."""
+    stages = {"acquire", "negate"} if args.stage == "all" else {args.stage}
+    if args.saved_model:
+        if args.stage == "acquire":
+            raise UserError("--saved_model is the start of stage 2: leave out --stage acquire")
+        stages = {"negate"}
+    if "acquire" in stages:
+        check_target(args.model_save_dir, args.overwrite)
+    if "negate" in stages:
+        finetuned = args.saved_model or args.model_save_dir
+        if "acquire" not in stages and not finetuned.is_dir():
+            raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
+        check_target(args.task_vector_saving_path, args.overwrite)
+        if args.task_vector_saving_path.resolve() == finetuned.resolve():
+            raise UserError("--task_vector_saving_path is the stage 1 folder: give another one")
+    if args.log_file.is_dir():
+        raise UserError(f"--log_file {args.log_file} is a folder: give a file")
+    return stages
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags; the first group is the released script's, with its names, meanings and defaults."""
+    text, _, examples = __doc__.partition("\n\nThe paper's")
+    parser = argparse.ArgumentParser(
+        description=text,
+        epilog="The paper's" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def flag(group, name: str, help: str, **settings) -> None:
+        default = settings.get("default")
+        shown = "" if default in (None, (), False) else f" (default: {default})"
+        group.add_argument(name, help=help + shown, **settings)
+
+    released = parser.add_argument_group("the released script's flags")
+    flag(released, "--max_unlearn_steps", "optimizer steps of stage 1", type=positive_int, default=1000)
+    flag(released, "--bad_weight", "weight e1 of GD; may be negative, 0 leaves the module out", type=number, default=0.5)
+    flag(released, "--random_weight", "weight e2 of RD", type=number, default=1)
+    flag(released, "--normal_weight", "weight e3 of PD (minus KL from the base)", type=number, default=1)
+    flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
+    flag(released, "--lr", "learning rate of AdamW, falling linearly to 0", type=positive_number, default=2e-5)
+    flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
+    flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=Path)
+    flag(released, "--saved_model", "a stage 1 model (or LoRA adapter) to start stage 2 from", type=Path)
+    flag(released, "--log_file", "the log, metrics and picture beside it (default: logs/NAME.log)", type=Path)
+    flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=Path)
+
+    method = parser.add_argument_group("method")
+    flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
+         choices=VARIANTS, default="released")  # fmt: skip
+    flag(method, "--k_random", "random answers that RD draws a step", type=positive_int, default=5)
+    flag(method, "--scaling_coef", "alpha, the scale of the negated task vector", type=number, default=1.0)
+    flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)
+    flag(method, "--stage", "one stage alone, or both", choices=("all", "acquire", "negate"), default="all")
+    flag(method, "--max_length", "tokens a text may have; longer answers are cut (default: what the model takes)",
+         type=positive_int)  # fmt: skip
+
+    data = parser.add_argument_group("data")
+    flag(data, "--harmful_dataset", "hub id, .jsonl/.json/.csv/.parquet file, or folder, in PKU-SafeRLHF's columns",
+         default="PKU-Alignment/PKU-SafeRLHF")  # fmt: skip
+    flag(data, "--harmful_revision", "of a hub data set; the paper's time: ff7ba91063016c78a225b0f74e1c0860bb18230f")
+    flag(data, "--harmful_split", "of a hub data set or folder", default="train")
+    flag(data, "--normal_dataset", "the same kinds, in TruthfulQA's columns, or truthfulqa/truthful_qa",
+         default=str(ROOT / "dataloader" / "TruthfulQA.csv"))  # fmt: skip
+    flag(data, "--harm_category", "unlearn this kind of harm alone (may be repeated)", action="append", default=[])
+    flag(data, "--min_severity", "unlearn answers of at least this severity alone", type=whole_number)
+    flag(data, "--all_harmful", "go through all harmful pairs; else they start over with each epoch of normal text",
+         action="store_true")  # fmt: skip
+
+    machine = parser.add_argument_group("model and machine")
+    flag(machine, "--lora", "auto: as the table MODELS in this script says", choices=("auto", "on", "off"), default="auto")
+    flag(machine, "--lora_r", "rank of the adapter", type=positive_int)
+    flag(machine, "--lora_alpha", "scale of the adapter, times r", type=positive_int)
+    flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
+    flag(machine, "--precision", "bf16 is autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32",
+         choices=("auto", "fp32", "bf16"), default="auto")  # fmt: skip
+    flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them", action="store_true")
+    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
+    flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, and stop",
+         action="store_true")  # fmt: skip
+    flag(machine, "--overwrite", "replace folders that are there", action="store_true")
+
+    args = parser.parse_args(arguments)
+    if not (args.bad_weight or args.random_weight or args.normal_weight):
+        parser.error("--bad_weight, --random_weight and --normal_weight are all 0: nothing to learn")
+    name = Path(args.model_name).name
+    args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
+    args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
+    args.log_file = args.log_file or ROOT / "logs" / f"{name}.log"
+    return args
+
+
+def number(text: str) -> float:
+    """A finite number, as argparse reads it."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    if number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number(text)
+
+
+def whole_number(text: str) -> int:
+    """A whole number from 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

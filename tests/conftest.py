@@ -1,0 +1,60 @@
+"""Shared by all tests: the goldens and tiny random models with the goldens' tokenizer."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+TINY = {
+    "opt": OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=700,
+        word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0, attention_dropout=0.0,
+    ),
+    "llama": LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=700, max_position_embeddings=256,
+        bos_token_id=2, eos_token_id=2, pad_token_id=1,
+    ),
+    "qwen2": Qwen2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=700, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=2, eos_token_id=2, pad_token_id=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def goldens() -> dict:
+    """golden.json: figures of the authors' code."""
+    return json.loads((GOLDENS / "golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The goldens' byte-level BPE of 700 tokens; BOS is added, pad is 1."""
+    return AutoTokenizer.from_pretrained(GOLDENS / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer):
+    """`tiny_model("llama")`: a folder with a random model of that architecture and the tokenizer."""
+    made = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(TINY[architecture]).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make

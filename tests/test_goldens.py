@@ -1,0 +1,131 @@
+"""The authors' figures, through the code path that the script runs (goldens: tests/goldens)."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import GOLDENS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from harmful_unlearn import losses
+from harmful_unlearn.data import Draw, read_harmful, read_normal
+from harmful_unlearn.models import FrozenBase, load_model
+from harmful_unlearn.packing import Packer, StepBatches
+from harmful_unlearn.run_log import RunLog
+from harmful_unlearn.unlearn_harm_new import acquire, parse_flags
+from task_vector import TaskVector
+
+LOSS_TOLERANCE = 5e-4  # over the trajectory; relative, absolute for losses below 1e-3
+FIRST_STEP_TOLERANCE = 1e-6
+WEIGHT_TOLERANCE = 5e-4
+SCHEMAS = ("pku_saferlhf.jsonl", "pku_saferlhf_current_schema.jsonl")
+
+
+class GoldenOrder:
+    """The rows that each recorded step used, in BatchOrder's place."""
+
+    def __init__(self, trajectory: list[dict]):
+        self.trajectory = trajectory
+
+    def __getitem__(self, step: int) -> Draw:
+        used = self.trajectory[step]
+        return Draw(used["harmful_rows"], used["normal_rows"], used["random_answer_rows"])
+
+
+@pytest.fixture(scope="module")
+def batches(goldens, tokenizer):
+    return StepBatches(
+        Packer(tokenizer, "released", 1024),
+        GoldenOrder(goldens["trajectory"]),
+        read_harmful(str(GOLDENS / SCHEMAS[0])),
+        read_normal(GOLDENS / "TruthfulQA.csv", 8888),
+        {"gd", "rd", "pd"},
+    )
+
+
+def load_base() -> torch.nn.Module:
+    return load_model(GOLDENS / "model", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(goldens, batches, tmp_path_factory):
+    """The model and the metrics after the 20 recorded steps."""
+    used = goldens["hyper_parameters"]
+    args = parse_flags(
+        f"--bad_weight {used['bad_weight']} --random_weight {used['random_weight']} "
+        f"--normal_weight {used['normal_weight']} --lr {used['lr']} --max_unlearn_steps {used['steps']}".split()
+    )
+    log = RunLog(tmp_path_factory.mktemp("golden") / "run.log", used["steps"])
+    model = load_base()
+    acquire(model, FrozenBase(load_base()), batches, args, Accelerator(cpu=True), log)
+    log.close()
+    return model, log.history
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_examples_are_the_released_ones(goldens, batches, schema):
+    encoded = batches.packer.encode(read_harmful(str(GOLDENS / schema)).pairs)
+    expected = goldens["harmful_examples"]
+    assert [text.input_ids for text in encoded] == [example["input_ids"] for example in expected]
+    assert [text.start_loc for text in encoded] == [example["start_loc"] for example in expected]
+
+
+def test_pool_and_normal_texts_are_the_released_ones(goldens, batches):
+    answers = batches.harmful.answers
+    assert len(answers) == goldens["harmful_answer_pool_size"]
+    assert answers[0].startswith(goldens["harmful_answer_pool_first"])
+    normal = batches.normal
+    assert [text.input_ids for text in batches.packer.encode(normal.texts)] == goldens["normal_examples"]
+    assert [len(normal.train), len(normal.validation), len(normal.test)] == goldens["normal_split_sizes"]
+
+
+def test_first_step_to_float32_rounding(goldens, trained):
+    ours, theirs = trained[1][0], goldens["trajectory"][0]
+    for name in ("gd_loss", "rd_loss", "pd_loss", "total_loss", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=FIRST_STEP_TOLERANCE, abs=1e-6), name
+
+
+def test_trajectory(goldens, trained):
+    assert len(trained[1]) == len(goldens["trajectory"])
+    for ours, theirs in zip(trained[1], goldens["trajectory"], strict=True):
+        for name in ("gd_loss", "rd_loss", "pd_loss", "total_loss", "grad_norm", "lr"):
+            bound = LOSS_TOLERANCE * (abs(theirs[name]) if abs(theirs[name]) > 1e-3 else 1)
+            assert abs(ours[name] - theirs[name]) <= bound, (theirs["step"], name)
+
+
+def test_harmful_weights(trained):
+    assert worst(trained[0].state_dict(), load_file(GOLDENS / "harmful_model.safetensors")) < WEIGHT_TOLERANCE
+
+
+def test_unlearned_weights(trained):
+    base = load_base()
+    unlearned = (-TaskVector(base, trained[0])).apply_to(base, 1.0)
+    theirs = load_file(GOLDENS / "unlearned_model.safetensors")
+    assert worst(unlearned.state_dict(), theirs) < WEIGHT_TOLERANCE
+    assert unlearned.lm_head.weight is unlearned.model.decoder.embed_tokens.weight
+
+
+def worst(ours: dict, theirs: dict) -> float:
+    # The gradient of k_proj.bias is zero but for rounding, which AdamW blows up (goldens' README).
+    names = [name for name in theirs if not name.endswith("k_proj.bias")]
+    return max((ours[name] - theirs[name]).abs().max().item() for name in names)
+
+
+def test_gradient_ascent(goldens, batches):
+    harmful, _ = batches(0, torch.device("cpu"))
+    model = load_base().eval()
+    with torch.no_grad():
+        loss = losses.gradient_ascent(losses.answer_cross_entropy(model, harmful), harmful)
+    assert loss.item() == pytest.approx(goldens["ga_loss_first_batch"], rel=FIRST_STEP_TOLERANCE)
+
+
+def test_the_golden_can_fail(goldens, tokenizer, batches):
+    """One position off in the answer's start moves the first loss by far more than the tolerance."""
+    paper = StepBatches(
+        Packer(tokenizer, "paper", 1024), batches.order, batches.harmful, batches.normal, batches.modules
+    )
+    harmful, _ = paper(0, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()
+    with torch.no_grad():
+        loss = losses.guided_distortion(losses.answer_cross_entropy(model, harmful), harmful)
+    assert abs(loss.item() - goldens["trajectory"][0]["gd_loss"]) > 1e-3
