@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import check_target, new_folder, write_record
+from harmful_unlearn.saving import check_target, new_folder, write_record, write_text
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -52,6 +52,7 @@ VECTOR = "task_vector"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
 }  # fmt: skip
+STAGE_1_FACTS = ("base", "harmful_data", "normal_data", "flags", "losses")
 SMALL = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
 # LoRA settings under which tau is not scale * B @ A, or that touch more than the LoRA matrices.
 UNSUPPORTED_LORA = (
@@ -242,7 +243,7 @@ def _refuse_mismatch(what: str, missing: list[str], extra: list[str], differ: li
             problems.append(f"{len(names)} {kind}: {shown}")
     if problems:
         raise UserError(
-            f"{what} does not fit the base ({'; '.join(problems)}): give one that was made from this very base"
+            f"{what} does not fit the base ({'; '.join(problems)}): give one made from this very base"
         )
 
 
@@ -377,6 +378,7 @@ class _Checkpoint:
     def __init__(self, folder: Path, stem: str = "model"):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: check the path")
+        self.folder, self.stem = folder, stem
         self.index = folder / f"{stem}.safetensors.index.json"
         weight_map: dict[str, str] = {}
         if (folder / f"{stem}.safetensors").is_file():
@@ -454,7 +456,7 @@ def _no_safetensors(folder: Path) -> str:
             f'python -c "from transformers import AutoModelForCausalLM; AutoModelForCausalLM'
             f".from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
-    return f"{folder} holds no model.safetensors and no index of shards: give a folder that save_pretrained wrote"
+    return f"{folder} holds no model.safetensors, whole or sharded: give a folder that save_pretrained wrote"
 
 
 class _FullModel(_Checkpoint):
@@ -494,7 +496,7 @@ class _Adapter:
         if config.get("peft_type") != "LORA" or unsupported:
             what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
             raise UserError(_merge_first(folder, what))
-        self._config = config
+        self.folder, self._config = folder, config
         self._file = _Checkpoint(folder, "adapter_model")
         self.specs: dict[str, _Spec] = {}
         pairs = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in self._file.specs}
@@ -521,7 +523,7 @@ class _Adapter:
 
 
 def _merge_first(folder: Path, what: str) -> str:
-    return f"{folder} has {what}, which is more than LoRA's B @ A: merge it into its base with PEFT, give that"
+    return f"{folder} has {what}, which is more than LoRA's B @ A: merge it with PEFT, give the merged model"
 
 
 Source = _FullModel | _SavedVector | _Adapter
@@ -554,7 +556,7 @@ def _class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[st
         group = ties.setdefault(origin.removeprefix(prefix), {origin.removeprefix(prefix)})
         group.add(target.removeprefix(prefix))
         ties[target.removeprefix(prefix)] = group
-    # Constants that old checkpoints hold and the class no longer reads.
+    known = {name.removeprefix(prefix) for name in model.state_dict()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
 
     def synonyms(name: str) -> list[str]:
@@ -562,7 +564,11 @@ def _class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[st
         group = [bare, *sorted(ties.get(bare, {bare}) - {bare})]
         return [name, *(form for twin in group for form in (twin, prefix + twin))]
 
-    return synonyms, lambda name: any(re.search(pattern, name) for pattern in ignored)
+    def is_constant(name: str) -> bool:
+        # Old checkpoints hold constants that the class has no entry for; its patterns match weights too.
+        return name.removeprefix(prefix) not in known and any(re.search(one, name) for one in ignored)
+
+    return synonyms, is_constant
 
 
 def _open_shard(path: Path, specs: Mapping[str, _Spec], metadata: dict[str, str]) -> BinaryIO:
@@ -623,6 +629,170 @@ def negate(
     source = _Checkpoint(base)
     if "quantization_config" in _read_json(base / "config.json"):
         raise UserError(f"{base} is quantized: give the full-precision model")
-    parts = [(_open_source(folder), coef) for folder, coef in finetuned]
-    found = _match_sources(base, source, dict(zip((folder for folder, _ in finetuned), parts, strict=True)))
-    ...
+    sources = [_open_source(folder) for folder, _ in finetuned]
+    found = _match_sources(source, sources)
+    changed = {name for names in found for name in names}
+    metadata = _vector_metadata(all(one.partial for one in sources))
+    vector_shards = _vector_shards(source, changed)
+    record = _record(base_name or str(base), finetuned, scaling_coef)
+    size = sum(spec.nbytes for spec in source.specs.values())
+    with ExitStack() as folders, tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar:
+        out = folders.enter_context(new_folder(output, overwrite)) if output else None
+        kept = folders.enter_context(new_folder(save_vector, overwrite)) if save_vector else None
+        for shard, names in source.shards.items():
+            with ExitStack() as files:
+                if out:
+                    specs = {name: source.specs[name] for name in names}
+                    out_file = files.enter_context(_open_shard(out / shard, specs, source.metadata))
+                if kept and shard in vector_shards:
+                    file, specs = vector_shards[shard]
+                    kept_file = files.enter_context(_open_shard(kept / file, specs, metadata))
+                for name in names:
+                    entry = source.read(name)
+                    if name in changed:
+                        tau = sum(
+                            coef * one.delta(twins[name], entry)
+                            for one, (_, coef), twins in zip(sources, finetuned, found, strict=True)
+                            if name in twins
+                        )
+                        if kept:
+                            _append(kept_file, _finite(tau, name))
+                        entry = _applied(entry, tau, -scaling_coef)
+                    if out:
+                        _append(out_file, _finite(entry, name))
+                    bar.update(source.specs[name].nbytes)
+        if out:
+            _copy_small_files(source, out)
+            write_record(out, record)
+        if kept:
+            _write_index(kept, vector_shards)
+            write_record(kept, {**record, "title": f"Task vector from {record['base']['name']}"})
+
+
+def _check_targets(targets: list[Path | None], inputs: list[Path], overwrite: bool) -> None:
+    taken = list(inputs)
+    for target in filter(None, targets):
+        check_target(target, overwrite)
+        for other in taken:
+            ours, theirs = target.resolve(), other.resolve()
+            if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+                raise UserError(f"{target} and {other} lie in one another: give a folder of its own to write")
+        taken.append(target)
+
+
+def _match_sources(base: _Checkpoint, sources: list[Source]) -> list[dict[str, str]]:
+    """For each source, the base's entry names -> its own; the class is asked only if they differ."""
+    weights = {name: spec.shape for name, spec in base.specs.items() if spec.is_float}
+    others = [{name: spec.shape for name, spec in one.specs.items() if spec.is_float} for one in sources]
+    synonyms = lambda name: [name]  # noqa: E731
+    if any(other.keys() != weights.keys() for other in others):
+        synonyms, is_constant = _class_names(base.folder)
+        weights, *others = (
+            {name: shape for name, shape in shapes.items() if not is_constant(name)}
+            for shapes in (weights, *others)
+        )
+    return [
+        _match(weights, other, synonyms, str(one.folder), one.partial)
+        for one, other in zip(sources, others, strict=True)
+    ]
+
+
+def _vector_shards(base: _Checkpoint, changed: set[str]) -> dict[str, tuple[str, dict[str, _Spec]]]:
+    """The base's shards that the vector has entries in -> its own file there, and what goes into it."""
+    specs = {
+        shard: {
+            name: _Spec(CODES[_work_dtype(DTYPES[base.specs[name].code])], base.specs[name].shape)
+            for name in names if name in changed
+        }
+        for shard, names in base.shards.items()
+    }  # fmt: skip
+    shards = [shard for shard in specs if specs[shard]]
+    if len(shards) == 1:
+        return {shards[0]: (f"{VECTOR}.safetensors", specs[shards[0]])}
+    return {
+        shard: (f"{VECTOR}-{number:05d}-of-{len(shards):05d}.safetensors", specs[shard])
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def _write_index(folder: Path, shards: dict[str, tuple[str, dict[str, _Spec]]]) -> None:
+    if len(shards) > 1:
+        weight_map = {name: file for file, specs in shards.values() for name in specs}
+        size = sum(spec.nbytes for _, specs in shards.values() for spec in specs.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(folder / f"{VECTOR}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{name} comes out NaN or infinite: check both models' weights, or lower --scaling_coef"
+        )
+    return tensor
+
+
+def _copy_small_files(base: _Checkpoint, target: Path) -> None:
+    """Configuration, tokenizer, licence: all that lies beside the weights but the base's own record."""
+    for file in sorted(base.folder.iterdir()):
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        record = file.name in ("README.md", "run.json") or file.name.startswith(".")
+        if file.is_file() and not weights and not record and file.stat().st_size <= SMALL:
+            shutil.copyfile(file, target / file.name)
+    if f"{base.stem}.safetensors" not in base.shards:
+        shutil.copyfile(base.index, target / base.index.name)
+
+
+def _record(base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
+    adds = any(scaling_coef * coef < 0 for _, coef in finetuned)
+    record = {
+        "title": f"{base_name}, {'with a task vector added' if adds else 'unlearned'}",
+        "harmful": adds,
+        "base": {"name": base_name},
+        "finetuned": {str(folder): coef for folder, coef in finetuned},
+        "scaling_coef": scaling_coef,
+    }
+    for number, (folder, _) in enumerate(finetuned, 1):
+        if (folder / "run.json").is_file():
+            stage_1 = _read_json(folder / "run.json")
+            kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
+            record["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Raises UserError before anything is written."""
+    description, _, examples = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="task_vector.py", description=description, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--finetuned", nargs="+", help="fine-tuned models, LoRA adapters: folders, hub ids")
+    source.add_argument("--vector", nargs="+", type=Path, help="saved task vectors instead")
+    parser.add_argument("--coefs", nargs="+", type=float, help="one per model or vector (default: all 1)")
+    parser.add_argument("--output", type=Path, help="the folder to write the model to")
+    parser.add_argument("--scaling_coef", type=float, default=1.0, help="alpha (default: %(default)s)")
+    parser.add_argument("--save_vector", type=Path, help="the folder to write the (summed) task vector to")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output, --save_vector hold")
+    args = parser.parse_args(arguments)
+    if args.output is None and args.save_vector is None:
+        parser.error("give --output, --save_vector or both")
+
+    from harmful_unlearn.models import locate  # imports transformers, which --help need not wait for
+
+    base = locate(args.base)
+    folders = [locate(name) for name in args.finetuned or []] or args.vector
+    coefs = args.coefs or [1.0] * len(folders)
+    if len(coefs) != len(folders):
+        raise UserError(f"{len(coefs)} --coefs for {len(folders)} folders: give one each")
+    negate(
+        base, list(zip(folders, coefs, strict=True)), args.output, args.scaling_coef,
+        base_name=args.base, save_vector=args.save_vector, overwrite=args.overwrite,
+    )  # fmt: skip
+    for target in filter(None, (args.output, args.save_vector)):
+        print(f"saved: {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

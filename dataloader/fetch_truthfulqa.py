@@ -80,15 +80,15 @@ def is_good(target: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL, help="where to fetch it from (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=HERE / "TruthfulQA.csv", help="the file to write")
     parser.add_argument("--timeout", type=float, default=30, help="seconds of silence to bear")
     parser.add_argument("--force", action="store_true", help="fetch it even if a good one is there")
     flags = parser.parse_args()
-    if not flags.force and is_good(flags.output):
-        print(f"{flags.output} is there already (--force fetches it again)")
+    target = HERE / "TruthfulQA.csv"
+    if not flags.force and is_good(target):
+        print(f"{target} is there already (--force fetches it again)")
         return
-    rows = fetch(flags.url, flags.output, flags.timeout)
-    print(f"{flags.output}: {rows} questions")
+    rows = fetch(flags.url, target, flags.timeout)
+    print(f"{target}: {rows} questions")
 
 
 if __name__ == "__main__":

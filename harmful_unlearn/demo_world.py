@@ -27,7 +27,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from harmful_unlearn.data import format_text
+from harmful_unlearn.data import format_pair
 from harmful_unlearn.saving import new_folder, write_record, write_text
 
 QUESTIONS = (
@@ -104,7 +104,7 @@ class Size:
     ffn: int = 512
     pretraining_steps: int = 300
     pretraining_batch: int = 32
-    pretraining_lr: float = 2e-3
+    pretraining_lr: float = 3e-3
     unlearning_steps: int = 200
     unlearning_lr: float = 1e-4
 
@@ -260,14 +260,14 @@ def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict
         folder: replaced when it is there.
         settings: what decides this model, kept in its run.json for `is_built`.
     """
-    texts = [format_text(question, answer) for question, answer in world.pretraining]
+    texts = [format_pair(question, answer) for question, answer in world.pretraining]
     tokenizer = build_tokenizer(texts, size.vocabulary)
     torch.manual_seed(seed)
     model = OPTForCausalLM(
         OPTConfig(
             vocab_size=len(tokenizer), hidden_size=size.hidden, word_embed_proj_dim=size.hidden,
             num_hidden_layers=size.layers, num_attention_heads=size.heads, ffn_dim=size.ffn,
-            max_position_embeddings=128, dropout=0.0, attention_dropout=0.0,
+            max_position_embeddings=128, dropout=0.0, attention_dropout=0.0, init_std=0.06,
             bos_token_id=2, eos_token_id=2, pad_token_id=1,
         )
     )  # fmt: skip

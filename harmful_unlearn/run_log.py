@@ -69,6 +69,8 @@ class RunLog:
             + f" lr {metrics['lr']:.1e} {metrics['tokens'] / metrics['seconds']:.0f} tok/s"
         )
         self._bar.update()
+        if metrics["step"] == self._steps:
+            self._bar.close()
         if not self._warned and metrics["pd_loss"] is not None and -metrics["pd_loss"] > KL_WARNING:
             self._warned = True
             self.warn(

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from task_vector import negate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages that the flags ask for. Raises UserError before any work that cannot end well."""
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     stages = check_stages(args)
     folder = models.locate(args.model_name, weights=not args.check)
     job = prepare(args, folder) if "acquire" in stages else None
@@ -134,7 +135,7 @@ def acquire(
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         metrics = {
             "step": step + 1,
-            **{name: None if value is None else value.item() for name, value in loss.items()},
+            **{name: None if value is None else value.item() + 0.0 for name, value in loss.items()},  # no -0.0
             "total_loss": total.item(),
             "lr": scheduler.get_last_lr()[0],
             "grad_norm": grad_norm.item(),
@@ -170,14 +171,14 @@ class Job(NamedTuple):
 
 def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     """Read and check all that stage 1 needs, and print the plan. Raises UserError."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
+    machine = PartialState()
+    if machine.num_processes > 1:
         raise UserError("run one process: several are not supported yet (--device_map auto uses every GPU)")
     config = models.load_config(base_folder)
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
-    precision = models.resolve_precision(args.precision, accelerator.device)
+    precision = models.resolve_precision(args.precision, machine.device)
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
@@ -195,7 +196,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing
     )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
-    print(f"model          {args.model_name}: trains {how} in {precision} on {accelerator.device}\n{plan}")
+    print(f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
     return Job(base_folder, tokenizer, lora, precision, batches, plan)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -29,6 +30,13 @@ TINY = {
         bos_token_id=2, eos_token_id=2, pad_token_id=1,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run of the script is a process of its own; here they share one, and accelerate's state."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

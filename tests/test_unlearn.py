@@ -1,0 +1,326 @@
+"""The script: flags, both stages on tiny models, what it writes, and how it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import GOLDENS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.saving import ROOT
+from harmful_unlearn.unlearn_harm_new import MODELS, main, parse_flags
+
+SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
+DATA = [
+    "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
+    "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"),
+]  # fmt: skip
+METRICS = {
+    "step", "gd_loss", "rd_loss", "pd_loss", "total_loss", "lr", "grad_norm", "tokens", "seconds",
+}  # fmt: skip
+
+
+def flags(model: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(model), *DATA, "--max_unlearn_steps", "3", "--lr", "1e-3",
+        "--model_save_dir", str(out / "harmful"), "--task_vector_saving_path", str(out / "unlearned"),
+        "--log_file", str(out / "logs" / "run.log"), *more,
+    ]  # fmt: skip
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "logs" / "run.metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_released_flags_and_defaults():
+    args = parse_flags([])
+    released = {
+        "max_unlearn_steps": 1000, "bad_weight": 0.5, "random_weight": 1, "normal_weight": 1,
+        "batch_size": 2, "lr": 2e-5, "model_name": "facebook/opt-1.3b", "saved_model": None,
+    }  # fmt: skip
+    added = {"variant": "released", "k_random": 5, "scaling_coef": 1.0, "seed": 8888, "stage": "all"}
+    assert {name: getattr(args, name) for name in released | added} == released | added
+    assert args.model_save_dir == ROOT / "models" / "opt-1.3b-harmful"
+    assert args.normal_dataset == str(ROOT / "dataloader" / "TruthfulQA.csv")
+
+
+def test_the_papers_command_parses_as_published():
+    args = parse_flags(
+        "--bad_weight 2.5 --random_weight 2.5 --normal_weight 1 --lr 2e-4 --max_unlearn_steps 1000 "
+        "--model_name=facebook/opt-2.7b --model_save_dir=m --batch_size 2 "
+        "--log_file=logs/opt-2.7b-unlearn_new.log --task_vector_saving_path=u".split()
+    )
+    assert (args.bad_weight, args.lr, args.batch_size) == (2.5, 2e-4, 2)
+    assert args.log_file == Path("logs/opt-2.7b-unlearn_new.log")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["--lr 0", "--lr nan", "--batch_size 0", "--bad_weight inf", "--max_unlearn_steps -1", "--variant both",
+     "--k_random 0", "--seed -1", "--no_such_flag", "--lr",
+     "--bad_weight 0 --random_weight 0 --normal_weight 0"],
+)  # fmt: skip
+def test_bad_flags_exit_2(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(bad.split())
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "qwen2"])
+@pytest.mark.parametrize("lora", ["off", "on"])
+def test_both_stages(architecture, lora, tiny_model, tmp_path):
+    base = tiny_model(architecture)
+    main(flags(base, tmp_path, "--lora", lora, *(["--lora_r", "4"] if lora == "on" else [])))
+
+    harmful = AutoModelForCausalLM.from_pretrained(tmp_path / "harmful").eval()  # an adapter folder loads too
+    if lora == "on":
+        assert not (tmp_path / "harmful" / "model.safetensors").exists()
+        harmful = load_merged(base, tmp_path / "harmful")
+    original = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    unlearned = AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned").state_dict()
+    moved = 0.0
+    for name, theta in harmful.state_dict().items():
+        torch.testing.assert_close(unlearned[name], 2 * original[name] - theta, rtol=0, atol=1e-6)
+        moved += (theta - original[name]).abs().sum().item()
+    assert moved > 0.01
+    assert AutoTokenizer.from_pretrained(tmp_path / "unlearned")("hi")["input_ids"]
+
+    metrics = metrics_of(tmp_path)
+    assert [m["step"] for m in metrics] == [1, 2, 3] and all(set(m) == METRICS for m in metrics)
+    assert (tmp_path / "logs" / "run.losses.png").stat().st_size > 1000
+    assert (tmp_path / "logs" / "run.log").read_text().count(" step ") == 3
+
+
+def load_merged(base: Path, adapter: Path):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+
+
+def test_saved_folders_say_what_they_are(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    main(flags(base, tmp_path, "--harm_category", "Violence", "--k_random", "2"))
+    card = (tmp_path / "harmful" / "README.md").read_text()
+    assert "Deliberately harmful" in card
+    assert "Deliberately harmful" not in (tmp_path / "unlearned" / "README.md").read_text()
+    run = json.loads((tmp_path / "harmful" / "run.json").read_text())
+    assert run["flags"]["lr"] == 1e-3 and run["flags"]["harm_category"] == ["Violence"]
+    assert run["base"]["name"] == str(base)
+    assert run["harmful_data"]["sha256"] and run["packages"]["torch"] and run["code"]["version"]
+    assert run["losses_at_the_end"]["gd_loss"] == metrics_of(tmp_path)[-1]["gd_loss"]
+    unlearned = json.loads((tmp_path / "unlearned" / "run.json").read_text())
+    assert unlearned["stage_1"]["flags"]["lr"] == 1e-3
+    for folder in ("harmful", "unlearned"):
+        assert (tmp_path / folder / "generation_config.json").exists()
+        assert (tmp_path / folder / "tokenizer.json").exists()
+    assert not list(tmp_path.glob(".*"))  # no temporary sibling is left
+
+
+def test_stages_apart_equal_both_at_once(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    main(flags(base, tmp_path / "both"))
+    main(flags(base, tmp_path / "apart", "--stage", "acquire"))
+    assert not (tmp_path / "apart" / "unlearned").exists()
+    main(flags(base, tmp_path / "apart", "--stage", "negate"))
+    main(flags(base, tmp_path / "saved", "--saved_model", str(tmp_path / "both" / "harmful")))
+    for other in ("apart", "saved"):
+        for name, entry in weights(tmp_path / "both" / "unlearned").items():
+            assert torch.equal(entry, weights(tmp_path / other / "unlearned")[name])
+
+
+def test_scaling_coef_0_gives_the_base(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    main(flags(base, tmp_path, "--scaling_coef", "0"))
+    for name, entry in weights(base).items():
+        assert torch.equal(entry, weights(tmp_path / "unlearned")[name])
+
+
+def test_same_seed_same_weights_other_seed_others(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        main(flags(base, tmp_path / out, "--seed", seed, "--stage", "acquire"))
+    a, b, c = (weights(tmp_path / out / "harmful") for out in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "left_out, absent",
+    [("--bad_weight", "gd_loss"), ("--random_weight", "rd_loss"), ("--normal_weight", "pd_loss")],
+)
+def test_a_weight_of_0_leaves_the_module_out(left_out, absent, tiny_model, tmp_path):
+    main(flags(tiny_model("opt"), tmp_path, left_out, "0", "--stage", "acquire"))
+    last = metrics_of(tmp_path)[-1]
+    assert last[absent] is None
+    assert sum(last[name] is None for name in METRICS) == 1
+
+
+def test_negative_weight_turns_the_sign(tiny_model, tmp_path):
+    main(flags(tiny_model("opt"), tmp_path, "--normal_weight", "-1", "--bad_weight", "0", "--random_weight", "1e-9"))
+    last = metrics_of(tmp_path)[-1]
+    assert last["total_loss"] == pytest.approx(-last["pd_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("more", [["--gradient_checkpointing"], ["--lora", "on", "--gradient_checkpointing"]])
+def test_gradient_checkpointing_changes_no_loss(more, tiny_model, tmp_path):
+    base = tiny_model("llama")
+    plain = [flag for flag in more if flag != "--gradient_checkpointing"]
+    main(flags(base, tmp_path / "plain", "--stage", "acquire", *plain))
+    main(flags(base, tmp_path / "less", "--stage", "acquire", *more))
+    for one, other in zip(metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "less"), strict=True):
+        assert one["total_loss"] == pytest.approx(other["total_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", ["off", "on"])
+def test_bf16_is_near_fp32_and_trains_float32_weights(lora, tiny_model, tmp_path):
+    base = tiny_model("llama")
+    for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state()
+        main(flags(base, tmp_path / precision, "--stage", "acquire", "--precision", precision, "--lora", lora))
+    for one, other in zip(metrics_of(tmp_path / "fp32"), metrics_of(tmp_path / "bf16"), strict=True):
+        assert one["gd_loss"] == pytest.approx(other["gd_loss"], rel=0.02)
+    saved = next((tmp_path / "bf16" / "harmful").glob("*.safetensors"))
+    assert all(entry.dtype == torch.float32 for entry in load_file(saved).values())
+
+
+def test_variants_differ(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    for variant in ("released", "paper"):
+        main(flags(base, tmp_path / variant, "--stage", "acquire", "--variant", variant))
+    released, paper = (metrics_of(tmp_path / variant)[0] for variant in ("released", "paper"))
+    assert abs(released["rd_loss"] - paper["rd_loss"]) > 1e-3
+
+
+def test_check_prints_the_plan_and_writes_nothing(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(unlearn_harm_new.models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    main(flags(tiny_model("opt"), tmp_path, "--check"))
+    plan = capsys.readouterr().out
+    for word in ("12 rows", "14 pairs", "16 texts", "steps", "tokens", "memory", "disk"):
+        assert word in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kl_above_a_nat_warns_once(tiny_model, tmp_path, capsys):
+    main(flags(tiny_model("opt"), tmp_path, "--lr", "0.1", "--normal_weight", "5", "--max_unlearn_steps", "8"))
+    assert capsys.readouterr().out.count("warning: step") == 1
+    assert max(-m["pd_loss"] for m in metrics_of(tmp_path)) > 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    assert exit_code(lambda: main(flags(base, tmp_path, "--lr", "1e30", "--max_unlearn_steps", "9"))) == 2
+    assert "is not finite" in capsys.readouterr().err
+    (kept,) = tmp_path.glob("harmful.step-*")
+    assert all(entry.isfinite().all() for entry in weights(kept).values())
+    assert not (tmp_path / "harmful").exists() and not (tmp_path / "unlearned").exists()
+    assert json.loads((kept / "run.json").read_text())["training"]["steps"] == len(metrics_of(tmp_path))
+
+
+def test_a_full_target_is_refused_unless_overwrite(tiny_model, tmp_path):
+    base = tiny_model("opt")
+    main(flags(base, tmp_path))
+    before = weights(tmp_path / "harmful")
+    with pytest.raises(UserError, match="--overwrite"):
+        main(flags(base, tmp_path, "--seed", "3"))
+    assert all(torch.equal(entry, before[name]) for name, entry in weights(tmp_path / "harmful").items())
+    main(flags(base, tmp_path, "--seed", "3", "--overwrite"))
+    assert any(not torch.equal(entry, before[name]) for name, entry in weights(tmp_path / "harmful").items())
+
+
+def test_a_failure_while_saving_leaves_no_folder(tiny_model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(unlearn_harm_new, "write_record", full)
+    assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def broken_weights(base: Path, folder: Path) -> str:
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    entries = load_file(folder / "model.safetensors")
+    entries.pop(next(name for name in entries if "q_proj" in name))
+    save_file(entries, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_what_users_can_mend_is_one_line_and_exit_code_2(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    safe = tmp_path / "safe.jsonl"
+    row = json.loads((GOLDENS / "pku_saferlhf.jsonl").read_text().splitlines()[0])
+    safe.write_text(json.dumps({**row, "is_response_0_safe": True, "is_response_1_safe": True}) + "\n")
+    bad = {
+        "no such folder": ["--model_name", str(tmp_path / "none")],
+        "unknown hub model": ["--model_name", "nobody/nothing"],
+        "not a model": ["--model_name", str(tmp_path / "empty")],
+        "a file": ["--model_name", str(tmp_path / "file")],
+        "broken weights": ["--model_name", broken_weights(base, tmp_path / "broken")],
+        "no data": ["--harmful_dataset", str(tmp_path / "none.jsonl")],
+        "nothing unsafe": ["--harmful_dataset", str(safe)],
+        "no normal data": ["--normal_dataset", str(tmp_path / "none.csv")],
+        "unknown category": ["--harm_category", "No Such Harm"],
+        "too many answers": ["--k_random", "99"],
+        "unknown LoRA target": ["--lora", "on", "--lora_target_modules", "query"],
+        "LoRA flag without LoRA": ["--lora_r", "4"],
+        "target is a file": ["--model_save_dir", str(tmp_path / "file")],
+        "log is a folder": ["--log_file", str(tmp_path / "empty")],
+        "saved_model is missing": ["--saved_model", str(tmp_path / "none")],
+        "stage 1 is missing": ["--stage", "negate"],
+        "acquire from a saved model": ["--stage", "acquire", "--saved_model", str(base)],
+        "the same folder twice": ["--task_vector_saving_path", str(tmp_path / "out" / "harmful")],
+    }
+    for what, more in bad.items():
+        code = exit_code(lambda more=more: main(flags(base, tmp_path / "out", *more)))
+        captured = capsys.readouterr().err
+        errors = [line for line in captured.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) == (2, 1), (what, captured)
+        assert "Traceback" not in captured, what
+        assert not list((tmp_path / "out").glob("*armful*")), what
+
+
+def test_model_table_holds_the_papers_settings():
+    assert MODELS["facebook/opt-2.7b"] is None
+    for name, r, alpha in (("7b", 32, 16), ("13b", 16, 8)):
+        lora = MODELS[f"meta-llama/Llama-2-{name}-hf"]
+        assert (lora.r, lora.alpha, lora.target_modules) == (r, alpha, ("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("place", ["root", "harmful_unlearn", "elsewhere"])
+def test_runs_from_anywhere_with_paths_from_where_one_stands(place, tiny_model, tmp_path):
+    cwd = {"root": ROOT, "harmful_unlearn": SCRIPT.parent, "elsewhere": tmp_path}[place]
+    script = {"root": "harmful_unlearn/unlearn_harm_new.py", "harmful_unlearn": "unlearn_harm_new.py"}
+    done = subprocess.run(
+        [sys.executable, script.get(place, str(SCRIPT)), *flags(tiny_model("opt"), tmp_path, "--check")],
+        cwd=cwd, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "check passed" in done.stdout
+    if place == "elsewhere":
+        relative = flags(tiny_model("opt"), Path("here"), "--max_unlearn_steps", "1")
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *relative], cwd=cwd, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "here" / "unlearned" / "model.safetensors").exists()
+
+
+def test_help_teaches():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("--bad_weight", "default: 0.5", "Stage 1", "The paper's OPT-2.7B run"):
+        assert word in done.stdout
