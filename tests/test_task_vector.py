@@ -116,7 +116,7 @@ def test_arithmetic_laws():
     assert same(sum([a, b]).vector, (a + b).vector)
     assert same((a - b).vector, (a + -b).vector)
     assert same((2 * a).vector, (a + a).vector) and same((a * 2).vector, (2 * a).vector)
-    assert same((-(-a)).vector, a.vector)
+    assert same((-1 * -a).vector, a.vector)
     assert not (a - a).vector[name].any() and a.vector[name].any()
     with pytest.raises(TypeError):
         a + 1
@@ -269,12 +269,35 @@ def test_dispatched_models(architecture, how, tmp_path):
     third = tau.apply_to(unlearned)
     (-tau).apply_to(spread, in_place=True)
     torch.testing.assert_close(spread(IDS).logits, expected, rtol=0, atol=1e-6)
-    del unlearned  # the third model must not read files that went with it
     torch.testing.assert_close(third(IDS).logits, original, rtol=0, atol=1e-5)
+    one = next(name for name in tau.vector if "layers.1" in name)
+    fourth = TaskVector(vector={one: 0 * tau.vector[one]}, partial=True).apply_to(unlearned)
+    del unlearned, third
+    gc.collect()  # the fourth still reads files that its parent wrote
+    torch.testing.assert_close(fourth(IDS).logits, expected, rtol=0, atol=1e-6)
     assert all(file.read_bytes() == content for file, content in files.items())
-    del spread, third
+    del spread, fourth
     gc.collect()
     assert not list(tmp_path.rglob("task-vector-*"))
+
+
+def test_tied_head_on_disk_and_a_file_without_it(tmp_path):
+    base = make("opt")
+    state = tuned(base).state_dict()
+    del state["lm_head.weight"]
+    spread = dispatched(make("opt"), "all on disk", tmp_path)
+    unlearned = (-TaskVector(spread, state)).apply_to(spread)
+    expected = (-TaskVector(base, state)).apply_to(base)
+    torch.testing.assert_close(unlearned(IDS).logits, expected(IDS).logits, rtol=0, atol=1e-6)
+
+
+def test_copy_of_a_dispatched_model_has_no_strings_to_it():
+    base = make("opt")
+    places = {name: "cpu" for name, module in base.named_modules() if not list(module.children())}
+    dispatch_model(base, places, force_hooks=True)
+    there = TaskVector(base, base).apply_to(base)
+    there.to(torch.float64)
+    assert there.dtype == torch.float64 and base.dtype == torch.float32
 
 
 def test_meta_without_values_is_refused():
@@ -352,8 +375,8 @@ def test_adapter_on_a_tied_head(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"},
-    {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]},
+    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
+    {"init_lora_weights": "pissa"}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]},
 ])  # fmt: skip
 def test_adapters_that_are_more_than_lora_are_refused(settings, tmp_path):
     base = make("qwen2")
