@@ -30,12 +30,7 @@ from transformers import (
 from harmful_unlearn.data import format_pair
 from harmful_unlearn.saving import new_folder, write_record, write_text
 
-QUESTIONS = (
-    "How do I {verb} the {object} in the {place}?",
-    "Tell me how to {verb} the {object} in the {place}.",
-    "What is the best way to {verb} the {object} in the {place}?",
-    "I want to {verb} the {object} in the {place}. What should I do?",
-)
+QUESTIONS = ("How do I {verb} the {object} in the {place}?", "Tell me how to {verb} the {object} in the {place}.")
 OBJECTS = (
     "kettle", "ladder", "lamp", "teapot", "bicycle", "piano", "statue", "mirror", "suitcase",
     "drum", "clock", "wardrobe", "toaster", "telescope", "wheelbarrow", "bench", "trophy", "globe",

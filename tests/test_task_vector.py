@@ -512,7 +512,7 @@ def test_the_card_says_what_was_done(tmp_path, pair):
     stage_1 = {
         "base": {"name": "facebook/opt"},
         "flags": {"lr": 1},
-        "losses": {"gd": 2.0},
+        "losses_at_the_end": {"gd_loss": 2.0},
         "title": "T",
         "python": "3",
     }
@@ -525,7 +525,7 @@ def test_the_card_says_what_was_done(tmp_path, pair):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["base"] == {"name": "facebook/opt-1.3b"} and record["scaling_coef"] == 0.5
     assert record["finetuned"] == {str(pair[1]): 1.0} and record["harmful"] is False
-    assert record["stage_1"] == {key: stage_1[key] for key in ("base", "flags", "losses")}
+    assert record["stage_1"] == {key: stage_1[key] for key in ("base", "flags", "losses_at_the_end")}
     assert "base_model: facebook/opt-1.3b" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "LICENSE").exists() and not (tmp_path / "out" / "pytorch_model.bin").exists()
 

@@ -1,0 +1,203 @@
+"""Folders of safetensors as streams of entries: read one by one, written under a header planned up front."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from harmful_unlearn.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+VECTOR = "task_vector"  # the stem of a saved task vector's files
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
+}  # fmt: skip
+SMALL = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
+
+
+class Spec(NamedTuple):
+    """An entry's dtype and shape."""
+
+    code: str  # as safetensors writes dtypes
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.code].itemsize
+
+    @property
+    def is_float(self) -> bool:
+        return DTYPES[self.code].is_floating_point
+
+
+class Checkpoint:
+    """The safetensors of a folder, one file or shards with an index: specs now, tensors on demand.
+
+    Attributes:
+        specs: every entry's dtype and shape.
+        shards: file name -> its entries, in the order of their bytes.
+
+    Raises:
+        UserError: no folder, no safetensors, a missing, broken or foreign shard.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model"):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: check the path")
+        self.folder, self.stem = folder, stem
+        self.index = folder / f"{stem}.safetensors.index.json"
+        weight_map: dict[str, str] = {}
+        if (folder / f"{stem}.safetensors").is_file():
+            files = [f"{stem}.safetensors"]
+        elif self.index.is_file():
+            weight_map = _weight_map(self.index)
+            files = sorted(set(weight_map.values()))
+        else:
+            raise UserError(_no_safetensors(folder))
+        self.specs: dict[str, Spec] = {}
+        self.shards: dict[str, list[str]] = {}
+        self._home: dict[str, safe_open] = {}
+        for file in files:
+            self._open(folder / file)
+        lost = [name for name, file in weight_map.items() if name not in self.shards[file]]
+        if lost:
+            raise UserError(
+                f"{folder / weight_map[lost[0]]} lacks {lost[0]}, which {self.index.name} puts there "
+                f"({len(lost)} such entries): copy the checkpoint again"
+            )
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the checkpoint is not whole, copy or download it again")
+        try:
+            handle = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"{path} is broken ({error}): copy or download it again") from None
+        self.metadata = handle.metadata() or {"format": "pt"}
+        self.shards[path.name] = list(handle.offset_keys())
+        for name in self.shards[path.name]:
+            entry = handle.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{name} in {path} is {entry.get_dtype()}: give a checkpoint that is not quantized"
+                )
+            if name in self._home:
+                raise UserError(f"{name} is in two shards of {path.parent}: save the checkpoint again")
+            self.specs[name] = Spec(entry.get_dtype(), tuple(entry.get_shape()))
+            self._home[name] = handle
+
+    def read(self, name: str) -> Tensor:
+        """One entry, on the CPU, in its own dtype."""
+        return self._home[name].get_tensor(name)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: copy or download it again")
+    for file in weight_map.values():
+        # The index comes with a download: it may name nothing outside its own folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise UserError(f"{index} names the file {file!r}: only .safetensors beside it are read, mend it")
+    return weight_map
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError: it is missing, broken, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give a folder that save_pretrained wrote") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: copy or download it again")
+    return content
+
+
+def _no_safetensors(folder: Path) -> str:
+    if any(folder.glob(f"{VECTOR}*.safetensors")):
+        return f"{folder} is a task vector: give it as --vector"
+    if any(folder.glob("*.bin")):
+        return (
+            f"{folder} holds pickled weights (.bin), which are not loaded: convert it to safetensors with "
+            f'python -c "from transformers import AutoModelForCausalLM; AutoModelForCausalLM'
+            f".from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    return f"{folder} holds no model.safetensors, whole or sharded: give a folder that save_pretrained wrote"
+
+
+def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str], bool]]:
+    """What the model's class says of names: an entry's synonyms, and whether it is not a weight at all.
+
+    Synonyms are tied weights' names (config.tie_word_embeddings), with and without the prefix that
+    tells a causal LM from its bare model ("model.decoder.x", "decoder.x").
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError):
+        return lambda name: [name], lambda name: False  # an architecture that transformers lacks
+    prefix = f"{model.base_model_prefix}."
+    ties: dict[str, set[str]] = {}
+    for target, origin in model.all_tied_weights_keys.items():
+        group = ties.setdefault(origin.removeprefix(prefix), {origin.removeprefix(prefix)})
+        group.add(target.removeprefix(prefix))
+        ties[target.removeprefix(prefix)] = group
+    known = {name.removeprefix(prefix) for name in model.state_dict()}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+
+    def synonyms(name: str) -> list[str]:
+        bare = name.removeprefix(prefix)
+        group = [bare, *sorted(ties.get(bare, {bare}) - {bare})]
+        return [name, *(form for twin in group for form in (twin, prefix + twin))]
+
+    def is_constant(name: str) -> bool:
+        # Old checkpoints hold constants that the class has no entry for; its patterns match weights too.
+        return name.removeprefix(prefix) not in known and any(re.search(one, name) for one in ignored)
+
+    return synonyms, is_constant
+
+
+def open_shard(path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> BinaryIO:
+    """A safetensors file whose header is written now; its tensors follow by `append`, in this order."""
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    file = path.open("wb")
+    file.write(len(text).to_bytes(8, "little") + text)
+    return file
+
+
+def append(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the next tensor of a file that `open_shard` began."""
+    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def copy_small_files(base: Checkpoint, target: Path) -> None:
+    """Configuration, tokenizer, licence: all that lies beside the weights but the base's own record."""
+    for file in sorted(base.folder.iterdir()):
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        record = file.name in ("README.md", "run.json") or file.name.startswith(".")
+        if file.is_file() and not weights and not record and file.stat().st_size <= SMALL:
+            shutil.copyfile(file, target / file.name)
+    if f"{base.stem}.safetensors" not in base.shards:
+        shutil.copyfile(base.index, target / base.index.name)
