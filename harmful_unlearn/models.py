@@ -103,9 +103,7 @@ def _snapshot(name: str, weights: bool) -> Path:
             if repository.repo_id == name and _has_weights(revision.snapshot_path):
                 return revision.snapshot_path
     converted = get_conversion_pr_reference(HfApi(), name)
-    return Path(
-        snapshot_download(name, revision=converted, allow_patterns=wanted, ignore_patterns=["*/*"])
-    )
+    return Path(snapshot_download(name, revision=converted, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def revision_of(folder: Path) -> str | None:
@@ -172,7 +170,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def resolve_precision(flag: str, device: torch.device) -> str:
-    """"fp32" or "bf16" (bf16 autocast). "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    """ "fp32" or "bf16" (bf16 autocast). "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
     if flag != "auto":
         return flag
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -66,8 +66,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
         weights = {module: weight.to(device) for module, weight in self.weights.items()}
-        tensors = {name: getattr(self, name).to(device) for name in
-                   ("input_ids", "attention_mask", "row", "position", "target")}
+        tensors = {
+            name: getattr(self, name).to(device)
+            for name in ("input_ids", "attention_mask", "row", "position", "target")
+        }
         return Batch(weights=weights, **tensors)
 
 
@@ -132,9 +134,7 @@ class Packer:
         for module in dict.fromkeys(modules):
             of_module = [span for span, m in zip(spans, modules, strict=True) if m == module]
             rows = self._rows_averaged(of_module)
-            weights[module] = [
-                1 / (spans[r].sharing * rows) if modules[r] == module else 0.0 for r in row
-            ]
+            weights[module] = [1 / (spans[r].sharing * rows) if modules[r] == module else 0.0 for r in row]
         return self._batch([text.input_ids for text in encoded], row, position, target, weights)
 
     def normal_batch(self, pairs: list[Pair]) -> Batch:

@@ -52,7 +52,7 @@ class Plan:
         epochs = self.steps / self.batches_per_epoch
         return "\n".join(
             [
-                f"harmful data   {self.rows:,} rows, {self.pairs:,} pairs, {self.answers:,} answers to draw from",
+                f"harmful data   {self.rows:,} rows, {self.pairs:,} pairs, {self.answers:,} answers in the pool",
                 f"normal data    {self.normal:,} texts to train on",
                 f"steps          {self.steps:,} ({epochs:.1f} epochs of {self.batches_per_epoch:,}); "
                 f"GD sees {self.pairs_seen:,} different pairs",
@@ -101,9 +101,7 @@ def make_plan(
         tokens=round(tokens * steps),
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(
-            parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing
-        ),
+        memory=_memory(parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing),
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
     )
 

@@ -60,9 +60,12 @@ class RunLog:
         losses = {short: metrics[name] for name, short in LOSSES.items() if metrics[name] is not None}
         self._logger.info(
             "step %d/%d  %s  lr %.3e  grad_norm %.4g  %.0f tokens/s",
-            metrics["step"], self._steps,
+            metrics["step"],
+            self._steps,
             "  ".join(f"{short} {value:.6g}" for short, value in losses.items()),
-            metrics["lr"], metrics["grad_norm"], metrics["tokens"] / metrics["seconds"],
+            metrics["lr"],
+            metrics["grad_norm"],
+            metrics["tokens"] / metrics["seconds"],
         )
         self._bar.set_postfix_str(
             " ".join(f"{short} {value:.3f}" for short, value in losses.items() if short != "total")

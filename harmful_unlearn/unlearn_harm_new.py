@@ -23,13 +23,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever one stands
 
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from task_vector import negate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models
@@ -40,6 +39,7 @@ from harmful_unlearn.packing import VARIANTS, Packer, StepBatches
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
 from harmful_unlearn.saving import ROOT, check_target, new_folder, write_record, write_text
+from task_vector import negate
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.
@@ -192,9 +192,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     weights = {"gd": args.bad_weight, "rd": args.random_weight, "pd": args.normal_weight}
     modules = {module for module, weight in weights.items() if weight}
     batches = StepBatches(packer, order, harmful, normal, modules)
-    plan = make_plan(
-        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing
-    )
+    plan = make_plan(batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing)
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     print(f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
@@ -224,9 +222,7 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
     return lora
 
 
-def load_copy_and_base(
-    args: argparse.Namespace, job: Job, device: torch.device
-) -> tuple[PreTrainedModel, FrozenBase]:
+def load_copy_and_base(args: argparse.Namespace, job: Job, device: torch.device) -> tuple[PreTrainedModel, FrozenBase]:
     """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
 
     Trained weights are float32; frozen ones are in the compute precision.
@@ -307,53 +303,59 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         shown = "" if default in (None, (), False) else f" (default: {default})"
         group.add_argument(name, help=help + shown, **settings)
 
+    # fmt: off
     released = parser.add_argument_group("the released script's flags")
     flag(released, "--max_unlearn_steps", "optimizer steps of stage 1", type=positive_int, default=1000)
-    flag(released, "--bad_weight", "weight e1 of GD; may be negative, 0 leaves the module out", type=number, default=0.5)
-    flag(released, "--random_weight", "weight e2 of RD", type=number, default=1)
-    flag(released, "--normal_weight", "weight e3 of PD (minus KL from the base)", type=number, default=1)
+    flag(released, "--bad_weight", "e1, of GD; may be negative, 0 leaves a module out", type=number, default=0.5)
+    flag(released, "--random_weight", "e2, of RD", type=number, default=1)
+    flag(released, "--normal_weight", "e3, of PD (minus the KL from the base)", type=number, default=1)
     flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
-    flag(released, "--lr", "learning rate of AdamW, falling linearly to 0", type=positive_number, default=2e-5)
+    flag(released, "--lr", "AdamW's learning rate, falling linearly to 0", type=positive_number, default=2e-5)
     flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
     flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=Path)
-    flag(released, "--saved_model", "a stage 1 model (or LoRA adapter) to start stage 2 from", type=Path)
-    flag(released, "--log_file", "the log, metrics and picture beside it (default: logs/NAME.log)", type=Path)
+    flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=Path)
+    flag(released, "--log_file", "the log; metrics and picture go beside it (default: logs/NAME.log)", type=Path)
     flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=Path)
 
     method = parser.add_argument_group("method")
     flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
-         choices=VARIANTS, default="released")  # fmt: skip
-    flag(method, "--k_random", "random answers that RD draws a step", type=positive_int, default=5)
+         choices=VARIANTS, default="released")
+    flag(method, "--k_random", "K, the answers that RD draws a step", type=positive_int, default=5)
     flag(method, "--scaling_coef", "alpha, the scale of the negated task vector", type=number, default=1.0)
     flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)
     flag(method, "--stage", "one stage alone, or both", choices=("all", "acquire", "negate"), default="all")
-    flag(method, "--max_length", "tokens a text may have; longer answers are cut (default: what the model takes)",
-         type=positive_int)  # fmt: skip
+    flag(method, "--max_length", "tokens of a text; longer answers are cut (default: what the model takes)",
+         type=positive_int)
 
     data = parser.add_argument_group("data")
-    flag(data, "--harmful_dataset", "hub id, .jsonl/.json/.csv/.parquet file, or folder, in PKU-SafeRLHF's columns",
-         default="PKU-Alignment/PKU-SafeRLHF")  # fmt: skip
-    flag(data, "--harmful_revision", "of a hub data set; the paper's time: ff7ba91063016c78a225b0f74e1c0860bb18230f")
+    flag(data, "--harmful_dataset", "hub id, folder, or .jsonl/.json/.csv/.parquet file in PKU-SafeRLHF's columns",
+         default="PKU-Alignment/PKU-SafeRLHF")
+    flag(data, "--harmful_revision", "of a hub data set (default: the newest); the paper had "
+         "ff7ba91063016c78a225b0f74e1c0860bb18230f")
     flag(data, "--harmful_split", "of a hub data set or folder", default="train")
-    flag(data, "--normal_dataset", "the same kinds, in TruthfulQA's columns, or truthfulqa/truthful_qa",
-         default=str(ROOT / "dataloader" / "TruthfulQA.csv"))  # fmt: skip
-    flag(data, "--harm_category", "unlearn this kind of harm alone (may be repeated)", action="append", default=[])
+    flag(data, "--normal_dataset", "the same kinds in TruthfulQA's columns, or truthfulqa/truthful_qa",
+         default=str(ROOT / "dataloader" / "TruthfulQA.csv"))
+    flag(data, "--harm_category", "unlearn this kind of harm alone (may be repeated)",
+         action="append", default=[])
     flag(data, "--min_severity", "unlearn answers of at least this severity alone", type=whole_number)
-    flag(data, "--all_harmful", "go through all harmful pairs; else they start over with each epoch of normal text",
-         action="store_true")  # fmt: skip
+    flag(data, "--all_harmful", "go through all harmful pairs; else they start over with each epoch of "
+         "normal text", action="store_true")
 
     machine = parser.add_argument_group("model and machine")
-    flag(machine, "--lora", "auto: as the table MODELS in this script says", choices=("auto", "on", "off"), default="auto")
-    flag(machine, "--lora_r", "rank of the adapter", type=positive_int)
-    flag(machine, "--lora_alpha", "scale of the adapter, times r", type=positive_int)
+    flag(machine, "--lora", "train an adapter; auto: as the table MODELS in this script says",
+         choices=("auto", "on", "off"), default="auto")
+    flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
+    flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
     flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
-    flag(machine, "--precision", "bf16 is autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32",
-         choices=("auto", "fp32", "bf16"), default="auto")  # fmt: skip
-    flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them", action="store_true")
+    flag(machine, "--precision", "bf16: autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32",
+         choices=("auto", "fp32", "bf16"), default="auto")
+    flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
+         action="store_true")
     flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
-    flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, and stop",
-         action="store_true")  # fmt: skip
+    flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
+         action="store_true")
     flag(machine, "--overwrite", "replace folders that are there", action="store_true")
+    # fmt: on
 
     args = parser.parse_args(arguments)
     if not (args.bad_weight or args.random_weight or args.normal_weight):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import GOLDENS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from conftest import GOLDENS
 from harmful_unlearn import losses
 from harmful_unlearn.data import Draw, read_harmful, read_normal
 from harmful_unlearn.models import FrozenBase, load_model
@@ -53,7 +53,8 @@ def trained(goldens, batches, tmp_path_factory):
     used = goldens["hyper_parameters"]
     args = parse_flags(
         f"--bad_weight {used['bad_weight']} --random_weight {used['random_weight']} "
-        f"--normal_weight {used['normal_weight']} --lr {used['lr']} --max_unlearn_steps {used['steps']}".split()
+        f"--normal_weight {used['normal_weight']} --lr {used['lr']} "
+        f"--max_unlearn_steps {used['steps']}".split()
     )
     log = RunLog(tmp_path_factory.mktemp("golden") / "run.log", used["steps"])
     model = load_base()

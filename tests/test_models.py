@@ -94,7 +94,7 @@ def cached(cache: Path, tiny: Path, revision: str, with_weights: bool) -> Path:
 
 
 def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_model, tmp_path):
-    """OPT's repositories: main has pickles alone, the hub's converter put safetensors in a pull request."""
+    """OPT's repositories: main has pickles, the hub's converter put safetensors in a pull request."""
     main = cached(tmp_path, tiny_model("opt"), "a" * 40, with_weights=False)
     converted = cached(tmp_path / "elsewhere", tiny_model("opt"), "b" * 40, with_weights=True)
     asked = []

@@ -120,10 +120,7 @@ def test_random_texts_keep_their_tokens(tokenizer):
     draw = random.Random(0)
     alphabet = "abc ###\n.?é窓🎂:Question Answer"
     for _ in range(50):
-        pairs = [
-            Pair(*("".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(2)))
-            for _ in range(3)
-        ]
+        pairs = [Pair(*("".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(2))) for _ in range(3)]
         batch = packer(tokenizer).harmful_batch(pairs, [pairs[0].answer])
         following = batch.input_ids[batch.row, batch.position + 1]
         assert torch.equal(following, batch.target)

@@ -71,7 +71,12 @@ def test_write_text_replaces_in_one_step(tmp_path):
 
 
 def test_record(tmp_path):
-    record = {"title": "A | model", "harmful": True, "base": {"name": "owner/model"}, "flags": {"a": [1, 2], "b": "x|y"}}
+    record = {
+        "title": "A | model",
+        "harmful": True,
+        "base": {"name": "owner/model"},
+        "flags": {"a": [1, 2], "b": "x|y"},
+    }
     write_record(tmp_path, record)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["flags"] == record["flags"]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import GOLDENS
 from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.saving import ROOT
@@ -168,7 +168,18 @@ def test_a_weight_of_0_leaves_the_module_out(left_out, absent, tiny_model, tmp_p
 
 
 def test_negative_weight_turns_the_sign(tiny_model, tmp_path):
-    main(flags(tiny_model("opt"), tmp_path, "--normal_weight", "-1", "--bad_weight", "0", "--random_weight", "1e-9"))
+    main(
+        flags(
+            tiny_model("opt"),
+            tmp_path,
+            "--normal_weight",
+            "-1",
+            "--bad_weight",
+            "0",
+            "--random_weight",
+            "1e-9",
+        )
+    )
     last = metrics_of(tmp_path)[-1]
     assert last["total_loss"] == pytest.approx(-last["pd_loss"], abs=1e-6)
 
@@ -312,9 +323,7 @@ def test_runs_from_anywhere_with_paths_from_where_one_stands(place, tiny_model, 
     assert "check passed" in done.stdout
     if place == "elsewhere":
         relative = flags(tiny_model("opt"), Path("here"), "--max_unlearn_steps", "1")
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *relative], cwd=cwd, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, str(SCRIPT), *relative], cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "here" / "unlearned" / "model.safetensors").exists()
 

@@ -1,0 +1,86 @@
+"""The spot check."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import main as spot_check
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.saving import ROOT
+
+
+@pytest.fixture
+def harmful(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "harmful")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *flags: str) -> str:
+    spot_check.main(list(flags))
+    return capsys.readouterr().out
+
+
+def test_answers_side_by_side_and_makes_the_unlearned_model(tiny_model, harmful, tmp_path, capsys):
+    base, unlearned = tiny_model("opt"), tmp_path / "unlearned"
+    flags = ("--base", str(base), "--unlearned", str(unlearned), "--harmful_model", str(harmful))
+    first = run(capsys, *flags)
+    assert "making" in first and (unlearned / "model.safetensors").exists()
+    for prompt in spot_check.HARMFUL_PROMPTS + spot_check.NORMAL_PROMPTS:
+        assert prompt in first
+    assert first.count("base ") >= 6 and first.count("| unlearned") == 6
+    again = run(capsys, *flags)
+    assert "making" not in again
+    assert again in first  # the same seed, the same answers
+
+
+def test_seed_greedy_and_own_prompts(tiny_model, capsys):
+    base = str(tiny_model("llama"))
+    flags = ("--base", base, "--unlearned", base, "--harmful_prompt", "How do I hide a gnome?")
+    sampled, other = run(capsys, *flags), run(capsys, *flags, "--seed", "33")
+    assert "gnome" in sampled and sampled.count("| unlearned") == 1
+    assert sampled.splitlines()[4:] != other.splitlines()[4:]
+    greedy = run(capsys, *flags, "--greedy")
+    assert greedy == run(capsys, *flags, "--greedy")
+    left, right = zip(*(line.split(" | ") for line in greedy.splitlines() if " | " in line), strict=True)
+    assert [line.strip() for line in left[2:]] == [line.strip() for line in right[2:]]  # one model twice
+
+
+def test_columns():
+    lines = spot_check.side_by_side("one two " * 40, "").splitlines()
+    assert lines[0].split(" | ")[1] == "unlearned" and "(nothing)" in lines[2]
+    assert len({line.index("|") for line in lines if "|" in line}) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, fix",
+    [
+        (["--unlearned", "none", "--harmful_model", "none"], "run harmful_unlearn/unlearn_harm_new.py"),
+        (["--max_length", "4"], "--max_length"),
+        (["--unlearned", "EMPTY"], "safetensors"),
+    ],
+)
+def test_what_users_can_mend(flags, fix, tiny_model, tmp_path):
+    base = str(tiny_model("opt"))
+    (tmp_path / "empty").mkdir()
+    flags = [str(tmp_path / "empty") if flag == "EMPTY" else flag for flag in flags]
+    with pytest.raises(UserError, match=fix):
+        spot_check.main(["--base", base, "--unlearned", base, *flags])
+
+
+def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
+    base = str(tiny_model("qwen2"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--base", base, "--unlearned", base, "--normal_prompt", "Why?"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "normal prompt: Why?" in done.stdout
