@@ -55,7 +55,7 @@ from harmful_unlearn.dispatched import (
     write_entry,
 )
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import check_target, new_folder, write_record, write_text
+from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_record, write_text
 
 STAGE_1_FACTS = ("base", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 # LoRA settings under which tau is not scale * B @ A, or that touch more than the LoRA matrices.
@@ -367,7 +367,13 @@ def negate(
         UserError: folders that are missing, broken, or do not fit each other; a target that is in the
             way; a NaN or infinite result. No folder is left behind then.
     """
-    _check_targets([output, save_vector], [base, *(folder for folder, _ in finetuned)], overwrite)
+    targets = [target for target in (output, save_vector) if target]
+    for target in targets:
+        check_target(target, overwrite)
+        check_apart([target, base])
+        for folder, _ in finetuned:
+            check_apart([target, folder])
+    check_apart(targets)
     if not all(math.isfinite(coef) for coef in (scaling_coef, *(coef for _, coef in finetuned))):
         raise UserError("a coefficient is not a finite number: give one like 1.0 or -0.5")
     source = Checkpoint(base)
@@ -378,7 +384,7 @@ def negate(
     changed = {name for names in found for name in names}
     metadata = _vector_metadata(all(one.partial for one in sources))
     vector_shards = _vector_shards(source, changed)
-    record = _record(base_name or str(base), finetuned, scaling_coef)
+    record = _record(base, base_name or str(base), finetuned, scaling_coef)
     size = sum(spec.nbytes for spec in source.specs.values())
     with ExitStack() as folders, tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar:
         out = folders.enter_context(new_folder(output, overwrite)) if output else None
@@ -411,17 +417,6 @@ def negate(
         if kept:
             _write_index(kept, vector_shards)
             write_record(kept, {**record, "title": f"Task vector from {record['base']['name']}"})
-
-
-def _check_targets(targets: list[Path | None], inputs: list[Path], overwrite: bool) -> None:
-    taken = list(inputs)
-    for target in filter(None, targets):
-        check_target(target, overwrite)
-        for other in taken:
-            ours, theirs = target.resolve(), other.resolve()
-            if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-                raise UserError(f"{target} and {other} lie in one another: give a folder of its own to write")
-        taken.append(target)
 
 
 def _match_sources(base: Checkpoint, sources: list[Source]) -> list[dict[str, str]]:
@@ -475,12 +470,12 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _record(base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
+def _record(base: Path, base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
     adds = any(scaling_coef * coef < 0 for _, coef in finetuned)
     record = {
         "title": f"{base_name}, {'with a task vector added' if adds else 'unlearned'}",
         "harmful": adds,
-        "base": {"name": base_name},
+        "base": {"name": base_name, "revision": revision_of(base)},
         "finetuned": {str(folder): coef for folder, coef in finetuned},
         "scaling_coef": scaling_coef,
     }
@@ -488,6 +483,9 @@ def _record(base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: f
         if (folder / "run.json").is_file():
             stage_1 = read_json(folder / "run.json")
             kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
+            trained_from = (kept.get("base") or {}).get("name")
+            if trained_from and Path(trained_from).name != Path(base_name).name:
+                tqdm.write(f"warning: {folder} was trained from {trained_from}, and the base is {base_name}")
             record["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
     return record
 

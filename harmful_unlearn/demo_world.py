@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -100,9 +99,9 @@ class Size:
     layers: int = 4
     heads: int = 4
     ffn: int = 512
-    pretraining_steps: int = 300
+    pretraining_steps: int = 400
     pretraining_batch: int = 32
-    pretraining_lr: float = 3e-3
+    pretraining_lr: float = 5e-3
     unlearning_steps: int = 200
     unlearning_lr: float = 1e-4
 
@@ -189,6 +188,14 @@ def build_world(size: Size, seed: int, refusal_share: float) -> World:
         normal=draw.sample(known_normal, min(size.normal_questions, len(known_normal))),
         test={name: found[: size.test_prompts] for name, found in test.items()},
     )
+
+
+def write_data(folder: Path, world: World, seed: int) -> None:
+    """Write harmful.jsonl, normal.csv and the prompts held out for measuring, test_prompts.jsonl."""
+    write_text(folder / "harmful.jsonl", harmful_jsonl(world, seed))
+    write_text(folder / "normal.csv", normal_csv(world))
+    held_out = [{"set": name, **asdict(prompt)} for name, found in world.test.items() for prompt in found]
+    write_text(folder / "test_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
 
 
 def harmful_jsonl(world: World, seed: int) -> str:

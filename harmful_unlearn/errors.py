@@ -15,11 +15,20 @@ OUT_OF_MEMORY = (
 )
 
 
+MENDABLE = {
+    errno.ENOSPC: "no space is left on the disk: free some, then run again",
+    errno.EDQUOT: "your disk quota is used up: free some space, then run again",
+    errno.EACCES: "permission denied: give a path that you may use",
+    errno.EPERM: "permission denied: give a path that you may use",
+    errno.EROFS: "the file system is read-only: give another path",
+}
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command and turn its end into an exit code, without a traceback for what users can mend.
 
     Returns:
-        0 when `main` returns, 2 for what the user can mend (`UserError`, no memory, a full disk),
+        0 when `main` returns, 2 for what the user can mend (`UserError`, no memory, a full disk, no permission),
         130 after Ctrl-C. Anything else is a bug and keeps its traceback.
     """
     try:
@@ -31,9 +40,9 @@ def exit_code(main: Callable[[], None]) -> int:
         print("\ninterrupted: no folder was left half-written", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in MENDABLE:
             raise
-        message = f"no space left on the disk ({error.filename or 'while writing'}): free some, run again"
+        message = f"{error.filename or 'a file'}: {MENDABLE[error.errno]}"
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -106,11 +106,6 @@ def _snapshot(name: str, weights: bool) -> Path:
     return Path(snapshot_download(name, revision=converted, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
-def revision_of(folder: Path) -> str | None:
-    """The hub commit of a cached snapshot, None for a folder of the user's own."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 
 from harmful_unlearn.errors import UserError
@@ -37,11 +38,35 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} is a file: give the path of a folder to write")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
-    parent = target.parent
+    _check_parent(target)
+
+
+def check_file(path: Path) -> None:
+    """The same for a file. Raises UserError: `path` is a folder, or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the path of a file")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{target} cannot be written ({parent} is not writable): give another path")
+        raise UserError(f"{path} cannot be written ({parent} is not a writable folder): give another path")
+
+
+def check_apart(paths: list[Path]) -> None:
+    """Raises UserError where one of `paths` is another or lies inside it: writing would mix them up."""
+    for one, other in combinations(paths, 2):
+        ours, theirs = one.resolve(), other.resolve()
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise UserError(f"{one} and {other} lie in one another: give each a folder of its own")
+
+
+def revision_of(folder: Path) -> str | None:
+    """The hub commit of a cached snapshot of a model, None for a folder of the user's own."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 @contextmanager

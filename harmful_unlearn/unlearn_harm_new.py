@@ -38,7 +38,16 @@ from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.packing import VARIANTS, Packer, StepBatches
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
-from harmful_unlearn.saving import ROOT, check_target, new_folder, write_record, write_text
+from harmful_unlearn.saving import (
+    ROOT,
+    check_apart,
+    check_file,
+    check_target,
+    new_folder,
+    revision_of,
+    write_record,
+    write_text,
+)
 from task_vector import negate
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
@@ -66,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     stages = check_stages(args)
     folder = models.locate(args.model_name, weights=not args.check)
+    check_apart([folder, args.saved_model or args.model_save_dir, args.task_vector_saving_path])
     job = prepare(args, folder) if "acquire" in stages else None
     if args.check:
         print("check passed: nothing was loaded or written")
@@ -82,9 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
                 acquire(model, base, job.batches, args, accelerator, log)
             except NotFinite as stop:
                 kept = args.model_save_dir.with_name(f"{args.model_save_dir.name}.step-{stop.step - 1}")
-                save_copy(model, job, kept, args, log)
+                save_copy(model, job, kept, True, args, log)
                 raise UserError(f"{stop}; the weights before it are in {kept}: lower --lr or a weight") from None
-            save_copy(model, job, args.model_save_dir, args, log)
+            save_copy(model, job, args.model_save_dir, args.overwrite, args, log)
             del model, base
         if "negate" in stages:
             finetuned = args.saved_model or args.model_save_dir
@@ -241,13 +251,15 @@ def load_copy_and_base(args: argparse.Namespace, job: Job, device: torch.device)
     return model, base
 
 
-def save_copy(model: PreTrainedModel, job: Job, target: Path, args: argparse.Namespace, log: RunLog) -> None:
+def save_copy(
+    model: PreTrainedModel, job: Job, target: Path, overwrite: bool, args: argparse.Namespace, log: RunLog
+) -> None:
     """Save the stage 1 model: the whole model, or with LoRA its adapter."""
     last = log.history[-1] if log.history else {}
     record = {
         "title": f"Stage 1 of SKU on {args.model_name}: harmful knowledge acquired",
         "harmful": True,
-        "base": {"name": args.model_name, "revision": models.revision_of(job.base_folder)},
+        "base": {"name": args.model_name, "revision": revision_of(job.base_folder)},
         "harmful_data": job.batches.harmful.source,
         "normal_data": job.batches.normal.source,
         "training": {
@@ -259,7 +271,7 @@ def save_copy(model: PreTrainedModel, job: Job, target: Path, args: argparse.Nam
         "losses_at_the_end": {name: last.get(name) for name in LOSSES},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
     }
-    with new_folder(target, args.overwrite) as folder:
+    with new_folder(target, overwrite) as folder:
         models.save_model(model, job.base_folder, folder)
         job.tokenizer.save_pretrained(folder)
         write_text(folder / "metrics.jsonl", log.metrics_text)
@@ -281,10 +293,10 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         if "acquire" not in stages and not finetuned.is_dir():
             raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
         check_target(args.task_vector_saving_path, args.overwrite)
-        if args.task_vector_saving_path.resolve() == finetuned.resolve():
-            raise UserError("--task_vector_saving_path is the stage 1 folder: give another one")
-    if args.log_file.is_dir():
-        raise UserError(f"--log_file {args.log_file} is a folder: give a file")
+    check_file(args.log_file)
+    for folder in (args.model_save_dir, args.task_vector_saving_path):
+        if args.log_file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
 
 

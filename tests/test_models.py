@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn import models
+from harmful_unlearn import models, saving
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import FrozenBase, Lora
 
@@ -23,7 +23,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 
 def test_a_local_folder_is_itself(tiny_model):
     assert models.locate(str(tiny_model("opt"))) == tiny_model("opt")
-    assert models.revision_of(tiny_model("opt")) is None
+    assert saving.revision_of(tiny_model("opt")) is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_mo
     monkeypatch.setattr(models, "get_conversion_pr_reference", lambda api, name: "refs/pr/7")
     assert models.locate("some/opt") == converted
     assert asked == [("some/opt", "main"), ("some/opt", "refs/pr/7")]
-    assert models.revision_of(converted) == "b" * 40
+    assert saving.revision_of(converted) == "b" * 40
     # Once it is cached, it is found without the hub.
     offline = cached(tmp_path, tiny_model("opt"), "b" * 40, with_weights=True)
     monkeypatch.setattr(models, "get_conversion_pr_reference", lambda *_: pytest.fail("asked the hub"))

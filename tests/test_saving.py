@@ -59,8 +59,20 @@ def test_others_may_read_as_the_umask_says(tmp_path):
 
 def test_unwritable_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(saving.os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(UserError, match="not writable"):
+    with pytest.raises(UserError, match="not a writable folder"):
         saving.check_target(tmp_path / "model", overwrite=False)
+
+
+def test_files_and_folders_that_would_mix_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        saving.check_file(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="not a writable folder"):
+        saving.check_file(tmp_path / "file" / "run.log")
+    saving.check_apart([tmp_path / "a", tmp_path / "b", tmp_path / "ab"])
+    for one, other in (("a", "a"), ("a", "a/b"), ("a/b/c", "a"), ("a", "b/../a")):
+        with pytest.raises(UserError, match="lie in one another"):
+            saving.check_apart([tmp_path / "z", tmp_path / one, tmp_path / other])
 
 
 def test_write_text_replaces_in_one_step(tmp_path):
@@ -91,7 +103,8 @@ def test_record(tmp_path):
     [
         (UserError("mend it"), 2, "error: mend it"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "full", "out.bin"), 2, "no space left"),
+        (OSError(errno.ENOSPC, "full", "out.bin"), 2, "out.bin: no space is left"),
+        (PermissionError(errno.EACCES, "no", "out.bin"), 2, "permission denied"),
         (MemoryError(), 2, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
     ],

@@ -523,7 +523,7 @@ def test_the_card_says_what_was_done(tmp_path, pair):
     (pair[0] / "LICENSE").write_text("terms")
     negate(pair[0], [(pair[1], 1.0)], tmp_path / "out", 0.5, base_name="facebook/opt-1.3b")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["base"] == {"name": "facebook/opt-1.3b"} and record["scaling_coef"] == 0.5
+    assert record["base"] == {"name": "facebook/opt-1.3b", "revision": None} and record["scaling_coef"] == 0.5
     assert record["finetuned"] == {str(pair[1]): 1.0} and record["harmful"] is False
     assert record["stage_1"] == {key: stage_1[key] for key in ("base", "flags", "losses_at_the_end")}
     assert "base_model: facebook/opt-1.3b" in (tmp_path / "out" / "README.md").read_text()

@@ -293,6 +293,8 @@ def test_what_users_can_mend_is_one_line_and_exit_code_2(tiny_model, tmp_path, c
         "saved_model is missing": ["--saved_model", str(tmp_path / "none")],
         "stage 1 is missing": ["--stage", "negate"],
         "acquire from a saved model": ["--stage", "acquire", "--saved_model", str(base)],
+        "target inside the base": ["--task_vector_saving_path", str(base / "unlearned")],
+        "log inside a target": ["--log_file", str(tmp_path / "out" / "harmful" / "run.log")],
         "the same folder twice": ["--task_vector_saving_path", str(tmp_path / "out" / "harmful")],
     }
     for what, more in bad.items():
