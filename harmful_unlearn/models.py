@@ -49,7 +49,7 @@ def locate(name: str, weights: bool = True) -> Path:
 
     Args:
         name: a local folder or a hub id.
-        weights: False leaves the weights on the hub: configuration and tokenizer only.
+        weights: False leaves a hub model's weights there: configuration and tokenizer only.
 
     A hub repository that has pickled weights alone (OPT's) is taken from the pull request in which
     the hub's own converter put safetensors.
@@ -59,7 +59,7 @@ def locate(name: str, weights: bool = True) -> Path:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if weights and not _has_weights(folder):
+        if not _has_weights(folder):
             raise UserError(_NO_SAFETENSORS.format(folder=folder))
         return folder
     if folder.exists():

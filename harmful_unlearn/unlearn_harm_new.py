@@ -32,6 +32,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models
+from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.models import FrozenBase, Lora
@@ -184,6 +185,8 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     machine = PartialState()
     if machine.num_processes > 1:
         raise UserError("run one process: several are not supported yet (--device_map auto uses every GPU)")
+    if any(base_folder.glob("*.safetensors")):
+        Checkpoint(base_folder)  # reads the headers: is every shard there and whole
     config = models.load_config(base_folder)
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)

@@ -1,6 +1,7 @@
 """The script: flags, both stages on tiny models, what it writes, and how it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,17 @@ def test_what_users_can_mend_is_one_line_and_exit_code_2(tiny_model, tmp_path, c
         assert not list((tmp_path / "out").glob("*armful*")), what
 
 
+def test_check_sees_broken_weights_without_loading_them(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "base")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is broken"):
+        main(flags(folder, tmp_path / "out", "--check"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no .safetensors weights"):
+        main(flags(folder, tmp_path / "out", "--check"))
+
+
 def test_model_table_holds_the_papers_settings():
     assert MODELS["facebook/opt-2.7b"] is None
     for name, r, alpha in (("7b", 32, 16), ("13b", 16, 8)):
@@ -328,6 +340,12 @@ def test_runs_from_anywhere_with_paths_from_where_one_stands(place, tiny_model, 
         done = subprocess.run([sys.executable, str(SCRIPT), *relative], cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "here" / "unlearned" / "model.safetensors").exists()
+
+
+def test_the_readme_names_every_flag():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in vars(parse_flags([])) if f"--{name}" not in readme]
+    assert not missing
 
 
 def test_help_teaches():
