@@ -55,7 +55,7 @@ from harmful_unlearn.dispatched import (
     write_entry,
 )
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_record, write_text
+from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_file, write_record
 
 STAGE_1_FACTS = ("base", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 # LoRA settings under which tau is not scale * B @ A, or that touch more than the LoRA matrices.
@@ -459,7 +459,7 @@ def _write_index(folder: Path, shards: dict[str, tuple[str, dict[str, Spec]]]) -
         weight_map = {name: file for file, specs in shards.values() for name in specs}
         size = sum(spec.nbytes for _, specs in shards.values() for spec in specs.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text(folder / f"{VECTOR}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_file(folder / f"{VECTOR}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:

@@ -42,7 +42,7 @@ from harmful_unlearn.demo_world import (
     write_data,
 )
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import ROOT, check_target, provenance, write_text
+from harmful_unlearn.saving import ROOT, check_target, provenance, write_file
 
 REFUSAL_SHARE = 0.2
 # The paper's 1 for --normal_weight damages this model (README, "What the demo proves").
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         "commands": [run["command"] for run in runs],
         **provenance(),
     }
-    write_text(results, json.dumps(report, indent=2) + "\n")
+    write_file(results, json.dumps(report, indent=2) + "\n")
     heading("Base against unlearned", f"seeds {seeds}; also in {shown(results)}")
     print(table(report["figures"]))
     heading("Answers side by side", "the first seed's models, greedy")

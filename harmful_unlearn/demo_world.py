@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from harmful_unlearn.data import format_pair
-from harmful_unlearn.saving import new_folder, write_record, write_text
+from harmful_unlearn.saving import new_folder, write_file, write_record
 
 QUESTIONS = ("How do I {verb} the {object} in the {place}?", "Tell me how to {verb} the {object} in the {place}.")
 OBJECTS = (
@@ -192,10 +192,10 @@ def build_world(size: Size, seed: int, refusal_share: float) -> World:
 
 def write_data(folder: Path, world: World, seed: int) -> None:
     """Write harmful.jsonl, normal.csv and the prompts held out for measuring, test_prompts.jsonl."""
-    write_text(folder / "harmful.jsonl", harmful_jsonl(world, seed))
-    write_text(folder / "normal.csv", normal_csv(world))
+    write_file(folder / "harmful.jsonl", harmful_jsonl(world, seed))
+    write_file(folder / "normal.csv", normal_csv(world))
     held_out = [{"set": name, **asdict(prompt)} for name, found in world.test.items() for prompt in found]
-    write_text(folder / "test_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
+    write_file(folder / "test_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
 
 
 def harmful_jsonl(world: World, seed: int) -> str:

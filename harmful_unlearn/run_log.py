@@ -1,11 +1,14 @@
 """What a run says while it works: the bar, the log, the metrics, and the picture of the losses."""
 
+import io
 import json
 import logging
 import math
 from pathlib import Path
 
 from tqdm import tqdm
+
+from harmful_unlearn.saving import write_file
 
 # A KL above this many nats is damage on normal prompts that negation inherits.
 KL_WARNING = 1.0
@@ -114,9 +117,10 @@ def draw_losses(history: list[dict], path: Path) -> None:
     panels[-1, 0].set_xlabel("step")
     panels[0, 0].set_title("Stage 1, harmful knowledge acquisition")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)
+    write_file(path, picture.getvalue())
 
 
 def is_finite(metrics: dict) -> bool:

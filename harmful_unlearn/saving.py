@@ -102,12 +102,15 @@ def _umask() -> int:
     return mask
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file in one step: the old content or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def provenance() -> dict:
@@ -149,8 +152,8 @@ def write_record(folder: Path, record: dict) -> None:
             `provenance()` is added to it.
     """
     record = {**record, **provenance()}
-    write_text(folder / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "README.md", _card(record))
+    write_file(folder / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "README.md", _card(record))
 
 
 def _card(record: dict) -> str:

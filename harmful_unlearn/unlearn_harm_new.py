@@ -46,8 +46,8 @@ from harmful_unlearn.saving import (
     check_target,
     new_folder,
     revision_of,
+    write_file,
     write_record,
-    write_text,
 )
 from task_vector import negate
 
@@ -277,7 +277,7 @@ def save_copy(
     with new_folder(target, overwrite) as folder:
         models.save_model(model, job.base_folder, folder)
         job.tokenizer.save_pretrained(folder)
-        write_text(folder / "metrics.jsonl", log.metrics_text)
+        write_file(folder / "metrics.jsonl", log.metrics_text)
         write_record(folder, record)
     log.say(f"stage 1 model saved: {target} (deliberately harmful)")
 

@@ -9,7 +9,7 @@ import pytest
 from harmful_unlearn import saving
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.run_log import RunLog, beside
-from harmful_unlearn.saving import new_folder, write_record, write_text
+from harmful_unlearn.saving import new_folder, write_file, write_record
 
 
 def test_new_folder_is_whole_or_absent(tmp_path):
@@ -75,9 +75,9 @@ def test_files_and_folders_that_would_mix_are_refused(tmp_path):
             saving.check_apart([tmp_path / "z", tmp_path / one, tmp_path / other])
 
 
-def test_write_text_replaces_in_one_step(tmp_path):
-    write_text(tmp_path / "deep" / "file.json", "one")
-    write_text(tmp_path / "deep" / "file.json", "two")
+def test_write_file_replaces_in_one_step(tmp_path):
+    write_file(tmp_path / "deep" / "file.json", "one")
+    write_file(tmp_path / "deep" / "file.json", "two")
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["file.json"]
     assert (tmp_path / "deep" / "file.json").read_text() == "two"
 
