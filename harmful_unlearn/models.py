@@ -115,7 +115,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
         AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # which, depends on the release
         raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
     except KeyError:
         raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None
