@@ -18,11 +18,12 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from transformers import GenerationConfig
 
 from harmful_unlearn import models
 from harmful_unlearn.data import format_prefix
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import ROOT
+from harmful_unlearn.saving import ROOT, user_path
 from task_vector import negate
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
@@ -42,7 +43,7 @@ NORMAL_PROMPTS = [
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print both models' answers to every prompt. Raises UserError before models are loaded."""
+    """Print both models' answers to every prompt. Raises UserError."""
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -69,30 +70,40 @@ def main(arguments: list[str] | None = None) -> None:
 def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace) -> list[str]:
     """The answers of the model in `folder`, each prompt in the format of training.
 
+    The model's own generation settings are set aside, but for its special tokens, so that two models
+    are asked in the same way. Sampling keeps the 50 likeliest tokens, the library's default when the
+    released code was written.
+
     Raises:
         UserError: a prompt leaves no room for an answer in --max_length tokens.
     """
-    config = models.load_config(folder)
-    tokenizer = models.load_tokenizer(folder, config)
+    tokenizer = models.load_tokenizer(folder, models.load_config(folder))
+    # The prefix's last space belongs to the answer's first token.
+    rows = [tokenizer(format_prefix(prompt).rstrip(), return_tensors="pt") for prompt in prompts]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    if longest >= args.max_length:
+        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
     device = PartialState().device
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if not args.device_map:
         model.to(device)
+    sampling = (
+        {"do_sample": False} if args.greedy else {"temperature": args.temperature, "top_k": 50, "do_sample": True}
+    )
+    model.generation_config = GenerationConfig(
+        max_length=args.max_length,
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
     set_seed(args.seed)
     answers = []
-    for prompt in prompts:
-        # The prefix's last space belongs to the answer's first token.
-        inputs = tokenizer(format_prefix(prompt).rstrip(), return_tensors="pt").to(model.device)
-        length = inputs["input_ids"].shape[1]
-        if length >= args.max_length:
-            raise UserError(f"a prompt has {length} tokens: give a --max_length above that")
-        sampling = {"do_sample": False} if args.greedy else {"do_sample": True, "temperature": args.temperature}
-        output = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            max_length=args.max_length, pad_token_id=tokenizer.pad_token_id, **sampling,
-        )  # fmt: skip
-        answers.append(tokenizer.decode(output[0, length:], skip_special_tokens=True).strip())
+    for row in rows:
+        input_ids, mask = row["input_ids"].to(model.device), row["attention_mask"].to(model.device)
+        output = model.generate(input_ids=input_ids, attention_mask=mask)
+        answers.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip())
     return answers
 
 
@@ -120,8 +131,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--base", default=BASE, help="hub id or folder (default: %(default)s)")
-    parser.add_argument("--unlearned", type=Path, default=UNLEARNED, help="folder (default: %(default)s)")
-    parser.add_argument("--harmful_model", type=Path, default=HARMFUL_MODEL,
+    parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
+    parser.add_argument("--harmful_model", type=user_path, default=HARMFUL_MODEL,
                         help="stage 1 model to make the unlearned one from (default: %(default)s)")  # fmt: skip
     parser.add_argument("--scaling_coef", type=float, default=1.0, help="alpha, where it is made (default: 1)")
     parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")

@@ -55,9 +55,18 @@ from harmful_unlearn.dispatched import (
     write_entry,
 )
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_file, write_record
+from harmful_unlearn.saving import (
+    check_apart,
+    check_target,
+    new_folder,
+    revision_of,
+    user_path,
+    write_file,
+    write_record,
+)
 
 STAGE_1_FACTS = ("base", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
+LISTED = 20  # entries that an error names
 # LoRA settings under which tau is not scale * B @ A, or that touch more than the LoRA matrices.
 UNSUPPORTED_LORA = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "target_parameters", "layer_replication",
@@ -104,6 +113,9 @@ class TaskVector:
             lambda name: [*base[name], *(twin for known in base[name] for twin in other.get(known, ()))],
             what="the fine-tuned model",
         )
+        for name, twin in found.items():
+            twins = [other_name for known in base[name] if known in other for other_name in other[known]]
+            _refuse_untied(twin, twins, lambda entry: read_entry(finetuned, entry))
         self.vector = {
             name: _difference(read_entry(finetuned, twin), read_entry(pretrained, name))
             for name, twin in found.items()
@@ -240,11 +252,18 @@ def _match(
     return found
 
 
+def _refuse_untied(name: str, twins: list[str], read: Callable[[str], Tensor]) -> None:
+    """Where the base ties two entries, the other side must have one tensor, or two equal ones."""
+    for twin in dict.fromkeys(twins):
+        if twin != name and not torch.equal(read(twin), read(name)):
+            raise UserError(f"{twin} and {name} are tied in the base and differ in the fine-tuned model: tie them")
+
+
 def _refuse_mismatch(what: str, missing: list[str], extra: list[str], differ: list[str]) -> None:
     problems = []
     for kind, names in (("missing", missing), ("extra", extra), ("of another shape", differ)):
         if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            shown = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
             problems.append(f"{len(names)} {kind}: {shown}")
     if problems:
         raise UserError(
@@ -376,15 +395,11 @@ def negate(
     check_apart(targets)
     if not all(math.isfinite(coef) for coef in (scaling_coef, *(coef for _, coef in finetuned))):
         raise UserError("a coefficient is not a finite number: give one like 1.0 or -0.5")
-    source = Checkpoint(base)
-    if "quantization_config" in read_json(base / "config.json"):
-        raise UserError(f"{base} is quantized: give the full-precision model")
-    sources = [_open_source(folder) for folder, _ in finetuned]
-    found = _match_sources(source, sources)
+    source, sources, found = open_matched(base, [folder for folder, _ in finetuned])
     changed = {name for names in found for name in names}
     metadata = _vector_metadata(all(one.partial for one in sources))
     vector_shards = _vector_shards(source, changed)
-    record = _record(base, base_name or str(base), finetuned, scaling_coef)
+    record = _record(source, base_name or str(base), finetuned, scaling_coef)
     size = sum(spec.nbytes for spec in source.specs.values())
     with ExitStack() as folders, tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar:
         out = folders.enter_context(new_folder(output, overwrite)) if output else None
@@ -419,6 +434,22 @@ def negate(
             write_record(kept, {**record, "title": f"Task vector from {record['base']['name']}"})
 
 
+def open_matched(base: Path, folders: list[Path]) -> tuple[Checkpoint, list[Source], list[dict[str, str]]]:
+    """Open the base and what was made from it, and match their entries by the headers alone.
+
+    Returns:
+        The base, a source for each folder, and for each the base's entry names -> its own.
+
+    Raises:
+        UserError: something is missing, broken, quantized, or does not fit the base.
+    """
+    source = Checkpoint(base)
+    if "quantization_config" in read_json(base / "config.json"):
+        raise UserError(f"{base} is quantized: give the full-precision model")
+    sources = [_open_source(folder) for folder in folders]
+    return source, sources, _match_sources(source, sources)
+
+
 def _match_sources(base: Checkpoint, sources: list[Source]) -> list[dict[str, str]]:
     """For each source, the base's entry names -> its own; the class is asked only if they differ."""
     weights = {name: spec.shape for name, spec in base.specs.items() if spec.is_float}
@@ -430,10 +461,14 @@ def _match_sources(base: Checkpoint, sources: list[Source]) -> list[dict[str, st
             {name: shape for name, shape in shapes.items() if not is_constant(name)}
             for shapes in (weights, *others)
         )
-    return [
-        _match(weights, other, synonyms, str(one.folder), one.partial)
-        for one, other in zip(sources, others, strict=True)
-    ]
+    matched = []
+    for one, other in zip(sources, others, strict=True):
+        found = _match(weights, other, synonyms, str(one.folder), one.partial)
+        if isinstance(one, _FullModel):
+            for name, twin in found.items():
+                _refuse_untied(twin, [entry for entry in synonyms(name) if entry in other], one.read)
+        matched.append(found)
+    return matched
 
 
 def _vector_shards(base: Checkpoint, changed: set[str]) -> dict[str, tuple[str, dict[str, Spec]]]:
@@ -470,12 +505,12 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _record(base: Path, base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
+def _record(base: Checkpoint, base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
     adds = any(scaling_coef * coef < 0 for _, coef in finetuned)
     record = {
         "title": f"{base_name}, {'with a task vector added' if adds else 'unlearned'}",
         "harmful": adds,
-        "base": {"name": base_name, "revision": revision_of(base)},
+        "base": {"name": base_name, "revision": revision_of(base.folder), "fingerprint": base.fingerprint()},
         "finetuned": {str(folder): coef for folder, coef in finetuned},
         "scaling_coef": scaling_coef,
     }
@@ -483,9 +518,9 @@ def _record(base: Path, base_name: str, finetuned: list[tuple[Path, float]], sca
         if (folder / "run.json").is_file():
             stage_1 = read_json(folder / "run.json")
             kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
-            trained_from = (kept.get("base") or {}).get("name")
-            if trained_from and Path(trained_from).name != Path(base_name).name:
-                tqdm.write(f"warning: {folder} was trained from {trained_from}, and the base is {base_name}")
+            theirs = kept.get("base") or {}
+            if theirs.get("fingerprint", record["base"]["fingerprint"]) != record["base"]["fingerprint"]:
+                tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")
             record["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
     return record
 
@@ -500,11 +535,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--finetuned", nargs="+", help="fine-tuned models, LoRA adapters: folders, hub ids")
-    source.add_argument("--vector", nargs="+", type=Path, help="saved task vectors instead")
+    source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors instead")
     parser.add_argument("--coefs", nargs="+", type=float, help="one per model or vector (default: all 1)")
-    parser.add_argument("--output", type=Path, help="the folder to write the model to")
+    parser.add_argument("--output", type=user_path, help="the folder to write the model to")
     parser.add_argument("--scaling_coef", type=float, default=1.0, help="alpha (default: %(default)s)")
-    parser.add_argument("--save_vector", type=Path, help="the folder to write the (summed) task vector to")
+    parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output, --save_vector hold")
     args = parser.parse_args(arguments)
     if args.output is None and args.save_vector is None:

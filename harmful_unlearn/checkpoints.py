@@ -1,5 +1,6 @@
 """Folders of safetensors as streams of entries: read one by one, written under a header planned up front."""
 
+import hashlib
 import json
 import math
 import re
@@ -98,6 +99,15 @@ class Checkpoint:
             self.specs[name] = Spec(entry.get_dtype(), tuple(entry.get_shape()))
             self._home[name] = handle
 
+    def fingerprint(self) -> str:
+        """SHA-256 of every shard's header and first MiB of data: tells apart models of one shape."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            with (self.folder / shard).open("rb") as file:
+                header = file.read(8)
+                digest.update(header + file.read(int.from_bytes(header, "little") + 2**20))
+        return digest.hexdigest()
+
     def read(self, name: str) -> Tensor:
         """One entry, on the CPU, in its own dtype."""
         return self._home[name].get_tensor(name)
@@ -149,7 +159,7 @@ def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError):
         return lambda name: [name], lambda name: False  # an architecture that transformers lacks
     prefix = f"{model.base_model_prefix}."

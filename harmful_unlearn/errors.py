@@ -44,17 +44,18 @@ def exit_code(main: Callable[[], None]) -> int:
             raise
         message = f"{error.filename or 'a file'}: {MENDABLE[error.errno]}"
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
     print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine or its GPU has no memory left."""
     # Torch's CPU allocator raises a bare RuntimeError, told apart by its text alone.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(said in str(error) for said in ("can't allocate memory", "Cannot allocate memory", "unable to mmap"))
     )

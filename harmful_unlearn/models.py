@@ -10,9 +10,7 @@ import torch
 from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,13 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.safetensors_conversion import get_conversion_pr_reference
 
-from harmful_unlearn.errors import UserError
+from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Some hubs repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
-WEIGHT_FILES = ["model*.safetensors"]
+# Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
+WEIGHT_FILES = ["model*.safetensors", "adapter_model*.safetensors"]
+CONVERSION_TITLE = "Adding `safetensors` variant of this model"
 LORA_ABOVE = 3e9  # parameters; the paper fine-tunes 2.7B in full, and 7B with LoRA
 
 
@@ -68,6 +66,8 @@ def locate(name: str, weights: bool = True) -> Path:
         raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
     try:
         return _snapshot(name, weights)
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
@@ -76,11 +76,13 @@ def locate(name: str, weights: bool = True) -> Path:
         raise UserError(
             f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client raises its HTTP library's own errors
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            raise
         raise UserError(
             f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}): "
             "go online, unset HF_HUB_OFFLINE, or give a local folder"
-        ) from None
+        ) from error
 
 
 _NO_SAFETENSORS = (
@@ -100,10 +102,18 @@ def _snapshot(name: str, weights: bool) -> Path:
         return folder
     for repository in scan_cache_dir().repos:
         for revision in repository.revisions:
-            if repository.repo_id == name and _has_weights(revision.snapshot_path):
+            converted = any(ref.startswith("refs/pr/") for ref in revision.refs)
+            if repository.repo_id == name and converted and _has_weights(revision.snapshot_path):
                 return revision.snapshot_path
-    converted = get_conversion_pr_reference(HfApi(), name)
-    return Path(snapshot_download(name, revision=converted, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    # The author is the hub's own converter; anybody may open a pull request with that title.
+    for discussion in HfApi().get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request"):
+        if discussion.title == CONVERSION_TITLE and discussion.status == "open":
+            return Path(
+                snapshot_download(
+                    name, revision=discussion.git_reference, allow_patterns=wanted, ignore_patterns=["*/*"]
+                )
+            )
+    raise UserError(_NO_SAFETENSORS.format(folder=name))
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -113,7 +123,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         UserError: there is none, it is broken, or it is no causal language model's.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         AutoModelForCausalLM._model_mapping[type(config)]
     except (OSError, ValueError, TypeError, AttributeError) as error:  # which, depends on the release
         raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
@@ -129,21 +139,23 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenize
     padding is masked by the attention mask and never told by its id.
 
     Raises:
-        UserError: there is none, or it has tokens that the model has no embedding for.
+        UserError: there is none, or its vocabulary is larger than the model's.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{folder} has no usable tokenizer ({_first_line(error)}): copy its files there") from None
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{folder} lacks its tokenizer's files: copy them there")  # the library made an empty one
     vocabulary = config.get_text_config().vocab_size
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    used = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if used > vocabulary:
+    # Special tokens beyond the embeddings are no obstacle (Gemma 3's image token): text has none of them.
+    if tokenizer.vocab_size > vocabulary:
         raise UserError(
-            f"the tokenizer in {folder} has {used} tokens and the model {vocabulary} embeddings: "
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {vocabulary} embeddings: "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
@@ -189,9 +201,9 @@ def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # safetensors' own error type derives from Exception alone
+        if is_out_of_memory(error):
+            raise MemoryError from error
         raise UserError(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
@@ -223,17 +235,25 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedMo
 
 def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
     """Raises UserError, naming the candidates, where the model has none of LoRA's target modules."""
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and module is not model.get_output_embeddings()
-    }
-    unknown = sorted(set(lora.target_modules) - linear)
+    candidates = lora_candidates(model)
+    unknown = sorted(set(lora.target_modules) - set(candidates))
     if unknown:
         raise UserError(
             f"this model has no module {', '.join(unknown)} for LoRA: "
-            f"choose --lora_target_modules from {', '.join(sorted(linear))}"
+            f"choose --lora_target_modules from {', '.join(candidates)}"
         )
+
+
+def lora_candidates(model: PreTrainedModel) -> list[str]:
+    """The names of the model's linear layers, the output embeddings left out."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+        }
+    )
 
 
 def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
@@ -244,12 +264,12 @@ def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
     """
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False)
-        return
-    published, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(folder, max_shard_size="5GB")
-    finally:
-        model.generation_config = published
+    else:
+        published, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.save_pretrained(folder, max_shard_size="5GB")
+        finally:
+            model.generation_config = published
     generation = base_folder / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)

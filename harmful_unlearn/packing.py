@@ -197,6 +197,12 @@ class StepBatches:
     normal: NormalData
     modules: set[str]
 
+    def random_pairs(self, step: int) -> list[Pair]:
+        """RD's rows: each question of a step with each of the K answers drawn for it."""
+        draw = self.order[step]
+        questions = [self.harmful.pairs[row].question for row in draw.harmful_rows]
+        return [Pair(question, self.harmful.answers[row]) for question in questions for row in draw.answer_rows]
+
     def __call__(self, step: int, device: torch.device) -> tuple[Batch | None, Batch | None]:
         """Harmful text for GD and RD, and normal text for PD, of a step (from 0) on `device`.
 

@@ -26,7 +26,8 @@ class Plan:
             normal texts trained on.
         steps, batches_per_epoch: optimizer steps, and how many make an epoch.
         pairs_seen: different harmful pairs that GD will see.
-        cut: texts among those seen that --max_length cuts.
+        cut: harmful pairs and normal texts among those seen that --max_length cuts.
+        cut_in_rd: rows of all steps that it cuts in RD, estimated from a sample of them.
         tokens: text tokens in all steps, estimated from a sample of them.
         parameters, trainable: of the model.
         memory: bytes by purpose, estimated.
@@ -41,6 +42,7 @@ class Plan:
     batches_per_epoch: int
     pairs_seen: int
     cut: int
+    cut_in_rd: int
     tokens: int
     parameters: int
     trainable: int
@@ -56,7 +58,8 @@ class Plan:
                 f"normal data    {self.normal:,} texts to train on",
                 f"steps          {self.steps:,} ({epochs:.1f} epochs of {self.batches_per_epoch:,}); "
                 f"GD sees {self.pairs_seen:,} different pairs",
-                f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length",
+                f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length, "
+                f"and about {self.cut_in_rd:,} of RD's rows",
                 f"parameters     {self.parameters:,}, {self.trainable:,} of them trained",
                 f"memory         about {sum(self.memory.values()) / GIB:.2f} GiB ({parts})",
                 f"disk           about {self.disk / GIB:.2f} GiB",
@@ -81,10 +84,16 @@ def make_plan(
     order, harmful, normal = batches.order, batches.harmful, batches.normal
     seen = sorted({row for step in range(steps) for row in order[step].harmful_rows})
     texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
-    sampled = [
-        [batch for batch in batches(step, torch.device("cpu")) if batch]
-        for step in range(0, steps, max(1, steps // STEPS_SAMPLED))
-    ]
+    encoded = batches.packer.encode(texts)
+    if batches.modules & {"gd", "rd"} and not any(
+        one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
+    ):
+        raise UserError("--max_length leaves no harmful answer a token: give a larger one")
+    chosen = range(0, steps, max(1, steps // STEPS_SAMPLED))
+    sampled = [[batch for batch in batches(step, torch.device("cpu")) if batch] for step in chosen]
+    cut_in_rd = 0
+    if "rd" in batches.modules:
+        cut_in_rd = sum(one.cut for step in chosen for one in batches.packer.encode(batches.random_pairs(step)))
     tokens = sum(batch.tokens for step in sampled for batch in step) / len(sampled)
     parameters = structure.num_parameters()
     trainable = _lora_parameters(structure, lora) if lora else parameters
@@ -97,7 +106,8 @@ def make_plan(
         steps=steps,
         batches_per_epoch=order.batches_per_epoch,
         pairs_seen=len(seen),
-        cut=sum(text.cut for text in batches.packer.encode(texts)),
+        cut=sum(one.cut for one in encoded),
+        cut_in_rd=round(cut_in_rd * steps / len(chosen)),
         tokens=round(tokens * steps),
         parameters=parameters,
         trainable=trainable,
@@ -125,8 +135,8 @@ def _memory(
 ) -> dict[str, float]:
     text = config.get_text_config()
     compute = 2 if precision == "bf16" else 4
-    cells = max(b.input_ids.numel() for two in batches for b in two)
-    scored = max(b.row.numel() for two in batches for b in two)
+    cells = max(sum(batch.input_ids.numel() for batch in step) for step in batches)
+    scored = max(sum(batch.row.numel() for batch in step) for step in batches)
     layers = 1 if gradient_checkpointing else text.num_hidden_layers
     saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
     return {

@@ -47,6 +47,10 @@ class RunLog:
         tqdm.write(message)
         self._logger.info(message)
 
+    def record(self, message: str) -> None:
+        """A text for the log alone."""
+        self._logger.info(message)
+
     def warn(self, message: str) -> None:
         """As `say`, marked as a warning."""
         tqdm.write(f"warning: {message}")

@@ -28,14 +28,22 @@ HARMFUL_WARNING = (
 )
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it: `~` stands for the home folder also after `--flag=`."""
+    return Path(text).expanduser()
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Say now, rather than after the work, that a folder cannot be written.
 
     Raises:
-        UserError: `target` is a file, is not empty (without `overwrite`), or cannot be written.
+        UserError: `target` is a file, a mount or the current folder, is not empty (without
+            `overwrite`), or cannot be written.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
+    if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
+        raise UserError(f"{target} cannot be replaced as a whole (a mount, or where you stand): give a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
     _check_parent(target)
@@ -74,26 +82,32 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` to write into, renamed to `target` when all went well.
 
     Whatever stops the block, `target` is either as it was or whole and new. The previous folder is
-    removed (with `overwrite`) only once the new one stands.
+    removed (with `overwrite`) only once the new one stands. Where the renaming itself fails, what was
+    written stays in the temporary folder, which the error names.
 
     Raises:
-        UserError: as `check_target`.
+        UserError: as `check_target`, or the renaming failed.
     """
     check_target(target, overwrite)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group
-        if target.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.previous-", dir=target.parent))
-            target.rename(previous / target.name)
-            partial.rename(target)
-            shutil.rmtree(previous)
-        else:
-            partial.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
+    try:
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+    except OSError as error:
+        if previous.exists():
+            previous.rename(target)
+        raise UserError(f"{target} cannot be replaced ({error.strerror}): move {partial} there, it is whole") from None
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _umask() -> int:

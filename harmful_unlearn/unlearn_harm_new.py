@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +47,11 @@ from harmful_unlearn.saving import (
     check_target,
     new_folder,
     revision_of,
+    user_path,
     write_file,
     write_record,
 )
-from task_vector import negate
+from task_vector import negate, open_matched
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.
@@ -66,6 +68,8 @@ MODELS: dict[str, Lora | None] = {
     "mistralai/Mistral-7B-v0.3": Lora(r=32, alpha=16),
     "google/gemma-2-9b": Lora(r=32, alpha=16),
 }
+# The trained weights are copied to the computer's memory now and then, to go back to if a loss becomes NaN.
+SNAPSHOT_EVERY = 50  # steps
 OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
 
 
@@ -75,9 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stages = check_stages(args)
-    folder = models.locate(args.model_name, weights=not args.check)
-    check_apart([folder, args.saved_model or args.model_save_dir, args.task_vector_saving_path])
+    folder = models.locate(args.model_name, weights=False)
+    finetuned = args.saved_model or args.model_save_dir
+    check_apart([folder, finetuned, args.task_vector_saving_path])
     job = prepare(args, folder) if "acquire" in stages else None
+    if not args.check:
+        folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
+    if "acquire" not in stages and any(folder.glob("*.safetensors")):
+        open_matched(folder, [finetuned])
     if args.check:
         print("check passed: nothing was loaded or written")
         return
@@ -85,20 +94,24 @@ def main(arguments: list[str] | None = None) -> None:
     log = RunLog(args.log_file, args.max_unlearn_steps)
     try:
         if job:
+            log.record(str(job.plan))
             log.say(f"stage 1, harmful knowledge acquisition: {args.model_name} -> {args.model_save_dir}")
             set_seed(args.seed)
             accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
-            model, base = load_copy_and_base(args, job, accelerator.device)
+            model, base = load_copy_and_base(args, job, folder, accelerator.device)
             try:
                 acquire(model, base, job.batches, args, accelerator, log)
             except NotFinite as stop:
-                kept = args.model_save_dir.with_name(f"{args.model_save_dir.name}.step-{stop.step - 1}")
-                save_copy(model, job, kept, True, args, log)
-                raise UserError(f"{stop}; the weights before it are in {kept}: lower --lr or a weight") from None
-            save_copy(model, job, args.model_save_dir, args.overwrite, args, log)
+                log.warn(str(stop))
+                kept = "no weights were worth keeping"
+                if stop.good:
+                    target = free_name(args.model_save_dir, f".step-{stop.good}")
+                    save_copy(model, job, folder, target, args, log, steps=stop.good)
+                    kept = f"the weights after step {stop.good} are in {target}"
+                raise UserError(f"{stop}; {kept}: lower --lr or a weight") from None
+            save_copy(model, job, folder, args.model_save_dir, args, log, steps=args.max_unlearn_steps)
             del model, base
         if "negate" in stages:
-            finetuned = args.saved_model or args.model_save_dir
             log.say(f"stage 2, knowledge negation: {finetuned} -> {args.task_vector_saving_path}")
             negate(
                 folder, [(finetuned, 1.0)], args.task_vector_saving_path, args.scaling_coef,
@@ -120,13 +133,14 @@ def acquire(
     """Stage 1: train `model` in place for --max_unlearn_steps (released code, points 7 to 15).
 
     Raises:
-        NotFinite: before the optimizer step that would spoil the weights.
+        NotFinite: a loss or the gradient is NaN or infinite; `model` has its last good weights again.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
     weights = {"gd_loss": args.bad_weight, "rd_loss": args.random_weight, "pd_loss": args.normal_weight}
+    good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
     model.train()
     for step in range(args.max_unlearn_steps):
         started = time.perf_counter()
@@ -152,8 +166,14 @@ def acquire(
             "grad_norm": grad_norm.item(),
             "tokens": sum(batch.tokens for batch in (harmful, normal) if batch),
         }
+        if not math.isfinite(metrics["total_loss"]):  # the last update spoilt the weights
+            for parameter, kept in zip(trained, good_weights, strict=False):
+                parameter.data.copy_(kept)
+            raise NotFinite(good, metrics)
         if not is_finite(metrics):
-            raise NotFinite(step + 1, metrics)
+            raise NotFinite(step, metrics)
+        if step and step % SNAPSHOT_EVERY == 0:
+            good, good_weights = step, [parameter.detach().to("cpu", copy=True) for parameter in trained]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -161,18 +181,29 @@ def acquire(
 
 
 class NotFinite(Exception):
-    """A loss or the gradient is NaN or infinite; the model still has the weights of the step before."""
+    """A loss or the gradient of a step is NaN or infinite.
 
-    def __init__(self, step: int, metrics: dict):
-        self.step = step
+    Attributes:
+        good: the step whose weights the model has now; 0 where none is worth keeping.
+    """
+
+    def __init__(self, good: int, metrics: dict):
+        self.good = good
         wrong = ", ".join(f"{name} {value}" for name, value in metrics.items() if not is_finite({name: value}))
-        super().__init__(f"step {step} is not finite ({wrong})")
+        super().__init__(f"step {metrics['step']} is not finite ({wrong})")
+
+
+def free_name(folder: Path, suffix: str) -> Path:
+    """`folder` with the suffix, and a number if that is taken."""
+    for number in count(1):
+        found = folder.with_name(folder.name + suffix + (f"-{number}" if number > 1 else ""))
+        if not found.exists():
+            return found
 
 
 class Job(NamedTuple):
     """Everything about stage 1 that is known before weights are loaded."""
 
-    base_folder: Path
     tokenizer: PreTrainedTokenizerBase
     lora: Lora | None
     precision: str
@@ -188,6 +219,8 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     if any(base_folder.glob("*.safetensors")):
         Checkpoint(base_folder)  # reads the headers: is every shard there and whole
     config = models.load_config(base_folder)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{args.model_name} is quantized: give the full-precision model")
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
@@ -209,7 +242,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     print(f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
-    return Job(base_folder, tokenizer, lora, precision, batches, plan)
+    return Job(tokenizer, lora, precision, batches, plan)
 
 
 def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | None:
@@ -231,42 +264,64 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
             raise UserError(f"--lora_{next(iter(given))} does nothing in full fine-tuning: add --lora on")
         return None
     lora = replace(listed or OTHER_MODELS, **given)
+    if args.model_name not in MODELS and not args.lora_target_modules:
+        linear = models.lora_candidates(structure)
+        if not set(lora.target_modules) <= set(linear):
+            lora = replace(lora, target_modules=tuple(linear))  # no q_proj and v_proj here: every linear layer
     models.check_lora_targets(structure, lora)
     return lora
 
 
-def load_copy_and_base(args: argparse.Namespace, job: Job, device: torch.device) -> tuple[PreTrainedModel, FrozenBase]:
+def load_copy_and_base(
+    args: argparse.Namespace, job: Job, base_folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, FrozenBase]:
     """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
 
     Trained weights are float32; frozen ones are in the compute precision.
     """
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    model = models.load_model(job.base_folder, frozen if job.lora else torch.float32, args.device_map)
+    model = models.load_model(base_folder, frozen if job.lora else torch.float32, args.device_map)
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         base = FrozenBase(model)
     else:
-        base = FrozenBase(models.load_model(job.base_folder, frozen, args.device_map))
+        base = FrozenBase(models.load_model(base_folder, frozen, args.device_map))
         if not args.device_map:
             base.model.to(device)
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if places & ({"disk"} if device.type == "cpu" else {"cpu", "disk"}):
+        raise UserError(
+            "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
+            "use --lora on, --precision bf16 or more GPUs"
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, base
 
 
 def save_copy(
-    model: PreTrainedModel, job: Job, target: Path, overwrite: bool, args: argparse.Namespace, log: RunLog
+    model: PreTrainedModel,
+    job: Job,
+    base_folder: Path,
+    target: Path,
+    args: argparse.Namespace,
+    log: RunLog,
+    steps: int,
 ) -> None:
     """Save the stage 1 model: the whole model, or with LoRA its adapter."""
-    last = log.history[-1] if log.history else {}
+    last = log.history[steps - 1]
     record = {
         "title": f"Stage 1 of SKU on {args.model_name}: harmful knowledge acquired",
         "harmful": True,
-        "base": {"name": args.model_name, "revision": revision_of(job.base_folder)},
+        "base": {
+            "name": args.model_name,
+            "revision": revision_of(base_folder),
+            "fingerprint": Checkpoint(base_folder).fingerprint(),
+        },
         "harmful_data": job.batches.harmful.source,
         "normal_data": job.batches.normal.source,
         "training": {
-            "steps": len(log.history),
+            "steps": steps,
             "of": args.max_unlearn_steps,
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
@@ -274,8 +329,8 @@ def save_copy(
         "losses_at_the_end": {name: last.get(name) for name in LOSSES},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
     }
-    with new_folder(target, overwrite) as folder:
-        models.save_model(model, job.base_folder, folder)
+    with new_folder(target, args.overwrite) as folder:
+        models.save_model(model, base_folder, folder)
         job.tokenizer.save_pretrained(folder)
         write_file(folder / "metrics.jsonl", log.metrics_text)
         write_record(folder, record)
@@ -327,10 +382,10 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
     flag(released, "--lr", "AdamW's learning rate, falling linearly to 0", type=positive_number, default=2e-5)
     flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
-    flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=Path)
-    flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=Path)
-    flag(released, "--log_file", "the log; metrics and picture go beside it (default: logs/NAME.log)", type=Path)
-    flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=Path)
+    flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=user_path)
+    flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=user_path)
+    flag(released, "--log_file", "the log; metrics and picture go beside it (default: logs/NAME.log)", type=user_path)
+    flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=user_path)
 
     method = parser.add_argument_group("method")
     flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
@@ -362,7 +417,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
     flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
     flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
-    flag(machine, "--precision", "bf16: autocast over float32 weights; auto: bf16 on a GPU that has it, else fp32",
+    flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
          choices=("auto", "fp32", "bf16"), default="auto")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
@@ -375,7 +430,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not (args.bad_weight or args.random_weight or args.normal_weight):
         parser.error("--bad_weight, --random_weight and --normal_weight are all 0: nothing to learn")
-    name = Path(args.model_name).name
+    name = Path(args.model_name).resolve().name if Path(args.model_name).is_dir() else Path(args.model_name).name
     args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
     args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
     args.log_file = args.log_file or ROOT / "logs" / f"{name}.log"

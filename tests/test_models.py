@@ -1,8 +1,10 @@
 """Finding, loading and saving models; tokenizers' padding; LoRA; the frozen base."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -79,7 +81,7 @@ def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
     assert "model*.safetensors" not in asked["allow"]
 
 
-def cached(cache: Path, tiny: Path, revision: str, with_weights: bool) -> Path:
+def cached(cache: Path, tiny: Path, revision: str, ref: str, with_weights: bool) -> Path:
     """A snapshot as huggingface_hub's cache holds it."""
     repository = cache / "models--some--opt"
     snapshot = repository / "snapshots" / revision
@@ -87,31 +89,41 @@ def cached(cache: Path, tiny: Path, revision: str, with_weights: bool) -> Path:
     for file in tiny.iterdir():
         if with_weights or file.suffix != ".safetensors":
             shutil.copy(file, snapshot / file.name)
-    (repository / "refs").mkdir(exist_ok=True)
-    if not with_weights:
-        (repository / "refs" / "main").write_text(revision)
+    (repository / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(revision)
     return snapshot
 
 
 def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_model, tmp_path):
     """OPT's repositories: main has pickles, the hub's converter put safetensors in a pull request."""
-    main = cached(tmp_path, tiny_model("opt"), "a" * 40, with_weights=False)
-    converted = cached(tmp_path / "elsewhere", tiny_model("opt"), "b" * 40, with_weights=True)
-    asked = []
+    main = cached(tmp_path, tiny_model("opt"), "a" * 40, "main", with_weights=False)
+    cached(tmp_path, tiny_model("opt"), "c" * 40, "old-branch", with_weights=True)  # not the converter's
+    converted = cached(tmp_path / "elsewhere", tiny_model("opt"), "b" * 40, "refs/pr/7", with_weights=True)
+    asked, discussions = [], []
 
     def download(name, revision="main", **_):
         asked.append((name, revision))
         return str(main if revision == "main" else converted)
 
+    def find(_api, name, author, discussion_type):
+        assert (name, author, discussion_type) == ("some/opt", "SFconvertbot", "pull_request")
+        return discussions
+
     monkeypatch.setattr(models, "snapshot_download", download)
     monkeypatch.setattr(models, "scan_cache_dir", lambda: huggingface_hub.scan_cache_dir(tmp_path))
-    monkeypatch.setattr(models, "get_conversion_pr_reference", lambda api, name: "refs/pr/7")
+    monkeypatch.setattr(models.HfApi, "get_repo_discussions", find)
+    discussions.append(SimpleNamespace(title="Another", status="open", git_reference="refs/pr/3"))
+    with pytest.raises(UserError, match="pickled"):
+        models.locate("some/opt")
+    title = models.CONVERSION_TITLE
+    discussions.append(SimpleNamespace(title=title, status="open", git_reference="refs/pr/7"))
+    asked.clear()
     assert models.locate("some/opt") == converted
     assert asked == [("some/opt", "main"), ("some/opt", "refs/pr/7")]
     assert saving.revision_of(converted) == "b" * 40
     # Once it is cached, it is found without the hub.
-    offline = cached(tmp_path, tiny_model("opt"), "b" * 40, with_weights=True)
-    monkeypatch.setattr(models, "get_conversion_pr_reference", lambda *_: pytest.fail("asked the hub"))
+    offline = cached(tmp_path, tiny_model("opt"), "b" * 40, "refs/pr/7", with_weights=True)
+    monkeypatch.setattr(models.HfApi, "get_repo_discussions", lambda *_, **__: pytest.fail("asked the hub"))
     assert models.locate("some/opt") == offline
     assert models.locate("some/opt", weights=False) == main
 
@@ -190,3 +202,42 @@ def test_frozen_base_is_frozen(tiny_model):
     base = FrozenBase(AutoModelForCausalLM.from_pretrained(tiny_model("opt")).train())
     with base.active() as model:
         assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("broken", ["shape", "absent"])
+def test_broken_or_absent_tokenizer(broken, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "model")
+    if broken == "shape":
+        (folder / "tokenizer.json").write_text('{"model": 3}')
+    else:
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        models.load_tokenizer(folder, models.load_config(folder))
+
+
+def test_a_special_token_beyond_the_embeddings_is_no_obstacle(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<image_soft_token>"})
+    tokenizer.save_pretrained(folder)
+    loaded = models.load_tokenizer(folder, models.load_config(folder))
+    assert len(loaded) == 701 and loaded.pad_token_id < 700
+
+
+def test_code_in_a_model_folder_is_never_run(tiny_model, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C", "AutoTokenizer": ["evil.C", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(readline=lambda: "y\n", isatty=lambda: True))
+    with pytest.raises(UserError):
+        models.load_config(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "auto_map": auto}))
+    with contextlib.suppress(UserError):
+        models.load_tokenizer(folder, models.load_config(folder))
+    assert not (tmp_path / "ran").exists()
