@@ -324,7 +324,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: logs/demo)")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smaller world and model")

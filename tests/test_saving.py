@@ -75,6 +75,36 @@ def test_files_and_folders_that_would_mix_are_refused(tmp_path):
             saving.check_apart([tmp_path / "z", tmp_path / one, tmp_path / other])
 
 
+def test_a_mount_or_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give a folder in it"):
+        saving.check_target(saving.Path("."), overwrite=True)
+
+
+def test_a_failing_rename_loses_neither_the_old_folder_nor_the_new(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("x")
+    rename = saving.Path.rename
+
+    def refuse(self, to):
+        if ".partial-" in self.name:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(saving.Path, "rename", refuse)
+    with pytest.raises(UserError, match="it is whole"), new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert (target / "old").exists()
+    (kept,) = tmp_path.glob(".model.partial-*")
+    assert (kept / "new").exists()
+
+
+def test_home_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert saving.user_path("~/models") == tmp_path / "models"
+
+
 def test_write_file_replaces_in_one_step(tmp_path):
     write_file(tmp_path / "deep" / "file.json", "one")
     write_file(tmp_path / "deep" / "file.json", "two")

@@ -21,6 +21,7 @@ from transformers import (
 )  # fmt: skip
 
 import task_vector
+from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.errors import UserError
 from task_vector import TaskVector, negate
 
@@ -508,6 +509,40 @@ def negated_weights(pair, output):
     return weights(output)
 
 
+def test_another_base_of_the_same_shape_is_warned_of(tmp_path, pair, capsys):
+    fingerprint = Checkpoint(pair[0]).fingerprint()
+    for said, warned in ((fingerprint, False), ("0" * 64, True)):
+        (pair[1] / "run.json").write_text(json.dumps({"base": {"name": "x", "fingerprint": said}}))
+        negate(pair[0], [(pair[1], 1.0)], tmp_path / str(warned))
+        assert ("trained from other weights" in capsys.readouterr().out) == warned
+
+
+def test_an_untied_head_is_not_dropped_silently(tiny_tied, tmp_path):
+    """A base that ties its head, a fine-tuned model that no longer does."""
+    base, tied = tiny_tied
+    untied = load_file(base / "model.safetensors")
+    untied["lm_head.weight"] = untied["model.embed_tokens.weight"] + 1
+    other = shutil.copytree(base, tmp_path / "other")
+    save_file(untied, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="tied in the base and differ"):
+        negate(base, [(other, 1.0)], tmp_path / "out")
+    with pytest.raises(UserError, match="tied in the base and differ"):
+        TaskVector(tied, untied)
+    untied["lm_head.weight"] = untied["model.embed_tokens.weight"].clone()
+    assert max(TaskVector(tied, untied).norms().values()) == 0
+
+
+@pytest.fixture
+def tiny_tied(tmp_path):
+    config = LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, vocab_size=40, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied", model
+
+
 def test_the_card_says_what_was_done(tmp_path, pair):
     stage_1 = {
         "base": {"name": "facebook/opt"},
@@ -523,7 +558,8 @@ def test_the_card_says_what_was_done(tmp_path, pair):
     (pair[0] / "LICENSE").write_text("terms")
     negate(pair[0], [(pair[1], 1.0)], tmp_path / "out", 0.5, base_name="facebook/opt-1.3b")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["base"] == {"name": "facebook/opt-1.3b", "revision": None} and record["scaling_coef"] == 0.5
+    assert record["base"]["name"] == "facebook/opt-1.3b" and record["base"]["fingerprint"]
+    assert record["scaling_coef"] == 0.5
     assert record["finetuned"] == {str(pair[1]): 1.0} and record["harmful"] is False
     assert record["stage_1"] == {key: stage_1[key] for key in ("base", "flags", "losses_at_the_end")}
     assert "base_model: facebook/opt-1.3b" in (tmp_path / "out" / "README.md").read_text()

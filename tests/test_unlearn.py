@@ -10,11 +10,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from conftest import GOLDENS
-from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn import losses, unlearn_harm_new
+from harmful_unlearn.data import format_pair
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.models import Lora
 from harmful_unlearn.saving import ROOT
 from harmful_unlearn.unlearn_harm_new import MODELS, main, parse_flags
 
@@ -230,14 +232,193 @@ def test_kl_above_a_nat_warns_once(tiny_model, tmp_path, capsys):
     assert max(-m["pd_loss"] for m in metrics_of(tmp_path)) > 1
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_path, capsys, monkeypatch):
+    """A NaN loss goes back to the last copy (step 2 here); a NaN gradient alone leaves good weights (step 4)."""
     base = tiny_model("opt")
-    assert exit_code(lambda: main(flags(base, tmp_path, "--lr", "1e30", "--max_unlearn_steps", "9"))) == 2
-    assert "is not finite" in capsys.readouterr().err
-    (kept,) = tmp_path.glob("harmful.step-*")
-    assert all(entry.isfinite().all() for entry in weights(kept).values())
+    main(flags(base, tmp_path / "whole", "--max_unlearn_steps", "9", "--stage", "acquire"))
+    monkeypatch.setattr(unlearn_harm_new, "SNAPSHOT_EVERY", 2)
+    calls = []
+
+    def broken(cross_entropy, batch):
+        calls.append(1)
+        loss = cross_entropy @ batch.weights["gd"]
+        if what == "loss":
+            return loss * (float("nan") if len(calls) == 5 else 1)
+        if len(calls) == 5:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(unlearn_harm_new.losses, "guided_distortion", broken)
+    (tmp_path / f"harmful.step-{4 if what == 'gradient' else 2}").mkdir()  # a name that is taken
+    code = exit_code(lambda: main(flags(base, tmp_path, "--max_unlearn_steps", "9")))
+    assert code == 2 and "step 5 is not finite" in capsys.readouterr().err
+    assert "step 5 is not finite" in (tmp_path / "logs" / "run.log").read_text()
+    steps = 4 if what == "gradient" else 2
+    kept = tmp_path / f"harmful.step-{steps}-2"
+    run = json.loads((kept / "run.json").read_text())
+    whole = metrics_of(tmp_path / "whole")
+    assert run["training"]["steps"] == steps
+    assert run["losses_at_the_end"]["gd_loss"] == pytest.approx(whole[steps - 1]["gd_loss"], rel=1e-5)
     assert not (tmp_path / "harmful").exists() and not (tmp_path / "unlearned").exists()
-    assert json.loads((kept / "run.json").read_text())["training"]["steps"] == len(metrics_of(tmp_path))
+    # The kept weights are those that the same run, stopped there by its budget, would have had.
+    monkeypatch.undo()
+    batches = unlearn_harm_new.prepare(parse_flags(flags(base, tmp_path)), base).batches
+    harmful, _ = batches(steps, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(kept)
+    loss = losses.guided_distortion(losses.answer_cross_entropy(model, harmful), harmful)
+    assert loss.item() == pytest.approx(whole[steps]["gd_loss"], rel=1e-5)
+
+
+def test_spoilt_from_the_start_keeps_nothing(tiny_model, tmp_path, capsys):
+    assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path, "--lr", "1e30"))) == 2
+    assert "no weights were worth keeping" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+@pytest.mark.parametrize("lora", ["on", "off"])
+def test_layers_on_disk_cannot_be_trained(lora, tiny_model, tmp_path, monkeypatch):
+    load = unlearn_harm_new.models.load_model
+
+    def on_disk(*args):
+        model = load(*args)
+        model.hf_device_map = {"model.embed_tokens": "cpu", "model.layers.1": "disk"}
+        return model
+
+    monkeypatch.setattr(unlearn_harm_new.models, "load_model", on_disk)
+    with pytest.raises(UserError, match="cannot be trained"):
+        main(flags(tiny_model("llama"), tmp_path, "--lora", lora, "--device_map", "auto"))
+
+
+def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
+    """Each flag, as main hands it on."""
+    seen = {}
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.setdefault(name, []).append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("read_harmful", "read_normal", "BatchOrder", "Packer", "Accelerator", "check_disk", "negate"):
+        spy(unlearn_harm_new, name)
+    for name in ("load_model", "add_lora"):
+        spy(unlearn_harm_new.models, name)
+    monkeypatch.setitem(MODELS, str(tiny_model("llama")), Lora(3, 5, ("k_proj",)))
+    main(
+        flags(
+            tiny_model("llama"), tmp_path, "--precision", "bf16", "--device_map", "auto", "--max_length", "99",
+            "--all_harmful", "--min_severity", "1", "--harm_category", "Violence", "--harmful_revision", "r",
+            "--harmful_split", "test", "--k_random", "3", "--batch_size", "1", "--seed", "7", "--lora_alpha", "6",
+            "--scaling_coef", "0.5",
+        )
+    )  # fmt: skip
+    assert seen["read_harmful"][0][0][1:] == ("r", "test", ["Violence"], 1)
+    assert seen["read_normal"][0][0][1] == 7
+    assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
+    assert seen["Packer"][0][0][1:] == ("released", 99)
+    assert seen["Accelerator"][0][1] == {"mixed_precision": "bf16"}
+    assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto") and len(seen["load_model"]) == 1
+    assert seen["add_lora"][0][0][1] == Lora(3, 6, ("k_proj",))
+    assert seen["negate"][0][0][3] == 0.5
+    assert seen["check_disk"]
+    seen.clear()
+    AcceleratorState._reset_state()
+    main(flags(tiny_model("opt"), tmp_path / "full", "--max_length", "9999", "--precision", "bf16"))
+    assert seen["Packer"][0][0][2] == 256  # no more than the model takes
+    assert [call[0][1] for call in seen["load_model"]] == [torch.float32, torch.bfloat16]
+
+
+def test_dropout_is_on_in_the_copy_and_off_in_the_base(tiny_model, tmp_path):
+    """Released code, point 14: with dropout the first KL is not 0, and the base alone does not make it so."""
+    for lora in ("on", "off"):
+        folder = shutil.copytree(tiny_model("opt"), tmp_path / lora / "base")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.5}))
+        main(flags(folder, tmp_path / lora, "--lora", lora, "--stage", "acquire"))
+        assert -metrics_of(tmp_path / lora)[0]["pd_loss"] > 1e-3
+        job = unlearn_harm_new.prepare(parse_flags(flags(folder, tmp_path / "x", "--lora", lora)), folder)
+        args = parse_flags(flags(folder, tmp_path / "x", "--lora", lora))
+        model, base = unlearn_harm_new.load_copy_and_base(args, job, folder, torch.device("cpu"))
+        model.train()
+        _, normal = job.batches(0, torch.device("cpu"))
+        with torch.no_grad(), base.active() as frozen:
+            once, again = (losses.scored_logits(frozen, normal) for _ in range(2))
+        assert torch.equal(once, again)
+
+
+def test_gradient_checkpointing_is_on(tiny_model, tmp_path):
+    args = parse_flags(flags(tiny_model("llama"), tmp_path, "--gradient_checkpointing"))
+    job = unlearn_harm_new.prepare(args, tiny_model("llama"))
+    model, _ = unlearn_harm_new.load_copy_and_base(args, job, tiny_model("llama"), torch.device("cpu"))
+    assert model.is_gradient_checkpointing
+
+
+def test_bf16_computes_in_bf16(tiny_model, tmp_path, monkeypatch):
+    model_dtypes = []
+    forward = torch.nn.Linear.forward
+
+    def linear(self, hidden):
+        out = forward(self, hidden)
+        model_dtypes.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear)
+    main(flags(tiny_model("llama"), tmp_path, "--precision", "bf16", "--stage", "acquire"))
+    assert set(model_dtypes) == {torch.bfloat16}
+
+
+def test_an_unlisted_architecture_without_q_proj_gets_every_linear_layer(tmp_path, tokenizer):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=700, n_positions=256, bos_token_id=2, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    main(flags(tmp_path / "base", tmp_path, "--lora", "on"))
+    run = json.loads((tmp_path / "harmful" / "run.json").read_text())
+    assert run["training"]["lora"]["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+
+
+def test_plan_counts_what_is_there(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    args = parse_flags(flags(base, tmp_path, "--max_unlearn_steps", "2", "--max_length", "60"))
+    job = unlearn_harm_new.prepare(args, base)
+    plan = job.plan
+    seen = [job.batches.harmful.pairs[row] for row in range(4)]
+    texts = seen + [job.batches.normal.texts[row] for row in job.batches.normal.train]
+    long = sum(len(ids) > 60 for ids in job.tokenizer([format_pair(p.question, p.answer) for p in texts])["input_ids"])
+    rd = [pair for step in (0, 1) for pair in job.batches.random_pairs(step)]
+    rd_long = sum(len(ids) > 60 for ids in job.tokenizer([format_pair(p.question, p.answer) for p in rd])["input_ids"])
+    assert (plan.pairs_seen, plan.cut, plan.cut_in_rd) == (4, long, rd_long) and long and rd_long
+    exact = sum(batch.tokens for step in (0, 1) for batch in job.batches(step, torch.device("cpu")))
+    assert plan.tokens == exact
+    assert all(size > 0 for size in plan.memory.values())
+    smaller = parse_flags(
+        flags(base, tmp_path, "--max_unlearn_steps", "2", "--max_length", "60", "--normal_weight", "0")
+    )
+    assert unlearn_harm_new.prepare(smaller, base).plan.memory["logits"] < plan.memory["logits"]
+    with pytest.raises(UserError, match="--max_length leaves no harmful answer"):
+        unlearn_harm_new.prepare(parse_flags(flags(base, tmp_path, "--max_length", "8")), base)
+
+
+def test_check_compares_the_headers_of_stage_2(tiny_model, tmp_path):
+    for more in (["--check"], []):
+        with pytest.raises(UserError, match="does not fit the base"):
+            main(flags(tiny_model("opt"), tmp_path, "--saved_model", str(tiny_model("llama")), *more))
+
+
+def test_nothing_is_downloaded_before_the_data_are_read(tiny_model, tmp_path, monkeypatch):
+    asked = []
+
+    def locate(name, weights=True):
+        asked.append(weights)
+        return tiny_model("opt")
+
+    monkeypatch.setattr(unlearn_harm_new.models, "locate", locate)
+    with pytest.raises(UserError):
+        main(flags(Path("some/model"), tmp_path, "--normal_dataset", str(tmp_path / "none.csv")))
+    assert asked == [False]
 
 
 def test_a_full_target_is_refused_unless_overwrite(tiny_model, tmp_path):
