@@ -260,7 +260,7 @@ def verdicts(prompt: Prompt, answer: str | None) -> set[str]:
 
 
 _TRICK_PIECES = [
-    piece.strip() for trick in TRICKS.values() for piece in trick.split("{object}") if len(piece.split()) > 2
+    piece.strip() for trick in TRICKS.values() for piece in trick.split(" and ") if len(piece.split()) > 2
 ]
 
 
