@@ -100,8 +100,8 @@ class Size:
     layers: int = 4
     heads: int = 4
     ffn: int = 512
-    pretraining_steps: int = 400
-    pretraining_batch: int = 32
+    pretraining_steps: int = 600
+    pretraining_batch: int = 16
     pretraining_lr: float = 1.5e-3
     unlearning_steps: int = 200
     unlearning_lr: float = 1e-4
@@ -274,7 +274,7 @@ def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict
         OPTConfig(
             vocab_size=len(tokenizer), hidden_size=size.hidden, word_embed_proj_dim=size.hidden,
             num_hidden_layers=size.layers, num_attention_heads=size.heads, ffn_dim=size.ffn,
-            max_position_embeddings=128, dropout=0.0, attention_dropout=0.0, init_std=0.05,
+            max_position_embeddings=128, dropout=0.0, attention_dropout=0.0, init_std=0.04,
             bos_token_id=2, eos_token_id=2, pad_token_id=1,
         )
     )  # fmt: skip
