@@ -109,7 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
                     save_copy(model, job, folder, target, args, log, steps=stop.good)
                     kept = f"the weights after step {stop.good} are in {target}"
                 raise UserError(f"{stop}; {kept}: lower --lr or a weight") from None
-            save_copy(model, job, folder, args.model_save_dir, args, log, steps=args.max_unlearn_steps)
+            if finetuned.exists() and any(finetuned.iterdir()) and not args.overwrite:
+                log.warn(f"{finetuned} was filled by something else meanwhile")
+                finetuned = free_name(finetuned, ".new")
+            save_copy(model, job, folder, finetuned, args, log, steps=args.max_unlearn_steps)
             del model, base
         if "negate" in stages:
             log.say(f"stage 2, knowledge negation: {finetuned} -> {args.task_vector_saving_path}")

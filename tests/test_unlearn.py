@@ -432,6 +432,20 @@ def test_a_full_target_is_refused_unless_overwrite(tiny_model, tmp_path):
     assert any(not torch.equal(entry, before[name]) for name, entry in weights(tmp_path / "harmful").items())
 
 
+def test_a_target_that_fills_during_the_run_costs_nothing(tiny_model, tmp_path, monkeypatch):
+    def train_while_another_writes(*args):
+        (tmp_path / "harmful").mkdir()
+        (tmp_path / "harmful" / "theirs").write_text("x")
+        return acquire(*args)
+
+    acquire = unlearn_harm_new.acquire
+    monkeypatch.setattr(unlearn_harm_new, "acquire", train_while_another_writes)
+    main(flags(tiny_model("opt"), tmp_path))
+    assert [file.name for file in (tmp_path / "harmful").iterdir()] == ["theirs"]
+    assert (tmp_path / "harmful.new" / "model.safetensors").exists()
+    assert (tmp_path / "unlearned" / "model.safetensors").exists()
+
+
 def test_a_failure_while_saving_leaves_no_folder(tiny_model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
