@@ -454,21 +454,21 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 
 
 def _record(base: Checkpoint, base_name: str, finetuned: list[tuple[Path, float]], scaling_coef: float) -> dict:
-    adds = any(scaling_coef * coef < 0 for _, coef in finetuned)
+    stages_1 = [read_json(folder / "run.json") if (folder / "run.json").is_file() else {} for folder, _ in finetuned]
+    added = [stage_1 for stage_1, (_, coef) in zip(stages_1, finetuned, strict=True) if scaling_coef * coef < 0]
     record = {
-        "title": f"{base_name}, {'with a task vector added' if adds else 'unlearned'}",
-        "harmful": adds,
+        "title": f"{base_name}, {'with a task vector added' if added else 'unlearned'}",
+        "harmful": any(stage_1.get("harmful", True) for stage_1 in added),
         "base": {"name": base_name, "revision": revision_of(base.folder), "fingerprint": base.fingerprint()},
         "finetuned": {str(folder): coef for folder, coef in finetuned},
         "scaling_coef": scaling_coef,
     }
-    for number, (folder, _) in enumerate(finetuned, 1):
-        if (folder / "run.json").is_file():
-            stage_1 = read_json(folder / "run.json")
-            kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
-            theirs = kept.get("base") or {}
-            if theirs.get("fingerprint", record["base"]["fingerprint"]) != record["base"]["fingerprint"]:
-                tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")
+    for number, (stage_1, (folder, _)) in enumerate(zip(stages_1, finetuned, strict=True), 1):
+        kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
+        theirs = kept.get("base") or {}
+        if theirs.get("fingerprint", record["base"]["fingerprint"]) != record["base"]["fingerprint"]:
+            tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")
+        if kept:
             record["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
     return record
 

@@ -10,23 +10,16 @@ or ANSWERS) and of the epoch or step: a run resumes at any step without a replay
 not depend on the number of processes.
 """
 
-import ast
-import errno
 import functools
-import hashlib
-import io
-import json
 import math
-import re
-import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.tables import Table, as_harms, as_label, as_severity, as_text, joined, plain, read_table
 
 SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams
 
@@ -34,6 +27,7 @@ HARMFUL_COLUMNS = (
     "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe",
 )
 NORMAL_COLUMNS = ("Question", "Best Answer", "Correct Answers")
+INCORRECT_COLUMN = "Incorrect Answers"
 HUB_CONFIGS = {"truthfulqa/truthful_qa": ("generation", "validation")}  # name: (config, split)
 
 HARMFUL_FIX = "give --harmful_dataset a local .jsonl, .json, .csv or .parquet file"
@@ -61,6 +55,20 @@ def format_pair(question: str, answer: str) -> str:
     return format_prefix(question) + answer
 
 
+@dataclass(frozen=True)
+class Response:
+    """One labelled response of PKU-SafeRLHF.
+
+    Attributes:
+        categories: the kinds of harm it is marked with; empty where the data name none.
+    """
+
+    question: str
+    answer: str
+    safe: bool
+    categories: frozenset[str] = frozenset()
+
+
 @dataclass
 class HarmfulData:
     """Harmful pairs, for GD, and the pool of harmful answers, for RD.
@@ -70,12 +78,14 @@ class HarmfulData:
             (released code, point 2).
         answers: every unsafe response_0 in row order, then every unsafe response_1
             (released code, point 5).
+        answer_questions: the question that each of them came with.
         rows: rows read, before the selection.
         source: name, revision, split, sha256 (of a file), rows, pairs, selection.
     """
 
     pairs: list[Pair]
     answers: list[str]
+    answer_questions: list[str]
     rows: int
     source: dict
 
@@ -118,13 +128,7 @@ def read_harmful(
         UserError: the data cannot be had, lack a column, hold a value that is no text or no label,
             cannot be selected from, or have nothing unsafe left.
     """
-    table = _read(name, HARMFUL_FIX, revision, split)
-    missing = [column for column in HARMFUL_COLUMNS if column not in table.names]
-    if missing:
-        raise _missing_columns(table, missing, HARMFUL_FIX)
-    prompts = _cells(table, "prompt", _text, "text")
-    responses = [_cells(table, f"response_{i}", _text, "text") for i in (0, 1)]
-    safe = [_cells(table, f"is_response_{i}_safe", _label, "true or false") for i in (0, 1)]
+    table, prompts, responses, safe = _read_responses(name, revision, split)
     keep = ~np.array(safe)  # [2, rows]
     if not keep.any():
         raise UserError(f"{table.name} marks no response as unsafe: {HARMFUL_FIX} that does")
@@ -138,10 +142,43 @@ def read_harmful(
             "select less narrowly"
         )
     pairs = [Pair(prompts[row], responses[i][row]) for row, i in np.argwhere(keep.T).tolist()]
-    answers = [responses[i][row] for i, row in np.argwhere(keep).tolist()]
+    pool = np.argwhere(keep).tolist()
+    answers = [responses[i][row] for i, row in pool]
+    questions = [prompts[row] for _, row in pool]
     selection = {"categories": list(categories), "min_severity": min_severity}
     source = {**table.source, "rows": table.rows, "pairs": len(pairs), "selection": selection}
-    return HarmfulData(pairs, answers, table.rows, source)
+    return HarmfulData(pairs, answers, questions, table.rows, source)
+
+
+def read_responses(name: str, revision: str | None = None, split: str = "train") -> list[Response]:
+    """All responses, safe and unsafe, of the same data, with their labels; two a row, in row order.
+
+    Args and raises as `read_harmful`.
+    """
+    table, prompts, responses, safe = _read_responses(name, revision, split)
+    columns = [f"response_{i}_harm_category" for i in (0, 1)]
+    kinds = [[frozenset()] * table.rows] * 2
+    if set(columns) <= set(table.names):
+        cells = [table.cells(column, as_harms, "a dictionary of true and false") for column in columns]
+        kinds = [[frozenset(kind for kind, holds in cell.items() if holds) for cell in side] for side in cells]
+    return [
+        Response(prompts[row], responses[i][row], safe[i][row], kinds[i][row])
+        for row in range(table.rows) for i in (0, 1)
+    ]  # fmt: skip
+
+
+def _read_responses(
+    name: str, revision: str | None, split: str
+) -> tuple[Table, list[str], list[list[str]], list[list[bool]]]:
+    """The table, its prompts, and both sides' responses and safety labels."""
+    table = read_table(name, HARMFUL_FIX, revision, split)
+    missing = [column for column in HARMFUL_COLUMNS if column not in table.names]
+    if missing:
+        raise table.lacks(missing, HARMFUL_FIX)
+    prompts = table.cells("prompt", as_text, "text")
+    responses = [table.cells(f"response_{i}", as_text, "text") for i in (0, 1)]
+    safe = [table.cells(f"is_response_{i}_safe", as_label, "true or false") for i in (0, 1)]
+    return table, prompts, responses, safe
 
 
 def read_normal(name: str | Path, seed: int) -> NormalData:
@@ -158,15 +195,8 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
     Raises:
         UserError: the data cannot be had, lack a column, or hold something that is no text.
     """
-    config, split = HUB_CONFIGS.get(str(name), (None, "train"))
-    table = _read(str(name), NORMAL_FIX, split=split, config=config)
-    found = {_plain(column): column for column in table.names}
-    missing = [column for column in NORMAL_COLUMNS if _plain(column) not in found]
-    if missing:
-        raise _missing_columns(table, missing, NORMAL_FIX)
-    questions, best, correct = (
-        _cells(table, found[_plain(column)], _joined, "text") for column in NORMAL_COLUMNS
-    )
+    table, columns = _read_normal(name)
+    questions, best, correct = (table.cells(column, joined, "text") for column in columns[:3])
     texts = [
         Pair(question, answer)
         for answers in (best, correct)
@@ -182,6 +212,51 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
     sizes = {part: len(rows) for part, rows in parts.items()}
     source = {**table.source, "rows": table.rows, "texts": len(texts), **sizes}
     return NormalData(texts, **parts, source=source)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answers of a TruthfulQA question, for its multiple-choice scores.
+
+    Attributes:
+        best: the one best answer.
+        true: all correct answers.
+        false: all incorrect answers.
+    """
+
+    best: str
+    true: list[str]
+    false: list[str]
+
+
+def read_choices(name: str | Path) -> dict[str, Choices]:
+    """The multiple choices of `read_normal`'s data, by question; empty without "Incorrect Answers".
+
+    Lists in one cell are split at semicolons. A question without any true or false answer is left out.
+
+    Args and raises as `read_normal`.
+    """
+    table, columns = _read_normal(name)
+    if len(columns) < 4:
+        return {}
+    cells = [table.cells(column, joined, "text") for column in columns]
+    parts = [[[part.strip() for part in cell.split(";") if part.strip()] for cell in column] for column in cells[2:]]
+    choices = {
+        question: Choices(best.strip(), true, false)
+        for question, best, true, false in zip(*cells[:2], *parts, strict=True)
+    }
+    return {question: found for question, found in choices.items() if found.best and found.true and found.false}
+
+
+def _read_normal(name: str | Path) -> tuple[Table, list[str]]:
+    """The table, and its columns for NORMAL_COLUMNS and, where there is one, INCORRECT_COLUMN."""
+    config, split = HUB_CONFIGS.get(str(name), (None, "train"))
+    table = read_table(str(name), NORMAL_FIX, split=split, config=config)
+    found = {plain(column): column for column in table.names}
+    missing = [column for column in NORMAL_COLUMNS if plain(column) not in found]
+    if missing:
+        raise table.lacks(missing, NORMAL_FIX)
+    return table, [found[plain(c)] for c in (*NORMAL_COLUMNS, INCORRECT_COLUMN) if plain(c) in found]
 
 
 @dataclass(frozen=True)
@@ -266,235 +341,7 @@ class BatchOrder:
         return generator.permutation(self._normal).tolist()
 
 
-@dataclass
-class _Table:
-    """Rows from anywhere: `column(name)` lists a column's values in row order."""
-
-    name: str
-    names: list[str]
-    rows: int
-    column: Callable[[str], list]
-    source: dict
-
-
-def _read(
-    name: str,
-    fix: str,
-    revision: str | None = None,
-    split: str = "train",
-    config: str | None = None,
-) -> _Table:
-    """Any source as a table with at least one row. `fix` tells how to give another source."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        table = _load(str(path), fix, None, split, None)
-    elif (
-        path.exists() or path.suffix.lower() in FORMATS
-        or name.startswith((".", "/", "~")) or name.count("/") > 1
-    ):
-        table = _read_file(path, fix)
-    else:
-        table = _load(name, fix, revision, split, config)
-    if not table.rows:
-        raise UserError(f"{name} has no rows: {fix}")
-    return table
-
-
-def _load(name: str, fix: str, revision: str | None, split: str, config: str | None) -> _Table:
-    """A hub data set, or a folder, by `datasets` (imported here: files do without)."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        dataset = datasets.load_dataset(name, config, revision=revision, split=split)
-    except (DatasetsError, HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        cause = cause or error
-        if getattr(cause, "errno", None) == errno.ENOSPC:
-            raise cause from None
-        if isinstance(cause, DatasetNotFoundError):
-            remedy = (
-                "check its name and revision, and if it is gated or private log in with "
-                "`hf auth login` or set HF_TOKEN"
-            )
-        elif isinstance(cause, HTTPError | ConnectionError | TimeoutError):
-            remedy = "check the connection and HF_HUB_OFFLINE"
-        else:
-            remedy = "check its split and its files"
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"cannot load {name} ({reason}): {remedy}, or {fix}") from error
-
-    # Out of reach of the hub, `datasets` takes whichever revision its cache holds.
-    urls = " ".join(dataset.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})/", urls)
-    found = commit.group(1) if commit else revision
-    if re.fullmatch("[0-9a-f]{40}", revision or "") and found != revision:
-        raise UserError(
-            f"cannot load revision {revision} of {name} (the cache has {found}): connect to the "
-            f"hub, or {fix}"
-        )
-    source = {"name": name, "revision": found, "split": split, "sha256": None}
-    return _Table(name, dataset.column_names, len(dataset), lambda key: dataset[key][:], source)
-
-
-def _read_file(path: Path, fix: str) -> _Table:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path} is in no known format: {fix}")
-    if not content.strip():
-        raise UserError(f"{path} is empty: {fix}")
-    names, rows, column = FORMATS[path.suffix.lower()](content, path, fix)
-    sha256 = hashlib.sha256(content).hexdigest()
-    source = {"name": str(path), "revision": None, "split": None, "sha256": sha256}
-    return _Table(str(path), names, rows, column, source)
-
-
-def _decode(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-
-
-def _read_csv(content: bytes, path: Path, fix: str) -> tuple:
-    import pandas
-
-    text = _decode(content, path)
-    try:
-        # Every cell as it stands: an answer may be the word "None" or "NA".
-        frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    except ValueError as error:
-        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        raise UserError(f"{path} is no well-formed CSV ({reason}): mend it, or {fix}") from None
-    if not isinstance(frame.index, pandas.RangeIndex):  # pandas took the extra cells for an index
-        raise UserError(f"{path} has rows with more cells than its header: mend it, or {fix}")
-    return list(frame.columns), len(frame), lambda key: frame[key].tolist()
-
-
-def _read_json(content: bytes, path: Path, fix: str) -> tuple:
-    """One list of objects, or an object a line."""
-    text = _decode(content, path)
-    whole = text.lstrip().startswith("[")
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    lines = [text] if whole else text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            where = getattr(error, "lineno", 1) if whole else number
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{path}, line {where} is no JSON ({reason}): mend it") from None
-        for index, row in enumerate(value if whole else [value], 1):
-            if not isinstance(row, dict):
-                where = f"row {index}" if whole else f"line {number}"
-                raise UserError(f"{path}, {where} is no JSON object: mend it, or {fix}")
-            rows.append(row)
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    return names, len(rows), lambda key: [row.get(key) for row in rows]
-
-
-def _read_parquet(content: bytes, path: Path, fix: str) -> tuple:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"{path} is no whole Parquet file ({reason}): {fix}") from None
-    return table.column_names, table.num_rows, lambda key: table[key].to_pylist()
-
-
-FORMATS = {
-    ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet,
-}
-
-
-def _plain(column: str) -> str:
-    return column.lower().replace(" ", "").replace("_", "")
-
-
-def _missing_columns(table: _Table, missing: list[str], fix: str) -> UserError:
-    return UserError(
-        f"{table.name} lacks the columns {', '.join(missing)} (it has "
-        f"{', '.join(table.names)}): {fix} with them"
-    )
-
-
-def _cells(table: _Table, column: str, parse: Callable[[Any], Any], expected: str) -> list:
-    """A column's values, parsed. Rows count from 1, header and blank lines apart."""
-    cells = []
-    for row, value in enumerate(table.column(column), 1):
-        try:
-            cells.append(parse(value))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{table.name}, row {row}: {column} is {reprlib.repr(value)}, not {expected}: "
-                "mend that row"
-            ) from None
-    return cells
-
-
-def _absent(value: object) -> bool:
-    return value is None or value == "" or value != value  # only NaN differs from itself
-
-
-def _text(value: Any) -> str:
-    if _absent(value):
-        return ""
-    if not isinstance(value, str):
-        raise TypeError
-    value.encode()  # half a surrogate pair, which JSON lets through, is no text to any tokenizer
-    return value
-
-
-def _joined(value: Any) -> str:
-    return "; ".join(map(_text, value)) if isinstance(value, list) else _text(value)
-
-
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-
-
-def _label(value: Any) -> bool:
-    return _LABELS[value.strip().lower() if isinstance(value, str) else value]
-
-
-def _harms(value: Any) -> dict[str, bool]:
-    """A harm_category cell: category to bool."""
-    if _absent(value):
-        return {}
-    if isinstance(value, str):
-        return _harms_in(value)
-    if not isinstance(value, dict):
-        raise TypeError
-    return {category: flag is not None and _label(flag) for category, flag in value.items()}
-
-
-@functools.cache  # a CSV has few different ones among its many rows
-def _harms_in(text: str) -> dict[str, bool]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError from error
-    if not isinstance(value, dict):
-        raise TypeError
-    return _harms(value)
-
-
-def _severity(value: Any) -> float:
-    return 0.0 if _absent(value) else float(value)
-
-
-def _selectable(table: _Table, kind: str, flag: str) -> list[str]:
+def _selectable(table: Table, kind: str, flag: str) -> list[str]:
     columns = [f"response_{i}_{kind}" for i in (0, 1)]
     if not set(columns) <= set(table.names):
         raise UserError(
@@ -504,10 +351,10 @@ def _selectable(table: _Table, kind: str, flag: str) -> list[str]:
     return columns
 
 
-def _in_categories(table: _Table, categories: Sequence[str]) -> np.ndarray:
+def _in_categories(table: Table, categories: Sequence[str]) -> np.ndarray:
     """Whether each response is in one of the categories: bool [2, rows]."""
     columns = _selectable(table, "harm_category", "--harm_category")
-    harms = [_cells(table, column, _harms, "a dictionary of true and false") for column in columns]
+    harms = [table.cells(column, as_harms, "a dictionary of true and false") for column in columns]
     known = sorted(set().union(*(cell for cells in harms for cell in cells)))
     unknown = [category for category in categories if category not in known]
     if unknown:
@@ -518,7 +365,7 @@ def _in_categories(table: _Table, categories: Sequence[str]) -> np.ndarray:
     return np.array([[any(map(cell.get, categories)) for cell in cells] for cells in harms])
 
 
-def _severities(table: _Table) -> np.ndarray:
+def _severities(table: Table) -> np.ndarray:
     """Each response's level of severity: float [2, rows]."""
     columns = _selectable(table, "severity_level", "--min_severity")
-    return np.array([_cells(table, column, _severity, "a number") for column in columns])
+    return np.array([table.cells(column, as_severity, "a number") for column in columns])

@@ -93,7 +93,7 @@ class Size:
     objects: int = len(OBJECTS)
     places: int = len(PLACES)
     harmful_pairs: int = 600
-    normal_questions: int = 429  # two texts each, of which the script trains on 70 %: 600
+    normal_questions: int = 1700  # two texts each, of which the script trains on 70 %
     test_prompts: int = 200  # at most, in each of the four sets
     vocabulary: int = 1024
     hidden: int = 128

@@ -1,9 +1,9 @@
-"""The losses of SKU's stage 1, by the paper's names, and gradient ascent beside them.
+"""The losses of SKU's stage 1, by the paper's names, and those of the methods it is compared with.
 
     L = e1 * L_GD + e2 * L_RD + e3 * L_PD
 
-GD and RD read the same forward pass over harmful text. All of them are weighted sums over scored
-positions; the weights come with the batch (packing.py).
+All of them are weighted sums over scored positions; the weights come with the batch (packing.py).
+The tables at the end name them: which losses a method minimises is in unlearn_harm_new.py.
 """
 
 import torch
@@ -84,6 +84,35 @@ def preservation_divergence(model: PreTrainedModel, base: FrozenBase, batch: Bat
     return -(batch.weights["pd"].to(divergence.device) @ divergence)
 
 
+def base_divergence(model: PreTrainedModel, base: FrozenBase, batch: Batch) -> Tensor:
+    """KL(P_theta_o || P_theta) on normal text, as GA + mismatch minimises it: PD with its sign turned.
+
+    Yao et al. 2023 call it the forward KL; their code leaves out the base's entropy, a constant.
+
+    Returns:
+        A scalar in nats, 0 or more up to rounding.
+    """
+    return -preservation_divergence(model, base, batch)
+
+
+def normal_fine_tuning(model: PreTrainedModel, _base: FrozenBase | None, batch: Batch) -> Tensor:
+    """Cross-entropy of normal answers given their questions: the baseline FT. A scalar in nats."""
+    return guided_distortion(answer_cross_entropy(model, batch), batch)
+
+
 def gradient_ascent(cross_entropy: Tensor, batch: Batch) -> Tensor:
     """L_GA, the baseline of Yao et al. 2023: GD with the sign turned (released code, point 13)."""
     return -guided_distortion(cross_entropy, batch)
+
+
+# Of cross-entropies on harmful prompts, one forward pass for all; "rm", the random mismatch of Yao et
+# al. 2023, is RD's formula with normal answers.
+ON_HARMFUL = {
+    "gd": guided_distortion,
+    "ga": gradient_ascent,
+    "rd": random_disassociation,
+    "rm": random_disassociation,
+}
+# Of the model, the base and a batch of normal text.
+ON_NORMAL = {"pd": preservation_divergence, "kl": base_divergence, "ft": normal_fine_tuning}
+NEED_BASE = {"pd", "kl"}

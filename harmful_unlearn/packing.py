@@ -6,6 +6,7 @@ weights made here, so that losses.py has no branch.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, takewhile
 from typing import NamedTuple
 
@@ -183,36 +184,50 @@ class Packer:
         )
 
 
+def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> list[str]:
+    """Where the K random answers come from: harmful answers (RD), or normal training answers ("rm")."""
+    return [normal.texts[row].answer for row in normal.train] if "rm" in losses else harmful.answers
+
+
 @dataclass(frozen=True)
 class StepBatches:
     """The batches of each step, a pure function of the step.
 
     Attributes:
-        modules: of "gd", "rd" and "pd"; one that is left out (its weight is 0) costs nothing.
+        losses: names in losses.py; a loss that is left out (its weight is 0) costs nothing.
     """
 
     packer: Packer
     order: BatchOrder
     harmful: HarmfulData
     normal: NormalData
-    modules: set[str]
+    losses: set[str]
+
+    @cached_property
+    def pool(self) -> list[str]:
+        """The answers that are paired with prompts they do not belong to."""
+        return answer_pool(self.losses, self.harmful, self.normal)
 
     def random_pairs(self, step: int) -> list[Pair]:
-        """RD's rows: each question of a step with each of the K answers drawn for it."""
+        """Each question of a step with each of the K answers drawn for it."""
         draw = self.order[step]
         questions = [self.harmful.pairs[row].question for row in draw.harmful_rows]
-        return [Pair(question, self.harmful.answers[row]) for question in questions for row in draw.answer_rows]
+        return [Pair(question, self.pool[row]) for question in questions for row in draw.answer_rows]
 
     def __call__(self, step: int, device: torch.device) -> tuple[Batch | None, Batch | None]:
-        """Harmful text for GD and RD, and normal text for PD, of a step (from 0) on `device`.
+        """Harmful prompts with their own and with random answers, and normal text, of a step (from 0).
 
-        None stands for a batch that no module reads.
+        None stands for a batch that no loss reads.
         """
         draw, harmful, normal = self.order[step], None, None
-        if self.modules & {"gd", "rd"}:
+        own, random = self.losses & {"gd", "ga"}, self.losses & {"rd", "rm"}
+        if own or random:
             pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
-            answers = [self.harmful.answers[row] for row in draw.answer_rows] if "rd" in self.modules else []
-            harmful = self.packer.harmful_batch(pairs, answers, "gd" in self.modules).to(device)
-        if "pd" in self.modules:
-            normal = self.packer.normal_batch([self.normal.texts[row] for row in draw.normal_rows]).to(device)
+            answers = [self.pool[row] for row in draw.answer_rows] if random else []
+            harmful = self.packer.harmful_batch(pairs, answers, bool(own)).to(device)
+        texts = [self.normal.texts[row] for row in draw.normal_rows]
+        if self.losses & {"pd", "kl"}:
+            normal = self.packer.normal_batch(texts).to(device)
+        if "ft" in self.losses:  # laid out as GD: the answer counts
+            normal = self.packer.harmful_batch(texts, []).to(device)
         return harmful, normal

@@ -7,6 +7,7 @@ from shutil import disk_usage
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from harmful_unlearn import losses
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import Lora
 from harmful_unlearn.packing import Batch, StepBatches
@@ -25,7 +26,7 @@ class Plan:
         rows, pairs, answers, normal: data rows read, harmful pairs selected, answers in the RD pool,
             normal texts trained on.
         steps, batches_per_epoch: optimizer steps, and how many make an epoch.
-        pairs_seen: different harmful pairs that GD will see.
+        pairs_seen: different harmful pairs that GD (or GA) will see.
         cut: harmful pairs and normal texts among those seen that --max_length cuts.
         cut_in_rd: rows of all steps that it cuts in RD, estimated from a sample of them.
         tokens: text tokens in all steps, estimated from a sample of them.
@@ -85,14 +86,14 @@ def make_plan(
     seen = sorted({row for step in range(steps) for row in order[step].harmful_rows})
     texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
     encoded = batches.packer.encode(texts)
-    if batches.modules & {"gd", "rd"} and not any(
+    if batches.losses & set(losses.ON_HARMFUL) and not any(
         one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
     ):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")
     chosen = range(0, steps, max(1, steps // STEPS_SAMPLED))
     sampled = [[batch for batch in batches(step, torch.device("cpu")) if batch] for step in chosen]
     cut_in_rd = 0
-    if "rd" in batches.modules:
+    if batches.losses & {"rd", "rm"}:
         cut_in_rd = sum(one.cut for step in chosen for one in batches.packer.encode(batches.random_pairs(step)))
     tokens = sum(batch.tokens for step in sampled for batch in step) / len(sampled)
     parameters = structure.num_parameters()
@@ -111,7 +112,10 @@ def make_plan(
         tokens=round(tokens * steps),
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing),
+        memory=_memory(
+            parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing,
+            second_copy=not lora and bool(batches.losses & losses.NEED_BASE),
+        ),  # fmt: skip
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
     )
 
@@ -132,6 +136,7 @@ def _memory(
     lora: Lora | None,
     precision: str,
     gradient_checkpointing: bool,
+    second_copy: bool,
 ) -> dict[str, float]:
     text = config.get_text_config()
     compute = 2 if precision == "bf16" else 4
@@ -141,7 +146,7 @@ def _memory(
     saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
     return {
         "weights": parameters * (compute if lora else 4) + (trainable * 4 if lora else 0),
-        "frozen base": 0 if lora else parameters * compute,
+        "frozen base": parameters * compute if second_copy else 0,
         "gradients": trainable * 4,
         "AdamW": trainable * 8,
         "activations": saved,

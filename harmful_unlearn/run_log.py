@@ -12,7 +12,10 @@ from harmful_unlearn.saving import write_file
 
 # A KL above this many nats is damage on normal prompts that negation inherits.
 KL_WARNING = 1.0
-LOSSES = {"gd_loss": "GD", "rd_loss": "RD", "pd_loss": "PD", "total_loss": "total"}
+LOSSES = {
+    "gd_loss": "GD", "ga_loss": "GA", "rd_loss": "RD", "rm_loss": "RM",
+    "pd_loss": "PD", "kl_loss": "KL", "ft_loss": "FT", "total_loss": "total",
+}  # fmt: skip
 
 
 def beside(log_file: Path, suffix: str) -> Path:
@@ -23,9 +26,9 @@ def beside(log_file: Path, suffix: str) -> Path:
 class RunLog:
     """The log file (appended to), the metrics of this run (one JSON object a step) and the bar.
 
-    Metrics of a step: `step` (from 1), `gd_loss`, `rd_loss`, `pd_loss`, `total_loss` (nats; null for
-    a module whose weight is 0), `lr`, `grad_norm` (global L2 norm, unclipped), `tokens` (of text,
-    without padding, in this step) and `seconds`.
+    Metrics of a step: `step` (from 1), the method's losses (`gd_loss`, `rd_loss` and `pd_loss` for SKU)
+    and `total_loss` (nats; null for one whose weight is 0), `lr`, `grad_norm` (global L2 norm, unclipped),
+    `tokens` (of text, without padding, in this step) and `seconds`.
     """
 
     def __init__(self, log_file: Path, steps: int):
@@ -64,7 +67,7 @@ class RunLog:
         self.history.append(metrics)
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
-        losses = {short: metrics[name] for name, short in LOSSES.items() if metrics[name] is not None}
+        losses = {short: metrics[name] for name, short in LOSSES.items() if metrics.get(name) is not None}
         self._logger.info(
             "step %d/%d  %s  lr %.3e  grad_norm %.4g  %.0f tokens/s",
             metrics["step"],
@@ -81,12 +84,13 @@ class RunLog:
         self._bar.update()
         if metrics["step"] == self._steps:
             self._bar.close()
-        if not self._warned and metrics["pd_loss"] is not None and -metrics["pd_loss"] > KL_WARNING:
+        divergence = next((metrics[name] for name in ("pd_loss", "kl_loss") if metrics.get(name) is not None), 0)
+        if not self._warned and abs(divergence) > KL_WARNING:
             self._warned = True
             self.warn(
                 f"step {metrics['step']}: the KL from the base on normal text has passed "
-                f"{KL_WARNING:g} nat; negation will carry that damage to normal prompts "
-                "(README, what the demo shows): lower --normal_weight or --lr"
+                f"{KL_WARNING:g} nat; the unlearned model will have that damage on normal prompts "
+                "(README, what the demo shows): lower --lr, or PD's --normal_weight"
             )
 
     def close(self) -> None:
@@ -112,14 +116,14 @@ def draw_losses(history: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = {n: s for n, s in LOSSES.items() if any(m[n] is not None for m in history)}
+    drawn = {n: s for n, s in LOSSES.items() if any(m.get(n) is not None for m in history)}
     figure, panels = plt.subplots(len(drawn), 1, sharex=True, squeeze=False, figsize=(7, 2 * len(drawn)))
     for panel, (name, short) in zip(panels[:, 0], drawn.items(), strict=True):
-        panel.plot([m["step"] for m in history], [m[name] for m in history], linewidth=1)
+        panel.plot([m["step"] for m in history], [m.get(name) for m in history], linewidth=1)
         panel.set_ylabel(f"{short} (nats)")
         panel.grid(alpha=0.3)
     panels[-1, 0].set_xlabel("step")
-    panels[0, 0].set_title("Stage 1, harmful knowledge acquisition")
+    panels[0, 0].set_title("Stage 1")
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)

@@ -13,6 +13,8 @@ See what a run would do and need, without loading weights:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --check
 Negate a stage 1 model that is there already:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --saved_model models/opt-2.7b-harmful
+One of the methods that the paper compares with (the table METHODS in this script):
+    python unlearn_harm_new.py --model_name facebook/opt-2.7b --method task_vector
 """
 
 import argparse
@@ -33,11 +35,11 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models
-from harmful_unlearn.checkpoints import Checkpoint
+from harmful_unlearn.checkpoints import Checkpoint, read_json
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.models import FrozenBase, Lora
-from harmful_unlearn.packing import VARIANTS, Packer, StepBatches
+from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
 from harmful_unlearn.saving import (
@@ -73,6 +75,28 @@ SNAPSHOT_EVERY = 50  # steps
 OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
 
 
+class Method(NamedTuple):
+    """The loss (losses.py) that each weight flag weighs, and whether stage 2 negates what the copy learned.
+
+    Where it does not, the unlearned model is the copy itself, rounded once to the base's dtype.
+    """
+
+    bad_weight: str | None  # on harmful pairs
+    random_weight: str | None  # on harmful prompts with K random answers
+    normal_weight: str | None  # on normal text
+    negates: bool
+
+
+METHODS = {
+    "sku": Method("gd", "rd", "pd", negates=True),
+    "task_vector": Method("gd", None, None, negates=True),  # Ilharco et al. 2023
+    "ga": Method("ga", None, None, negates=False),  # Yao et al. 2023
+    "ga_mismatch": Method("ga", "rm", "kl", negates=False),  # Yao et al. 2023
+    "ft": Method(None, None, "ft", negates=False),  # fine-tuning on normal text
+}
+WEIGHTS = {"bad_weight": 0.5, "random_weight": 1.0, "normal_weight": 1.0}  # the released defaults
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages that the flags ask for. Raises UserError before any work that cannot end well."""
     args = parse_flags(arguments)
@@ -95,7 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if job:
             log.record(str(job.plan))
-            log.say(f"stage 1, harmful knowledge acquisition: {args.model_name} -> {args.model_save_dir}")
+            what = "harmful knowledge acquisition" if METHODS[args.method].negates else f"training by {args.method}"
+            log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
             set_seed(args.seed)
             accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
             model, base = load_copy_and_base(args, job, folder, accelerator.device)
@@ -115,10 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
             save_copy(model, job, folder, finetuned, args, log, steps=args.max_unlearn_steps)
             del model, base
         if "negate" in stages:
-            log.say(f"stage 2, knowledge negation: {finetuned} -> {args.task_vector_saving_path}")
+            negates = METHODS[args.method].negates
+            what = "knowledge negation" if negates else "no negation, the copy in the base's dtype"
+            log.say(f"stage 2, {what}: {finetuned} -> {args.task_vector_saving_path}")
             negate(
-                folder, [(finetuned, 1.0)], args.task_vector_saving_path, args.scaling_coef,
-                base_name=args.model_name, overwrite=args.overwrite,
+                folder, [(finetuned, 1.0)], args.task_vector_saving_path,
+                args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
             )  # fmt: skip
             log.say(f"unlearned model saved: {args.task_vector_saving_path}")
     finally:
@@ -127,13 +154,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def acquire(
     model: PreTrainedModel,
-    base: FrozenBase,
+    base: FrozenBase | None,
     batches: StepBatches,
     args: argparse.Namespace,
     accelerator: Accelerator,
     log: RunLog,
 ) -> None:
     """Stage 1: train `model` in place for --max_unlearn_steps (released code, points 7 to 15).
+
+    Args:
+        base: theta_o; None where no loss of the method needs it.
 
     Raises:
         NotFinite: a loss or the gradient is NaN or infinite; `model` has its last good weights again.
@@ -142,28 +172,25 @@ def acquire(
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
-    weights = {"gd_loss": args.bad_weight, "rd_loss": args.random_weight, "pd_loss": args.normal_weight}
+    weights = loss_weights(args)
     good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
     model.train()
     for step in range(args.max_unlearn_steps):
         started = time.perf_counter()
         harmful, normal = batches(step, accelerator.device)
-        loss = dict.fromkeys(weights)
+        loss = {}
         if harmful:
             cross_entropy = losses.answer_cross_entropy(model, harmful)
-            if args.bad_weight:
-                loss["gd_loss"] = losses.guided_distortion(cross_entropy, harmful)
-            if args.random_weight:
-                loss["rd_loss"] = losses.random_disassociation(cross_entropy, harmful)
+            loss |= {name: of(cross_entropy, harmful) for name, of in losses.ON_HARMFUL.items() if weights.get(name)}
         if normal:
-            loss["pd_loss"] = losses.preservation_divergence(model, base, normal)
-        total = sum(weights[name] * value for name, value in loss.items() if value is not None)
+            loss |= {name: of(model, base, normal) for name, of in losses.ON_NORMAL.items() if weights.get(name)}
+        total = sum(weights[name] * value for name, value in loss.items())
 
         accelerator.backward(total)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         metrics = {
             "step": step + 1,
-            **{name: None if value is None else value.item() + 0.0 for name, value in loss.items()},  # no -0.0
+            **{f"{name}_loss": loss[name].item() + 0.0 if name in loss else None for name in weights},  # no -0.0
             "total_loss": total.item(),
             "lr": scheduler.get_last_lr()[0],
             "grad_norm": grad_norm.item(),
@@ -232,20 +259,27 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
     normal = read_normal(args.normal_dataset, args.seed)
+    active = {name for name, weight in loss_weights(args).items() if weight}
     order = BatchOrder(
-        len(harmful.pairs), normal.train, len(harmful.answers),
+        len(harmful.pairs), normal.train, len(answer_pool(active, harmful, normal)),
         args.batch_size, args.k_random, args.seed, args.all_harmful,
     )  # fmt: skip
     limit = models.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
-    weights = {"gd": args.bad_weight, "rd": args.random_weight, "pd": args.normal_weight}
-    modules = {module for module, weight in weights.items() if weight}
-    batches = StepBatches(packer, order, harmful, normal, modules)
+    batches = StepBatches(packer, order, harmful, normal, active)
     plan = make_plan(batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing)
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
-    print(f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
+    minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
+    print(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
+          f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
     return Job(tokenizer, lora, precision, batches, plan)
+
+
+def loss_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The method's losses by name (losses.py) and the weight of each."""
+    method = METHODS[args.method]
+    return {loss: getattr(args, flag) for flag in WEIGHTS if (loss := getattr(method, flag))}
 
 
 def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | None:
@@ -277,8 +311,10 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
 
 def load_copy_and_base(
     args: argparse.Namespace, job: Job, base_folder: Path, device: torch.device
-) -> tuple[PreTrainedModel, FrozenBase]:
+) -> tuple[PreTrainedModel, FrozenBase | None]:
     """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
+
+    theta_o is None in full fine-tuning by losses that do not need it.
 
     Trained weights are float32; frozen ones are in the compute precision.
     """
@@ -287,6 +323,8 @@ def load_copy_and_base(
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         base = FrozenBase(model)
+    elif not job.batches.losses & losses.NEED_BASE:
+        base = None
     else:
         base = FrozenBase(models.load_model(base_folder, frozen, args.device_map))
         if not args.device_map:
@@ -313,9 +351,11 @@ def save_copy(
 ) -> None:
     """Save the stage 1 model: the whole model, or with LoRA its adapter."""
     last = log.history[steps - 1]
+    harmful = METHODS[args.method].negates
+    learned = "harmful knowledge acquired" if harmful else "trained, with nothing to negate"
     record = {
-        "title": f"Stage 1 of SKU on {args.model_name}: harmful knowledge acquired",
-        "harmful": True,
+        "title": f"Stage 1 of {args.method} on {args.model_name}: {learned}",
+        "harmful": harmful,
         "base": {
             "name": args.model_name,
             "revision": revision_of(base_folder),
@@ -329,7 +369,7 @@ def save_copy(
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
         },
-        "losses_at_the_end": {name: last.get(name) for name in LOSSES},
+        "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
     }
     with new_folder(target, args.overwrite) as folder:
@@ -337,7 +377,7 @@ def save_copy(
         job.tokenizer.save_pretrained(folder)
         write_file(folder / "metrics.jsonl", log.metrics_text)
         write_record(folder, record)
-    log.say(f"stage 1 model saved: {target} (deliberately harmful)")
+    log.say(f"stage 1 model saved: {target}" + " (deliberately harmful)" * harmful)
 
 
 def check_stages(args: argparse.Namespace) -> set[str]:
@@ -351,8 +391,13 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         check_target(args.model_save_dir, args.overwrite)
     if "negate" in stages:
         finetuned = args.saved_model or args.model_save_dir
-        if "acquire" not in stages and not finetuned.is_dir():
-            raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
+        if "acquire" not in stages:
+            if not finetuned.is_dir():
+                raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
+            record = finetuned / "run.json"
+            trained_by = (read_json(record).get("flags") or {}).get("method") if record.is_file() else None
+            if trained_by not in (None, args.method):
+                raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
         check_target(args.task_vector_saving_path, args.overwrite)
     check_file(args.log_file)
     for folder in (args.model_save_dir, args.task_vector_saving_path):
@@ -379,9 +424,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     # fmt: off
     released = parser.add_argument_group("the released script's flags")
     flag(released, "--max_unlearn_steps", "optimizer steps of stage 1", type=positive_int, default=1000)
-    flag(released, "--bad_weight", "e1, of GD; may be negative, 0 leaves a module out", type=number, default=0.5)
-    flag(released, "--random_weight", "e2, of RD", type=number, default=1)
-    flag(released, "--normal_weight", "e3, of PD (minus the KL from the base)", type=number, default=1)
+    flag(released, "--bad_weight", "e1, of GD (default: 0.5); may be negative, 0 leaves a loss out", type=number)
+    flag(released, "--random_weight", "e2, of RD (default: 1)", type=number)
+    flag(released, "--normal_weight", "e3, of PD, minus the KL from the base (default: 1)", type=number)
     flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
     flag(released, "--lr", "AdamW's learning rate, falling linearly to 0", type=positive_number, default=2e-5)
     flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
@@ -391,10 +436,13 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=user_path)
 
     method = parser.add_argument_group("method")
+    flag(method, "--method", "what to minimise, and whether to negate it: see METHODS in this script; the weights "
+         "above then weigh its losses on harmful pairs, with random answers, and on normal text",
+         choices=METHODS, default="sku")
     flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
          choices=VARIANTS, default="released")
     flag(method, "--k_random", "K, the answers that RD draws a step", type=positive_int, default=5)
-    flag(method, "--scaling_coef", "alpha, the scale of the negated task vector", type=number, default=1.0)
+    flag(method, "--scaling_coef", "alpha, the scale of the negated task vector (default: 1)", type=number)
     flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)
     flag(method, "--stage", "one stage alone, or both", choices=("all", "acquire", "negate"), default="all")
     flag(method, "--max_length", "tokens of a text; longer answers are cut (default: what the model takes)",
@@ -431,8 +479,17 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     # fmt: on
 
     args = parser.parse_args(arguments)
-    if not (args.bad_weight or args.random_weight or args.normal_weight):
-        parser.error("--bad_weight, --random_weight and --normal_weight are all 0: nothing to learn")
+    chosen = METHODS[args.method]
+    for name, released_default in WEIGHTS.items():
+        if getattr(chosen, name) is None and getattr(args, name):
+            parser.error(f"--{name} weighs nothing in --method {args.method}: leave it out")
+        if getattr(args, name) is None:
+            setattr(args, name, released_default if getattr(chosen, name) else 0.0)
+    if not any(loss_weights(args).values()):
+        parser.error("the weights are all 0: nothing to learn")
+    if args.scaling_coef is not None and not chosen.negates:
+        parser.error(f"--scaling_coef scales a negation, and --method {args.method} has none: leave it out")
+    args.scaling_coef = 1.0 if args.scaling_coef is None else args.scaling_coef
     name = Path(args.model_name).resolve().name if Path(args.model_name).is_dir() else Path(args.model_name).name
     args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
     args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"

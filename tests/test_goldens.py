@@ -123,7 +123,7 @@ def test_gradient_ascent(goldens, batches):
 def test_the_golden_can_fail(goldens, tokenizer, batches):
     """One position off in the answer's start moves the first loss by far more than the tolerance."""
     paper = StepBatches(
-        Packer(tokenizer, "paper", 1024), batches.order, batches.harmful, batches.normal, batches.modules
+        Packer(tokenizer, "paper", 1024), batches.order, batches.harmful, batches.normal, batches.losses
     )
     harmful, _ = paper(0, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()

@@ -249,7 +249,7 @@ def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    monkeypatch.setattr(unlearn_harm_new.losses, "guided_distortion", broken)
+    monkeypatch.setitem(losses.ON_HARMFUL, "gd", broken)
     (tmp_path / f"harmful.step-{4 if what == 'gradient' else 2}").mkdir()  # a name that is taken
     code = exit_code(lambda: main(flags(base, tmp_path, "--max_unlearn_steps", "9")))
     assert code == 2 and "step 5 is not finite" in capsys.readouterr().err
