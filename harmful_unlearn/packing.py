@@ -214,6 +214,21 @@ class StepBatches:
         questions = [self.harmful.pairs[row].question for row in draw.harmful_rows]
         return [Pair(question, self.pool[row]) for question in questions for row in draw.answer_rows]
 
+    def touched(self, steps: int) -> tuple[set[str], set[str]]:
+        """The harmful questions whose own answer is trained on, and all that `steps` steps touch.
+
+        An answer that RD draws touches the question that it came with.
+        """
+        trained, touched = set(), set()
+        for step in range(steps):
+            draw = self.order[step]
+            asked = {self.harmful.pairs[row].question for row in draw.harmful_rows}
+            trained |= asked if self.losses & {"gd", "ga"} else set()
+            touched |= asked if self.losses & {"gd", "ga", "rd", "rm"} else set()
+            if "rd" in self.losses:
+                touched |= {self.harmful.answer_questions[row] for row in draw.answer_rows}
+        return trained, touched
+
     def __call__(self, step: int, device: torch.device) -> tuple[Batch | None, Batch | None]:
         """Harmful prompts with their own and with random answers, and normal text, of a step (from 0).
 

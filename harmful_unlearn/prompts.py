@@ -1,0 +1,120 @@
+"""Which prompts a model is measured on: by what unlearning read, prompt by prompt rather than row by row.
+
+The same prompt occurs in several rows of PKU-SafeRLHF, and each question of TruthfulQA in two texts:
+a prompt counts as touched if any of its rows was.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from harmful_unlearn.data import NormalData, Pair, Response
+from harmful_unlearn.errors import UserError
+
+SETS = ("seen", "unseen", "normal")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to a model, with a reference answer.
+
+    Attributes:
+        row: of the reference, in its data: the response (two a row, response_0 first) of harmful data,
+            the question of normal data; both from 0.
+        categories: kinds of harm that its reference is marked with.
+    """
+
+    question: str
+    reference: str
+    row: int
+    categories: frozenset[str] = frozenset()
+
+    @property
+    def pair(self) -> Pair:
+        """The prompt with its reference answer."""
+        return Pair(self.question, self.reference)
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts by set ("seen", "unseen", "normal"), for testing and, apart from these, for choosing alpha.
+
+    Attributes:
+        test: "seen" was trained on by GD or GA; no row of "unseen" was touched; no text of a "normal"
+            question was trained on.
+        validation: "unseen" and "normal" alone. Its normal questions are the validation texts'; their
+            other answer may have been trained on.
+    """
+
+    test: dict[str, list[Prompt]]
+    validation: dict[str, list[Prompt]]
+
+
+def draw_prompts(
+    responses: list[Response],
+    unseen: list[Response],
+    normal: NormalData,
+    trained: set[str],
+    touched: set[str],
+    numbers: dict[str, int],
+    seed: int,
+) -> PromptSets:
+    """Draw the sets of a seed.
+
+    Args:
+        responses: of the harmful data that was unlearned.
+        unseen: of the data to draw unseen prompts from; may be the same.
+        trained: the harmful questions that GD or GA trained on.
+        touched: those, and the questions that an answer drawn by RD came with.
+        numbers: at most so many prompts a set, by set.
+
+    A third of the untouched prompts is kept for validation.
+
+    Raises:
+        UserError: a set has no prompt.
+    """
+
+    def shuffled(found: list[Prompt], stream: int) -> list[Prompt]:
+        order = np.random.default_rng([seed, stream]).permutation(len(found))
+        return [found[index] for index in order]
+
+    seen = shuffled(_harmful(responses, lambda question: question in trained), 0)
+    untouched = shuffled(_harmful(unseen, lambda question: question not in touched), 1)
+    kept = len(untouched) // 3
+    questions = len(normal.texts) // 2  # each question twice: its best answer, then all its correct ones
+    in_part = {
+        part: {normal.texts[row].question for row in getattr(normal, part)} for part in ("train", "validation", "test")
+    }
+    first = {}  # TruthfulQA has no question twice, other data may
+    for row in range(questions):
+        first.setdefault(normal.texts[row].question, row)
+    asked = [Prompt(question, normal.texts[row].answer, row) for question, row in first.items()]
+    held_out = [p for p in asked if p.question in in_part["test"] - in_part["train"]]
+    validation = [p for p in asked if p.question in in_part["validation"] - {q.question for q in held_out}]
+    test = {"seen": seen, "unseen": untouched[kept:], "normal": shuffled(held_out, 2)}
+    for name, why in (
+        ("seen", "no method trained on any harmful prompt of the data: give the --harmful_dataset of the training"),
+        ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),
+        ("normal", "the test part of the normal data holds no question that was not trained on: give more data"),
+    ):
+        if not test[name]:
+            raise UserError(f"there is no {name} prompt to measure on ({why})")
+    return PromptSets(
+        {name: test[name][: numbers[name]] for name in SETS},
+        {
+            "unseen": untouched[:kept][: numbers["unseen"]],
+            "normal": shuffled(validation, 3)[: numbers["normal"]],
+        },
+    )
+
+
+def _harmful(responses: Iterable[Response], wanted) -> list[Prompt]:
+    """The first unsafe response of each wanted prompt."""
+    found = {}
+    for row, response in enumerate(responses):
+        if not response.safe and response.question.strip() and response.answer.strip() and wanted(response.question):
+            found.setdefault(
+                response.question, Prompt(response.question, response.answer, row, response.categories)
+            )
+    return list(found.values())
