@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.tables import Table, as_harms, as_label, as_severity, as_text, joined, plain, read_table
+from harmful_unlearn.readers import Table, as_harms, as_label, as_severity, as_text, joined, plain, read_table
 
 SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams
 
