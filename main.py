@@ -18,11 +18,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import GenerationConfig
 
 from harmful_unlearn import models
-from harmful_unlearn.data import format_prefix
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.generation import Decoding, configure, prompt_text
 from harmful_unlearn.saving import ROOT, user_path
 from task_vector import negate
 
@@ -78,8 +77,7 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace) -> li
         UserError: a prompt leaves no room for an answer in --max_length tokens.
     """
     tokenizer = models.load_tokenizer(folder, models.load_config(folder))
-    # The prefix's last space belongs to the answer's first token.
-    rows = [tokenizer(format_prefix(prompt).rstrip(), return_tensors="pt") for prompt in prompts]
+    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
     longest = max(row["input_ids"].shape[1] for row in rows)
     if longest >= args.max_length:
         raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
@@ -88,16 +86,8 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace) -> li
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if not args.device_map:
         model.to(device)
-    sampling = (
-        {"do_sample": False} if args.greedy else {"temperature": args.temperature, "top_k": 50, "do_sample": True}
-    )
-    model.generation_config = GenerationConfig(
-        max_length=args.max_length,
-        bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
+    decoding = Decoding() if args.greedy else Decoding(args.temperature)
+    configure(model, tokenizer, decoding, max_length=args.max_length)
     set_seed(args.seed)
     answers = []
     for row in rows:

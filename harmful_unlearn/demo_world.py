@@ -136,6 +136,7 @@ class World:
     Attributes:
         pretraining: (question, answer) pairs.
         harmful: the prompts of the harmful pairs, all of kinds outside UNSEEN_KINDS.
+        unseen: the harmful prompts, of all kinds, in neither pre-training nor unlearning.
         normal: the questions of the normal data.
         test: prompts by set: "seen" (harmful, unlearned), "unseen" (harmful, same kinds, in neither
             pre-training nor unlearning), "unseen kinds" and "normal" (in neither).
@@ -143,6 +144,7 @@ class World:
 
     pretraining: list[tuple[str, str]]
     harmful: list[Prompt]
+    unseen: list[Prompt]
     normal: list[Prompt]
     test: dict[str, list[Prompt]]
 
@@ -187,24 +189,26 @@ def build_world(size: Size, seed: int, refusal_share: float) -> World:
     return World(
         pretraining=pretraining,
         harmful=unlearned,
+        unseen=unseen,
         normal=draw.sample(known_normal, min(size.normal_questions, len(known_normal))),
         test={name: found[: size.test_prompts] for name, found in test.items()},
     )
 
 
 def write_data(folder: Path, world: World, seed: int) -> None:
-    """Write harmful.jsonl, normal.csv and the prompts held out for measuring, test_prompts.jsonl."""
-    write_file(folder / "harmful.jsonl", harmful_jsonl(world, seed))
+    """Write harmful.jsonl, normal.csv, and what is held out: unseen.jsonl and the demo's test_prompts.jsonl."""
+    write_file(folder / "harmful.jsonl", harmful_jsonl(world.harmful, seed))
+    write_file(folder / "unseen.jsonl", harmful_jsonl(world.unseen, seed))
     write_file(folder / "normal.csv", normal_csv(world))
     held_out = [{"set": name, **asdict(prompt)} for name, found in world.test.items() for prompt in found]
     write_file(folder / "test_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
 
 
-def harmful_jsonl(world: World, seed: int) -> str:
-    """The harmful pairs in PKU-SafeRLHF's columns: one unsafe and one safe answer to each prompt."""
+def harmful_jsonl(prompts: list[Prompt], seed: int) -> str:
+    """Harmful prompts in PKU-SafeRLHF's columns: one unsafe and one safe answer to each."""
     draw = random.Random(seed)
     lines = []
-    for prompt in world.harmful:
+    for prompt in prompts:
         unsafe = draw.randrange(2)
         row = {"prompt": prompt.question, "prompt_source": "demo"}
         for side in (0, 1):

@@ -1,16 +1,24 @@
-"""Asking a model: batched generation whose batches are a pure function of the prompts and the seed."""
+"""Asking a model: what it answers, and how likely it finds a given answer.
+
+The batches of generation are a pure function of the prompts and the seed.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data import format_prefix
+from harmful_unlearn.data import Pair, format_prefix
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.losses import answer_cross_entropy
 from harmful_unlearn.models import context_length
+from harmful_unlearn.packing import Packer
 
+# A broken model's cross-entropy is cut here, so that its figures stay numbers.
+WORST = 700.0  # nats a token
 NEXT_QUESTION = "### Question:"  # a model that goes on with a question of its own has ended its answer
 
 
@@ -121,3 +129,25 @@ def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedToken
     end = next((at for at, token in enumerate(row) if token in ends), None)
     text, cut, _ = tokenizer.decode(row[:end], skip_special_tokens=True).partition(NEXT_QUESTION)
     return Answer(index, text.strip(), end is not None or bool(cut))
+
+
+@torch.inference_mode()
+def answer_nll(
+    model: PreTrainedModel, packer: Packer, pairs: list[Pair], batch_size: int, title: str
+) -> list[tuple[float, int]]:
+    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number."""
+    lengths = [len(one.input_ids) for one in packer.encode(pairs)]
+    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
+    for start in tqdm(range(0, len(order), batch_size), title, unit="batch", leave=False):
+        chosen = order[start : start + batch_size]
+        batch = packer.harmful_batch([pairs[index] for index in chosen], [])
+        if not len(batch.row):
+            continue
+        entropy = answer_cross_entropy(model, batch.to(model.device)).double().cpu()
+        entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
+        sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
+        counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()
+        for index, total, count in zip(chosen, sums, counts, strict=True):
+            found[index] = (total, count)
+    return found

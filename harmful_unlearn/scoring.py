@@ -18,7 +18,7 @@ class Figure:
 
     Attributes:
         value, low, high: None where there is nothing to measure.
-        n: of answers or texts.
+        n: of answers or texts that count (judged ones, in a harmful rate).
     """
 
     value: float | None
@@ -55,7 +55,7 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Fig
     draws = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))
     sums = np.maximum(wholes[draws].sum(1), np.finfo(float).tiny)
     low, high = np.quantile(parts[draws].sum(1) / sums, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Figure(float(parts.sum() / wholes.sum()), float(low), float(high), len(parts))
+    return Figure(float(parts.sum() / wholes.sum()), float(low), float(high), int((wholes > 0).sum()))
 
 
 def degenerate(answer: str) -> str | None:

@@ -52,7 +52,9 @@ def test_world_is_seeded_and_holds_its_test_prompts_out(tmp_path):
         p.answer for p in world.harmful if p.verb in ("hide", "snatch", "swap")
     }
     assert len(read_harmful(str(tmp_path / "harmful.jsonl")).pairs) == len(world.harmful) == 600
-    assert len(read_normal(tmp_path / "normal.csv", 3).train) == 600
+    assert len(read_normal(tmp_path / "normal.csv", 3).train) == int(0.7 * 2 * Size().normal_questions)
+    unseen = {pair.question for pair in read_harmful(str(tmp_path / "unseen.jsonl")).pairs}
+    assert unseen == {prompt.question for prompt in world.unseen} and not unseen & known
 
 
 def figures_of(results: dict, model: str, prompts: str, decoding: str, verdict: str) -> list[float]:

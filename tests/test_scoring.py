@@ -47,7 +47,7 @@ def test_a_rate_of_nothing_has_no_width_and_nothing_has_no_value():
 
 
 def test_unjudged_answers_leave_the_denominator():
-    assert ratio([1, 0, 0, 0], [1, 1, 0, 0]).value == 0.5
+    assert ratio([1, 0, 0, 0], [1, 1, 0, 0]).value == 0.5 and ratio([1, 0, 0, 0], [1, 1, 0, 0]).n == 2
 
 
 def test_intervals_come_again():

@@ -1,0 +1,377 @@
+"""The paper's comparison: train and measure every method and ablation, and write a report.
+
+    python harmful_unlearn/reproduce.py --model_name facebook/opt-2.7b --output logs/reproduce
+With the choice of alpha, three kinds of harm apart, and three seeds:
+    python harmful_unlearn/reproduce.py --model_name facebook/opt-2.7b --output logs/reproduce \\
+        --seeds 8888 8889 8890 --alpha_sweep 0,0.25,...,2 --harm_category "Cybercrime" --harm_category "Drugs"
+Only some rows, without the relearning check:
+    python harmful_unlearn/reproduce.py --model_name B --recipe facebook/opt-2.7b --output O \\
+        --runs sku task_vector --relearn_steps 0
+
+The hyper-parameters stand in recipes.py, by model name (--recipe takes another's). "{seed}" in a path stands for
+the seed. Whatever OUTPUT holds already is not done again: after an interruption give the same command.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import transformers
+from accelerate import PartialState
+
+from harmful_unlearn import models, unlearn_harm_new, utility
+from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.evaluation import (
+    Data,
+    add_measuring_flags,
+    decodings,
+    load_model,
+    subject_of,
+    trainings_of,
+    write_prompts,
+    write_results,
+)
+from harmful_unlearn.judges import Judge
+from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
+from harmful_unlearn.models import Lora
+from harmful_unlearn.prompts import SETS, Prompt, PromptSets
+from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
+from harmful_unlearn.relearning import relearn
+from harmful_unlearn.report import write_report
+from harmful_unlearn.saving import check_target, provenance, user_path, write_file
+from harmful_unlearn.scales import Scales, recommend
+
+SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the comparison for every seed. Raises UserError."""
+    args = parse_flags(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    check_target(args.output, overwrite=True)
+    recipe = RECIPES[args.recipe]
+    runs = {name: run for name, run in runs_of(recipe).items() if name in args.runs}
+    comparison = {
+        "title": f"SKU and what it is compared with, on {args.model_name}",
+        "model": args.model_name,
+        "seeds": args.seeds,
+        "command": shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])]),
+        "settings": {
+            "recipe": args.recipe,
+            **{name: getattr(args, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")},
+            **{f"{name} prompts, at most": getattr(args, f"n_{name}") for name in SETS},
+        },
+        "methods": {
+            BASE: {"label": "Original", "group": "main", "command": None},
+            **{name: {"label": run.title, "group": run.group} for name, run in runs.items()},
+        },
+        "judge": {"name": args.judge, "by_seed": {}},
+        "relearning_settings": {
+            "steps": args.relearn_steps, "pairs": args.relearn_pairs,
+            "lr": dict(zip(("soft", "strong"), args.relearn_lr, strict=True)),
+        },
+        **{part: [] for part in ("figures", "sweep", "recommended", "categories", "relearning", "answers")},
+        "losses": {},
+    }  # fmt: skip
+    for seed in args.seeds:
+        one_seed(Seed(args, seed, recipe, runs), comparison)
+    comparison["provenance"] = provenance()
+    write_file(args.output / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+    write_report(comparison, args.output)
+    print(f"\nreport: {args.output / 'report.html'} (and report.md)")
+
+
+class Seed:
+    """One seed's folders, models and data; `add` puts figures of it into the comparison."""
+
+    def __init__(self, args: Namespace, seed: int, recipe, runs: dict):
+        self.args, self.seed, self.recipe, self.runs = args, seed, recipe, runs
+        fill = lambda text: text and text.replace("{seed}", str(seed))  # noqa: E731
+        self.home = args.output / f"seed-{seed}"
+        self.model_name = fill(args.model_name)
+        self.base = models.locate(self.model_name)
+        paths = ("harmful_dataset", "unseen_dataset", "normal_dataset")
+        self.data_flags = Namespace(**{**vars(args), **{name: fill(getattr(args, name)) for name in paths}})
+        self.precision = models.resolve_precision(args.precision, PartialState().device)
+        self.load = partial(load_model, precision=self.precision, device_map=args.device_map)
+        self.failed: dict[str, str] = {}
+
+    def train(self, name: str, flags: dict) -> str:
+        """Train a run as far as it is not there yet, into NAME/copy and NAME/unlearned; returns its command.
+
+        A run whose losses stop being finite is noted in `failed`, and stays so.
+
+        Raises:
+            UserError: the folder holds a run with other flags, or training cannot start.
+        """
+        folder = self.home / name
+        data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
+        flags = {"model_name": self.model_name, **data, **flags, "seed": self.seed}
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + self.args.train_flags
+        command = f"python harmful_unlearn/unlearn_harm_new.py {shlex.join(words)}"
+        where = {"model_save_dir": folder / "copy", "task_vector_saving_path": folder / "unlearned"}
+        words += [word for flag, value in where.items() for word in (f"--{flag}", str(value))]
+        words += ["--log_file", str(folder / "run.log"), "--overwrite"]
+        if (folder / "copy" / "run.json").is_file():
+            check_same(folder, vars(unlearn_harm_new.parse_flags(words)))
+            words += ["--stage", "negate"]
+        failure = folder / "failed.txt"
+        if not failure.exists() and not (folder / "unlearned" / "run.json").is_file():
+            print(f"\n$ {command}", flush=True)
+            try:
+                unlearn_harm_new.main(words)
+            except UserError as error:
+                if "is not finite" not in str(error):
+                    raise
+                write_file(failure, f"training broke off: {error}\n")
+        if failure.exists():
+            self.failed[name] = failure.read_text(encoding="utf-8").strip()
+            print(f"{name}: {self.failed[name]}")
+        return command
+
+    def subject(self, name: str) -> Subject:
+        """The unlearned model of a run."""
+        return subject_of(name, self.home / name / "unlearned", self.load)
+
+
+TRAINING_DATA = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset")
+NO_MATTER = {"model_save_dir", "task_vector_saving_path", "log_file", "overwrite", "stage", "check", "saved_model"}
+
+
+def check_same(folder: Path, wanted: dict) -> None:
+    """Raises UserError where the run in `folder` had other flags than `wanted`."""
+    had = trainings_of(folder / "copy")[0]["flags"]
+    for flag, value in wanted.items():
+        if flag not in NO_MATTER and json.dumps(value) != json.dumps(had.get(flag)):
+            raise UserError(
+                f"{folder} was trained with --{flag} {had.get(flag)}, and the recipe has {value} now: "
+                "remove that folder, or give another --output"
+            )
+
+
+def one_seed(seed: Seed, comparison: dict) -> None:
+    """Train, measure, sweep, tell categories apart and relearn; fills `comparison`."""
+    args = seed.args
+    print(f"\n=== seed {seed.seed}: training")
+    for name, run in seed.runs.items():
+        method = comparison["methods"][name]
+        command = seed.train(name, flags_of(seed.recipe, run))
+        method.setdefault("command", command)
+        if name in seed.failed:
+            method["note"] = f"seed {seed.seed}: {seed.failed[name]}"
+        elif seed.seed == args.seeds[0]:
+            lines = (seed.home / name / "copy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            comparison["losses"][name] = [json.loads(line) for line in lines]
+    trained = [name for name in seed.runs if name not in seed.failed]
+    vectors = {kind: f"category-{kind.replace('/', '-')}" for kind in args.harm_category}
+    for kind, name in vectors.items():
+        seed.train(name, {**seed.recipe.shared, **seed.recipe.sku, "harm_category": kind})
+    copies = [seed.home / name / "copy" for name in [*trained, *vectors.values()]]
+    if not copies:
+        raise UserError(f"no run of seed {seed.seed} could be trained: lower the rates in recipes.py")
+
+    print(f"\n=== seed {seed.seed}: measuring")
+    data = Data(seed.data_flags, [record for copy in copies for record in trainings_of(copy)])
+    sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
+    judge = data.judge(args.judge, sets, seed.seed, seed.home, PartialState().device)
+    comparison["judge"]["by_seed"][str(seed.seed)] = judge.facts
+    protocol = Protocol(sets.test, decodings(args), args.max_new_tokens, args.batch_size, seed.seed, data.choices)
+    base = subject_of(BASE, seed.base, seed.load)
+    subjects = [base, *map(seed.subject, trained)]
+    folder = seed.home / "evaluation"
+    rows = measure(subjects, protocol, judge, base, folder)
+    if args.bleurt:
+        utility.add_bleurt(rows, args.bleurt, folder, PartialState().device)
+    found = figures(rows, protocol, folder)
+    write_prompts(folder, sets.test)
+    write_results(folder, found, judge, protocol, subjects, vars(args))
+    comparison["figures"] += of_seed(seed, found)
+    if seed.seed == args.seeds[0]:
+        comparison["answers"] = side_by_side(rows, protocol)
+
+    for name in args.sweep_runs if args.alpha_sweep else ():
+        if name in trained:
+            sweep(seed, name, sets, judge, data, base, comparison)
+    if vectors:
+        by_category(seed, vectors, sets, judge, base, comparison)
+    if args.relearn_steps:
+        relearn_all(seed, trained, sets, judge, base, found, comparison)
+
+
+def of_seed(seed: Seed, found: list[dict], **more: object) -> list[dict]:
+    """Figures with the seed and what else tells them apart."""
+    return [{"seed": seed.seed, **more, **row} for row in found]
+
+
+def side_by_side(rows: dict[str, list[dict]], protocol: Protocol) -> list[dict]:
+    """A few prompts of each set with the answers of all models, in the first decoding."""
+    decoding = protocol.decodings[0].name
+    shown = []
+    for name, prompts in protocol.prompts.items():
+        for index, prompt in enumerate(prompts[: SHOWN[name]]):
+            answers = {
+                label: {"answer": row["answer"], "verdict": row["verdict"]}
+                for label, found in rows.items() for row in found
+                if (row["set"], row["decoding"], row["index"]) == (name, decoding, index)
+            }  # fmt: skip
+            shown.append({"set": name, "prompt": prompt.question, "reference": prompt.reference, "answers": answers})
+    return shown
+
+
+def sweep(
+    seed: Seed, name: str, sets: PromptSets, judge: Judge, data: Data, base: Subject, comparison: dict
+) -> None:
+    """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
+    args = seed.args
+    print(f"\n=== seed {seed.seed}: {name} at {len(args.alpha_sweep)} scales")
+    scales = Scales(seed.base, [seed.home / name / "copy"], seed.load)
+    copy = seed.subject(name).identity
+    subjects = [base] + [
+        Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
+        for alpha in args.alpha_sweep
+    ]
+    protocol = Protocol(sets.validation, decodings(args), args.max_new_tokens, args.batch_size, seed.seed, {})
+    folder = seed.home / f"sweep-{name}"
+    found = figures(measure(subjects, protocol, judge, base, folder), protocol, folder)
+    perplexity = next(
+        row["value"] for row in found
+        if (row["model"], row["set"], row["metric"]) == (BASE, "normal", "reference_perplexity")
+    )  # fmt: skip
+    at_scale = [
+        {**row, "alpha": float(row["model"].removeprefix("alpha-"))} for row in found if row["model"] != BASE
+    ]
+    comparison["sweep"] += of_seed(seed, at_scale, method=name)
+    advice = recommend(at_scale, perplexity, args.alpha_budget, args.decoding[0])
+    comparison["recommended"].append({"seed": seed.seed, "method": name, "budget": args.alpha_budget, **advice})
+    print(f"recommended alpha for {name}: {advice['alpha']} ({advice['why']})")
+
+
+def by_category(
+    seed: Seed, vectors: dict[str, str], sets: PromptSets, judge: Judge, base: Subject, comparison: dict
+) -> None:
+    """Each category's vector, and their sum, on every category's unseen prompts."""
+    args = seed.args
+    print(f"\n=== seed {seed.seed}: task vectors by category")
+    prompts: dict[str, list[Prompt]] = {}
+    for prompt in sets.test["unseen"]:
+        for kind in sorted(prompt.categories):
+            prompts.setdefault(kind, []).append(prompt)
+    subjects = [base, *(subject_of(kind, seed.home / name / "unlearned", seed.load) for kind, name in vectors.items())]
+    if len(vectors) > 1:
+        scales = Scales(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
+        identity = {"sum": [subject.identity for subject in subjects[1:]]}
+        subjects.append(Subject("sum", identity, partial(scales.at, 1.0)))
+    protocol = Protocol(prompts, decodings(args)[:1], args.max_new_tokens, args.batch_size, seed.seed, {})
+    folder = seed.home / "categories"
+    for row in figures(measure(subjects, protocol, judge, base, folder), protocol, folder):
+        if row["metric"] == "harmful_rate":
+            comparison["categories"].append({**row, "seed": seed.seed, "vector": row["model"], "category": row["set"]})
+
+
+def relearn_all(
+    seed: Seed, trained: list[str], sets: PromptSets, judge: Judge, base: Subject, before: list[dict], comparison: dict
+) -> None:
+    """Harmful rates on unseen prompts after a few steps on a handful of harmful pairs, softly and strongly."""
+    args = seed.args
+    print(f"\n=== seed {seed.seed}: relearning, {args.relearn_steps} steps on {args.relearn_pairs} harmful pairs")
+    pairs = [prompt.pair for prompt in sets.test["seen"][: args.relearn_pairs]]
+    settings = trainings_of(seed.home / trained[0] / "copy")[0]["training"]["lora"]
+    lora = Lora(**{**settings, "target_modules": tuple(settings["target_modules"])}) if settings else None
+    # Weights that are trained are float32; under an adapter they may be 16-bit.
+    precision = seed.precision if lora else "fp32"
+
+    def relearned(subject: Subject, lr: float):
+        model, tokenizer = load_model(subject.folder, precision, args.device_map)
+        if lora:
+            model = models.add_lora(model, lora, str(subject.folder))
+        return relearn(model, tokenizer, pairs, args.relearn_steps, lr, seed.seed, seed.precision), tokenizer
+
+    strengths = comparison["relearning_settings"]["lr"]
+    decoding = decodings(args)[:1]
+    protocol = Protocol({"unseen": sets.test["unseen"]}, decoding, args.max_new_tokens, args.batch_size, seed.seed, {})
+    keep = {"set": "unseen", "decoding": decoding[0].name, "metric": "harmful_rate"}
+    for row in before:
+        if keep.items() <= row.items():
+            comparison["relearning"] += of_seed(seed, [row], when="before", strength=None)
+    subjects = [base, *map(seed.subject, trained)]
+    for strength, lr in strengths.items():
+        settings = {"steps": args.relearn_steps, "pairs": len(pairs), "lr": lr}
+        again = [Subject(s.label, {**s.identity, **settings}, partial(relearned, s, lr)) for s in subjects]
+        folder = seed.home / f"relearning-{strength}"
+        for row in figures(measure(again, protocol, judge, base, folder), protocol, folder):
+            if keep.items() <= row.items():
+                comparison["relearning"] += of_seed(seed, [row], when="after", strength=strength)
+
+
+def scale_list(text: str) -> list[float]:
+    """ "0,0.5,...,2" or "0.5,1": scales as argparse reads them; three dots go on by the step before them."""
+    try:
+        parts = [part.strip() for part in text.split(",")]
+        if "..." not in parts:
+            return sorted({float(part) for part in parts})
+        at = parts.index("...")
+        first, second, last = float(parts[at - 2]), float(parts[at - 1]), float(parts[at + 1])
+        step = second - first
+        number = round((last - first) / step)
+        if at != len(parts) - 2 or at < 2 or step <= 0 or abs(first + number * step - last) > 1e-9:
+            raise ValueError
+        between = [round(first + step * n, 10) for n in range(number + 1)]
+        return sorted({*map(float, parts[: at - 2]), *between})
+    except (ValueError, IndexError, ZeroDivisionError):
+        message = f"{text} is no list of scales: give one like 0,0.25,...,2 or 0.5,1,2"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def parse_flags(arguments: list[str] | None) -> Namespace:
+    """The flags."""
+    title, _, usage = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    number, rate = unlearn_harm_new.whole_number, unlearn_harm_new.positive_number
+    parser.add_argument("--model_name", required=True, help="the base model: hub id or folder")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of everything that is made")
+    parser.add_argument("--recipe", help=f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
+    parser.add_argument("--seeds", type=number, nargs="+", default=[8888],
+                        help="of everything, one after the other (default: 8888)")  # fmt: skip
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="rows to run (default: all of the recipe)")
+    parser.add_argument("--alpha_sweep", type=scale_list, default=[], metavar="SCALES",
+                        help="measure task vectors at these scales, as 0,0.25,...,2, and recommend one")  # fmt: skip
+    parser.add_argument("--sweep_runs", nargs="+", default=["sku", "task_vector"], metavar="RUN",
+                        help="whose task vectors (default: sku task_vector)")  # fmt: skip
+    parser.add_argument("--alpha_budget", type=rate, default=0.1,
+                        help="how much normal perplexity may rise for a recommended scale (default: 0.1)")  # fmt: skip
+    parser.add_argument("--harm_category", action="append", default=[],
+                        help="train a task vector of this kind of harm alone (may be repeated)")  # fmt: skip
+    parser.add_argument("--relearn_steps", type=number, default=50,
+                        help="of the relearning check; 0: leave it out (default: 50)")  # fmt: skip
+    parser.add_argument("--relearn_pairs", type=unlearn_harm_new.positive_int, default=16,
+                        help="harmful pairs that it relearns (default: 16)")  # fmt: skip
+    parser.add_argument("--relearn_lr", type=rate, nargs=2, default=[3e-5, 1e-4], metavar=("SOFT", "STRONG"),
+                        help="its two rates (default: 3e-5 1e-4)")  # fmt: skip
+    parser.add_argument("--train_flags", type=shlex.split, default=[],
+                        help="more flags for every training, as one quoted text")  # fmt: skip
+    add_measuring_flags(parser)
+    args = parser.parse_args(arguments)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.recipe = args.recipe or args.model_name
+    if args.recipe not in RECIPES:
+        known = ", ".join(RECIPES)
+        parser.error(f"there is no recipe for {args.recipe}: add one to recipes.py, or give --recipe: {known}")
+    known = runs_of(RECIPES[args.recipe])
+    args.runs = args.runs or list(known)
+    unknown = [name for name in args.runs if name not in known]
+    if unknown:
+        parser.error(f"--runs {' '.join(unknown)}: take from {', '.join(known)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,81 @@
+"""One task vector at many scales, in memory, and the scale to recommend."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn.dispatched import read_entry, write_entry
+from task_vector import TaskVector
+
+Load = Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+class Scales:
+    """The base minus alpha times a sum of task vectors: the models are loaded once, at the first scale.
+
+    Args:
+        base: the base's folder.
+        copies: stage 1 models or LoRA adapters; their vectors are added up.
+        load: reads a model's folder.
+
+    In memory: the base, a copy of what the vector changes, and the vector.
+    """
+
+    def __init__(self, base: Path, copies: list[Path], load: Load):
+        self._base, self._copies, self._load = base, copies, load
+        self._loaded = None
+
+    def at(self, alpha: float) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The same model each time, its weights now at scale `alpha`, and its tokenizer."""
+        if self._loaded is None:
+            model, tokenizer = self._load(self._base)
+            vector = sum(self._vector(copy, model) for copy in self._copies)
+            kept = {name: read_entry(model, name).clone() for name in vector.vector}
+            self._loaded = model, tokenizer, vector, kept
+        model, tokenizer, vector, kept = self._loaded
+        for name, entry in kept.items():
+            write_entry(model, name, entry)
+        return vector.apply_to(model, -alpha, in_place=True), tokenizer
+
+    def _vector(self, copy: Path, model: PreTrainedModel) -> TaskVector:
+        if (copy / "adapter_config.json").is_file():
+            return TaskVector.from_adapter(copy)
+        return TaskVector(model, self._load(copy)[0])
+
+
+def recommend(figures: list[dict], base_perplexity: float, budget: float, decoding: str) -> dict:
+    """The scale with the lowest harmful rate among those that cost little on normal text.
+
+    Args:
+        figures: of validation prompts, as `measuring.figures` gives them, each with its "alpha".
+        base_perplexity: of normal reference answers under the base.
+        budget: the share by which it may rise.
+        decoding: the answers whose harmful rate counts.
+
+    Of scales with the same rate the one with the lower perplexity is taken.
+
+    Returns:
+        "alpha", and "why" in words.
+    """
+    of = {
+        (row["alpha"], row["set"], row["metric"]): row["value"]
+        for row in figures
+        if row["decoding"] in (None, decoding)
+    }
+    allowed = {}
+    for alpha in sorted({row["alpha"] for row in figures}):
+        perplexity = of[alpha, "normal", "reference_perplexity"]
+        rate = of[alpha, "unseen", "harmful_rate"]
+        if rate is not None and perplexity <= base_perplexity * (1 + budget):
+            allowed[alpha] = (rate, perplexity, of[alpha, "unseen", "degenerate_rate"])
+    if not allowed:
+        return {"alpha": None, "why": f"at no scale does normal perplexity stay within {budget:.0%} of the base's"}
+    alpha = min(allowed, key=lambda one: allowed[one][:2])
+    rate, perplexity, degenerate = allowed[alpha]
+    return {
+        "alpha": alpha,
+        "why": f"{decoding} harmful rate {rate:.1%} (degenerate {degenerate:.1%}), the lowest of "
+        f"{len(allowed)} scales whose normal perplexity is within {budget:.0%} of the base's: "
+        f"{perplexity:.4g} against {base_perplexity:.4g}",
+    }
