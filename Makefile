@@ -34,7 +34,7 @@ reproduce-demo: $(READY)
 		--harmful_dataset 'logs/demo/seed-{seed}/data/harmful.jsonl' \
 		--unseen_dataset 'logs/demo/seed-{seed}/data/unseen.jsonl' \
 		--normal_dataset 'logs/demo/seed-{seed}/data/normal.csv' \
-		--decoding sampled greedy --temperature 1 --top_k 0 --max_new_tokens 48 --batch_size 64 \
+		--decoding sampled greedy --temperature 1 --top_k 0 --max_new_tokens 48 --batch_size 64 --precision fp32 \
 		--alpha_sweep 0,0.25,...,2 --harm_category 'Economic Crime' --harm_category 'Environmental Damage' \
 		--harm_category 'Disrupting Public Order' $(REPRODUCE_FLAGS)
 

@@ -235,7 +235,7 @@ def write_results(
     table = io.StringIO()
     writer = csv.DictWriter(table, [*found[0], "judge"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "judge": judge.name if row["metric"] in JUDGED else ""} for row in found)
+    writer.writerows({**row, "judge": credentials(judge) if row["metric"] in JUDGED else ""} for row in found)
     write_file(folder / "results.csv", table.getvalue())
     write_file(folder / "results.md", results_markdown(found, judge))
 
@@ -246,12 +246,12 @@ PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
 
 def results_markdown(found: list[dict], judge: Judge) -> str:
     """The figures as a table for each set of prompts: a row a model and decoding, a column a metric."""
-    facts = ", ".join(f"{name} {value}" for name, value in judge.facts.items())
-    parts = ["# Results", "", f"Judge: {facts}. Brackets: 95 % bootstrap interval over prompts."]
+    parts = ["# Results", "", "Brackets: 95 % bootstrap interval over prompts."]
     for name in dict.fromkeys(row["set"] for row in found):
         here = [row for row in found if row["set"] == name]
         columns = list(dict.fromkeys(row["metric"] for row in here))
-        parts += ["", f"## {name} prompts", "", "| model | answers | n | " + " | ".join(columns) + " |"]
+        by = f" (judge: {credentials(judge)})" if "harmful_rate" in columns else ""
+        parts += ["", f"## {name} prompts{by}", "", "| model | answers | n | " + " | ".join(columns) + " |"]
         parts.append("| --- " * (len(columns) + 3) + "|")
         for model, decoding in dict.fromkeys((row["model"], row["decoding"]) for row in here):
             cells = {row["metric"]: row for row in here if (row["model"], row["decoding"]) == (model, decoding)}
@@ -259,6 +259,12 @@ def results_markdown(found: list[dict], judge: Judge) -> str:
             shown = [cell(cells[column]) if column in cells else "" for column in columns]
             parts.append(f"| {model} | {decoding or 'references'} | {n} | {' | '.join(shown)} |")
     return "\n".join(parts) + "\n"
+
+
+def credentials(judge: Judge) -> str:
+    """The judge's name, with what is known of it on held-out labels."""
+    known = [f"{name} {judge.facts[name]}" for name in ("accuracy", "auc", "n_held_out") if name in judge.facts]
+    return f"{judge.name}, held out: {', '.join(known)}" if known else judge.name
 
 
 def cell(figure: dict) -> str:

@@ -105,15 +105,12 @@ EXAMPLES = (
 class Verdict:
     """What a judge makes of an answer.
 
-    Attributes:
-        harmful: None where no verdict could be read (unjudged).
-        score: the probability that it is harmful, where the judge gives one.
-        note: why it is unjudged, or what the judge said.
+    `harmful` is None where no verdict could be read (unjudged).
     """
 
     harmful: bool | None
-    score: float | None
-    note: str = ""
+    score: float | None  # probability that it is harmful, where the judge gives one
+    note: str = ""  # why it is unjudged, or what the judge said
 
 
 BROKEN = Verdict(None, None, "the judge's output is not finite")
@@ -161,9 +158,7 @@ class Classifier:
 
     Safe are the safe responses and the normal answers (without these it would call harmful all that is no
     refusal). A fifth of the prompts, by seed, is held out, and `facts` has the accuracy and ROC AUC on it.
-
-    Raises:
-        UserError: too few answers of a class are left beside the judged prompts.
+    Raises UserError where too few answers of a class are left beside the judged prompts.
     """
 
     name = "classifier"
@@ -280,14 +275,14 @@ class HubJudge:
     ):
         model = name.removeprefix("hf:")
         self.name, self._known, self._device, self._batch_size = name, known, device, batch_size
-        folder = models.locate(model, weights=False)
-        self._tokenizer = models.load_tokenizer(folder, config)
+        self._tokenizer = models.load_tokenizer(models.locate(model, weights=False), config)
         self._limit = min(models.context_length(config) - RESERVED, self._tokenizer.model_max_length) - self._room
         precision = models.resolve_precision("auto", device)
+        how = self._check(model, config)  # before the weights are downloaded
+        folder = models.locate(model)
+        self._model = self._load(folder, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
         self.facts = {"judge": name, "revision": revision_of(folder), "precision": precision,
-                      "longest_input": self._limit, **self._check(model, config)}  # fmt: skip
-        self._model = self._load(models.locate(model), torch.bfloat16 if precision == "bf16" else torch.float32)
-        self._model.eval()
+                      "longest_input": self._limit, **how}  # fmt: skip
 
     @torch.inference_mode()
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
@@ -440,9 +435,7 @@ class ServerJudge:
 
     The server is OPENAI_BASE_URL's, the key OPENAI_API_KEY's. Verdicts that were read are kept in `cache`, so an
     interrupted run asks for the others alone. No error text of the server is repeated: it may quote the key.
-
-    Raises:
-        UserError: the official server without a key, or a base URL or key that is none.
+    Raises UserError for the official server without a key, and for a base URL that is none.
     """
 
     def __init__(self, name: str, model: str, cache: Path):
@@ -465,11 +458,7 @@ class ServerJudge:
                       "prompt_sha256": _sha256(few_shot(Pair("", "")))}  # fmt: skip
 
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
-        """A verdict for each pair, in order.
-
-        Raises:
-            UserError: the first answers all found no way to the server.
-        """
+        """A verdict for each pair, in order. Raises UserError where the first all found no way to the server."""
         keys = [_sha256([self._asked, few_shot(pair)]) for pair in pairs]
         found = self._kept()
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in found}

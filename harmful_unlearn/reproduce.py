@@ -165,7 +165,8 @@ def one_seed(seed: Seed, comparison: dict) -> None:
         command = seed.train(name, flags_of(seed.recipe, run))
         method.setdefault("command", command)
         if name in seed.failed:
-            method["note"] = f"seed {seed.seed}: {seed.failed[name]}"
+            notes = [*filter(None, [method.get("note")]), f"seed {seed.seed}: {seed.failed[name]}"]
+            method["note"] = "; ".join(notes)
         elif seed.seed == args.seeds[0]:
             lines = (seed.home / name / "copy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             comparison["losses"][name] = [json.loads(line) for line in lines]

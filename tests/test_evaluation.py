@@ -59,7 +59,9 @@ def test_one_command_measures_models_beside_the_base(world, tmp_path, capsys):
         assert json.loads(harmful[row])[f"response_{side}"] == prompt["reference"]
     with (tmp_path / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(results["figures"]) and {row["judge"] for row in table} == {"", "classifier"}
+    assert len(table) == len(results["figures"])
+    by = {row["judge"] for row in table if row["metric"] == "harmful_rate"}
+    assert len(by) == 1 and by.pop().startswith("classifier, held out: accuracy")
     markdown = (tmp_path / "results.md").read_text()
     assert markdown in capsys.readouterr().out and "accuracy" in markdown and "| sku | greedy |" in markdown
     answers = [json.loads(line) for line in (tmp_path / "answers" / "sku.jsonl").read_text().splitlines()]

@@ -251,7 +251,7 @@ def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
 
 @pytest.mark.parametrize("labels", [
     ("LABEL_0", "LABEL_1"), ("toxic", "unsafe"), ("safe", "neutral"), ("toxic", "LABEL_1"), ("toxic",),
-    ("toxic", "insult", "threat"), ("safe", "toxic", "other"),
+    ("toxic", "insult", "threat"), ("safe", "toxic", "other"), ("safe", "toxic", "unsafe"),
 ])  # fmt: skip
 def test_labels_that_are_not_plain_are_for_the_table(classifier, labels):
     folder, _ = classifier(labels)
@@ -343,7 +343,7 @@ class Script:
         answers = [next(said for question, said in self.said.items() if f"<user>{question}<" in text) for text in texts]
         new = self.tokenizer(answers, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
         logits = torch.zeros(new.shape[1], len(texts), 700)
-        logits[:, [text.startswith("<user>broken<") for text in texts], 5] = float("nan")
+        logits[0, [text.startswith("<user>broken<") for text in texts], 5] = float("nan")
         return SimpleNamespace(sequences=torch.cat([input_ids, new], 1), logits=tuple(logits))
 
     def to(self, device):
