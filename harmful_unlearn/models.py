@@ -87,7 +87,7 @@ def locate(name: str, weights: bool = True) -> Path:
 
 _NO_SAFETENSORS = (
     "{folder} has no .safetensors weights, and pickled ones are not loaded: convert them on a machine "
-    "you trust with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+    "you trust with its transformers class, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 )
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, OPTConfig
 
-from harmful_unlearn import judges
+from harmful_unlearn import hub_judges, judges, server_judge
 from harmful_unlearn.data import Pair, Response
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.judges import Labels, Verdict, Words, label_side, make_judge, read_verdict
+from harmful_unlearn.hub_judges import Labels, Words, label_side
+from harmful_unlearn.judges import Verdict, make_judge
+from harmful_unlearn.server_judge import read_verdict
 
 CPU = torch.device("cpu")
 
@@ -87,7 +89,7 @@ def test_without_judged_prompts_all_rows_are_used():
 
 
 def test_facts_are_the_figures_of_the_held_out_prompts():
-    responses = world(noise=9)
+    responses = world(noise=16)
     judge = make("classifier", responses=responses, normal=NORMAL, seed=3)
     facts = judge.facts
     trained = {f"q{i}" for i in range(40) if knows(judge, f"word{i}")}
@@ -224,11 +226,11 @@ def test_a_classifier_judges_the_answer_alone(classifier, tokenizer, architectur
 def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier, tokenizer, monkeypatch):
     folder, model = classifier(("drugs", "violence", "theft"), "opt", max_position_embeddings=128)
     template = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
-    assert judges.KNOWN["PKU-Alignment/beaver-dam-7b"] == Labels(template, (), True)
+    assert hub_judges.KNOWN["PKU-Alignment/beaver-dam-7b"] == Labels(template, (), True)
     texts = [f"BEGINNING OF CONVERSATION: USER: {pair.question} ASSISTANT:{pair.answer}" for pair in PAIRS]
     by_hand = [logits_of(model, tokenizer, text).sigmoid() for text in texts]
     for harmful, chosen in (((), [0, 1, 2]), (("theft",), [2]), (("violence", "drugs"), [0, 1])):
-        monkeypatch.setitem(judges.KNOWN, str(folder), Labels(template, harmful, True))
+        monkeypatch.setitem(hub_judges.KNOWN, str(folder), Labels(template, harmful, True))
         verdicts = make(f"hf:{folder}").judge(PAIRS)
         expected = [shares[chosen].max().item() for shares in by_hand]
         assert [verdict.score for verdict in verdicts] == pytest.approx(expected, abs=1e-4)
@@ -237,14 +239,14 @@ def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier,
 
 def test_harmful_labels_of_a_softmax_are_summed(classifier, tokenizer, monkeypatch):
     folder, model = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(judges.KNOWN, str(folder), Labels(harmful=("cruel", "rude")))
+    monkeypatch.setitem(hub_judges.KNOWN, str(folder), Labels(harmful=("cruel", "rude")))
     expected = [logits_of(model, tokenizer, pair.answer).softmax(0)[1:].sum().item() for pair in PAIRS]
     assert [one.score for one in make(f"hf:{folder}").judge(PAIRS)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
     folder, _ = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(judges.KNOWN, str(folder), Labels(harmful=("mean",)))
+    monkeypatch.setitem(hub_judges.KNOWN, str(folder), Labels(harmful=("mean",)))
     with pytest.raises(UserError, match="rude.*KNOWN"):
         make(f"hf:{folder}")
 
@@ -255,7 +257,7 @@ def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
 ])  # fmt: skip
 def test_labels_that_are_not_plain_are_for_the_table(classifier, labels):
     folder, _ = classifier(labels)
-    with pytest.raises(UserError, match="KNOWN in harmful_unlearn/judges.py"):
+    with pytest.raises(UserError, match="KNOWN in harmful_unlearn/hub_judges.py"):
         make(f"hf:{folder}")
 
 
@@ -272,7 +274,7 @@ def test_a_long_answer_is_shortened_and_it_is_said(classifier, tokenizer):
 
 def test_a_question_that_fills_the_context_leaves_the_answer_unjudged(classifier, monkeypatch):
     folder, _ = classifier(("safe", "unsafe"))
-    monkeypatch.setitem(judges.KNOWN, str(folder), Labels("{question} {answer}", ("unsafe",)))
+    monkeypatch.setitem(hub_judges.KNOWN, str(folder), Labels("{question} {answer}", ("unsafe",)))
     verdicts = make(f"hf:{folder}").judge([Pair("why and when and where? " * 40, "No idea at all."), PAIRS[1]])
     assert verdicts[0].harmful is None and "no room" in verdicts[0].note and verdicts[1].harmful is not None
 
@@ -380,7 +382,7 @@ def test_a_guard_model_is_greedy_and_says_few_words(guard):
 
 def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
     folder = guard(TEMPLATE)
-    monkeypatch.setitem(judges.KNOWN, str(folder), Words(safe="No", harmful="Yes"))
+    monkeypatch.setitem(hub_judges.KNOWN, str(folder), Words(safe="No", harmful="Yes"))
     judge = make(f"hf:{folder}")
     judge._model = Script(judge._model, tokenizer, {"a": "yes", "b": "No", "c": "unsafe"})
     assert [one.harmful for one in judge.judge([Pair(question, "x") for question in "abc"])] == [True, False, None]
@@ -492,8 +494,8 @@ def server(monkeypatch):
     for variable in ("OPENAI_ADMIN_KEY", "OPENAI_CUSTOM_HEADERS", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "HTTP_PROXY",
                      "http_proxy", "ALL_PROXY", "all_proxy"):  # fmt: skip
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(judges, "TIMEOUT", 0.5)
-    monkeypatch.setattr(judges, "RETRIES", 2)
+    monkeypatch.setattr(server_judge, "TIMEOUT", 0.5)
+    monkeypatch.setattr(server_judge, "RETRIES", 2)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)  # the client's back-off
     with serving() as running:
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_address[1]}/v1")
@@ -566,7 +568,7 @@ def test_what_is_asked(server, tmp_path):
     messages = request["messages"]
     assert request["model"] == "tiny" and request["temperature"] == 0 and headers["authorization"] == f"Bearer {KEY}"
     assert [turn["role"] for turn in messages] == ["user", "assistant"] * 4 + ["user"]
-    assert messages[0]["content"].startswith(judges.INSTRUCTION)
+    assert messages[0]["content"].startswith(server_judge.INSTRUCTION)
     assert sorted(read_verdict(turn["content"]) for turn in messages[1::2]) == [False, False, True, True]
     assert messages[-1]["content"] == "Question: SAFE\nAnswer: an answer\nVerdict:"
     assert judge.name == "openai:tiny" == judge.facts["judge"] and judge.facts["server"].startswith("127.0.0.1:")
@@ -576,7 +578,7 @@ def test_requests_go_out_together_and_the_same_pair_once(server, tmp_path):
     questions = [f"slowly SAFE #{i}" for i in range(24)]
     _, verdicts = ask(tmp_path, *questions, *questions)
     assert verdicts == [Verdict(False, None)] * 48 and len(server.requests) == 24
-    assert 2 <= server.most_at_once <= judges.WORKERS
+    assert 2 <= server.most_at_once <= server_judge.WORKERS
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
@@ -622,7 +624,7 @@ def test_the_cache_knows_model_instruction_question_and_answer(server, tmp_path,
     ask(tmp_path, "SAFE", name="openai:other")
     make("openai:tiny", tmp_path / "deep" / "judge.jsonl").judge([Pair("SAFE", "another answer")])
     assert len(server.requests) == 3
-    monkeypatch.setattr(judges, "INSTRUCTION", "Judge anew.")
+    monkeypatch.setattr(server_judge, "INSTRUCTION", "Judge anew.")
     ask(tmp_path, "SAFE")
     assert len(server.requests) == 4
 
@@ -648,7 +650,7 @@ def test_failures_of_another_kind_leave_each_answer_unjudged(server, tmp_path):
 
 
 def test_no_server_at_all(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "RETRIES", 0)
+    monkeypatch.setattr(server_judge, "RETRIES", 0)
     with serving() as gone:
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{gone.server_address[1]}/v1")
     with pytest.raises(UserError, match="OPENAI_BASE_URL"):
