@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         utility.add_bleurt(rows, args.bleurt, args.output, device)
     found = figures(rows, protocol, args.output)
     if args.lm_eval:
-        found += utility.lm_eval_figures({s.label: str(s.folder) for s in subjects}, args.lm_eval, args.output)
+        found += utility.lm_eval_figures({s.label: str(s.folder) for s in subjects}, args.lm_eval, args.output, device)
     write_results(args.output, found, judge, protocol, subjects, vars(args))
     print((args.output / "results.md").read_text(encoding="utf-8"))
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
@@ -251,7 +251,7 @@ def results_markdown(found: list[dict], judge: Judge) -> str:
         here = [row for row in found if row["set"] == name]
         columns = list(dict.fromkeys(row["metric"] for row in here))
         by = f" (judge: {credentials(judge)})" if "harmful_rate" in columns else ""
-        parts += ["", f"## {name} prompts{by}", "", "| model | answers | n | " + " | ".join(columns) + " |"]
+        parts += ["", f"## {name} prompts{by}" if name in SETS else f"## {name}", "", "| model | answers | n | " + " | ".join(columns) + " |"]
         parts.append("| --- " * (len(columns) + 3) + "|")
         for model, decoding in dict.fromkeys((row["model"], row["decoding"]) for row in here):
             cells = {row["metric"]: row for row in here if (row["model"], row["decoding"]) == (model, decoding)}

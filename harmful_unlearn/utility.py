@@ -71,7 +71,7 @@ def add_bleurt(rows: dict[str, list[dict]], name: str, folder: Path, device: tor
         write_answers(folder, label, found)
 
 
-def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path) -> list[dict]:
+def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path, device: torch.device) -> list[dict]:
     """Figures of EleutherAI's lm-evaluation-harness for the models in these folders, kept in lm_eval.json.
 
     Its interval is value +- 1.96 of its standard errors.
@@ -88,10 +88,12 @@ def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path) -> li
         key = f"{path} {' '.join(tasks)}"
         if key not in kept:
             try:
-                run = lm_eval.simple_evaluate("hf", model_args={"pretrained": path}, tasks=tasks)
+                run = lm_eval.simple_evaluate("hf", model_args={"pretrained": path}, tasks=tasks, device=str(device))
             except Exception as error:  # its tasks raise anything
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f"lm_eval failed on {', '.join(tasks)} ({reason}): check the tasks' names") from error
+                raise UserError(
+                    f"lm_eval failed on {', '.join(tasks)} ({reason}): check the tasks' names and its installation"
+                ) from error
             n = run["n-samples"]
             kept[key] = {task: {**values, "n": n[task]["effective"]} for task, values in run["results"].items()}
             write_file(file, json.dumps(kept, indent=2, default=str) + "\n")

@@ -165,7 +165,7 @@ def test_lm_eval_figures_stand_with_the_others(world, tmp_path, monkeypatch):
     """The harness is not installed with the project: its result is the layout of lm_eval 0.4."""
     asked = []
 
-    def simple_evaluate(model, model_args, tasks):
+    def simple_evaluate(model, model_args, tasks, device):
         asked.append((model, model_args["pretrained"], tasks))
         values = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}
         return {"results": {"arc": values}, "n-samples": {"arc": {"original": 9, "effective": 7}}}

@@ -121,7 +121,9 @@ def without_times(found):
     return {key: value for key, value in found.items() if key not in ("provenance", "command")}
 
 
-@pytest.mark.parametrize("stop_at", ["train", "answers", "sweep"])
+@pytest.mark.parametrize(
+    "stop_at", ["answers", pytest.param("train", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_tables(stop_at, whole, world, tmp_path, monkeypatch):
     """Stopped once in the middle of one of its parts, then given the same command."""
     from harmful_unlearn import measuring
