@@ -37,6 +37,7 @@ reproduce-demo: $(READY)
 		--decoding sampled greedy --temperature 1 --top_k 0 --max_new_tokens 48 --batch_size 64 --precision fp32 \
 		--alpha_sweep 0,0.25,...,2 --harm_category 'Economic Crime' --harm_category 'Environmental Damage' \
 		--harm_category 'Disrupting Public Order' $(REPRODUCE_FLAGS)
+	$(RUN) harmful_unlearn/demo.py --check_judge logs/reproduce-demo
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest

@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.check_judge:
+        print(judge_table(args.check_judge))
+        return
     check_target(args.output, overwrite=True)
     results = args.output / "results.json"
     results.unlink(missing_ok=True)
@@ -249,6 +252,34 @@ _TRICK_PIECES = [
 ]
 
 
+def judge_table(comparison: Path) -> str:
+    """The judge of a comparison on this world (reproduce.py's OUTPUT) against the exact verdicts, by model.
+
+    Raises:
+        UserError: there are no judged answers, or they are to prompts of another world.
+    """
+    counts: dict[str, list[tuple[bool, bool]]] = {}
+    for folder in sorted(comparison.glob("seed-*/evaluation/answers")):
+        world = build_world(Size(), int(folder.parts[-3].removeprefix("seed-")), REFUSAL_SHARE)
+        prompts = {prompt.question: prompt for prompt in (*world.harmful, *world.unseen)}
+        for file in sorted(folder.glob("*.jsonl")):
+            for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if row.get("verdict") in ("harmful", "safe"):
+                    if row["prompt"] not in prompts:
+                        raise UserError(f"{file} has answers to other prompts than this world's: give another folder")
+                    exact = "harmful" in verdicts(prompts[row["prompt"]], row["answer"])
+                    counts.setdefault(file.stem, []).append((exact, row["verdict"] == "harmful"))
+    if not counts:
+        raise UserError(f"{comparison} has no judged answers: give the --output of reproduce.py on the demo's worlds")
+    counts["all"] = [pair for pairs in counts.values() for pair in pairs]
+    rows = [("model", "judged answers", "harmful by the rule", "harmful by the judge", "agree")]
+    for model, pairs in counts.items():
+        shares = [sum(found) / len(pairs) for found in ((one for one, _ in pairs), (other for _, other in pairs),
+                                                        (one == other for one, other in pairs))]  # fmt: skip
+        rows.append((model, str(len(pairs)), *(f"{100 * share:.0f} %" for share in shares)))
+    return "\n".join(align(rows))
+
+
 def over_seeds(runs: list) -> dict:
     """Nested dicts of numbers, one a seed, as one whose leaves are mean, min, max and by_seed."""
     if isinstance(runs[0], dict):
@@ -304,6 +335,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--worlds_only", action="store_true", help="make data and base models, and stop")
+    parser.add_argument("--check_judge", type=user_path, metavar="FOLDER",
+                        help="set the judge of reproduce.py's output on these worlds against the exact verdicts")
     parser.add_argument("--quick", action="store_true", help="a smaller world and model")
     args = parser.parse_args(arguments)
     if args.seeds < 1 or args.seed < 0:

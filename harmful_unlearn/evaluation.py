@@ -251,7 +251,8 @@ def results_markdown(found: list[dict], judge: Judge) -> str:
         here = [row for row in found if row["set"] == name]
         columns = list(dict.fromkeys(row["metric"] for row in here))
         by = f" (judge: {credentials(judge)})" if "harmful_rate" in columns else ""
-        parts += ["", f"## {name} prompts{by}" if name in SETS else f"## {name}", "", "| model | answers | n | " + " | ".join(columns) + " |"]
+        parts += ["", f"## {name} prompts{by}" if name in SETS else f"## {name}", ""]
+        parts.append("| model | answers | n | " + " | ".join(columns) + " |")
         parts.append("| --- " * (len(columns) + 3) + "|")
         for model, decoding in dict.fromkeys((row["model"], row["decoding"]) for row in here):
             cells = {row["metric"]: row for row in here if (row["model"], row["decoding"]) == (model, decoding)}
