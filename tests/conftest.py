@@ -53,7 +53,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tokenizer):
+def tiny_model(tmp_path_factory):
     """`tiny_model("llama")`: a folder with a random model of that architecture and the tokenizer."""
     made = {}
 
@@ -62,7 +62,8 @@ def tiny_model(tmp_path_factory, tokenizer):
             folder = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(TINY[architecture]).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            # A fresh one: what the shared one was last used for would be saved with it.
+            AutoTokenizer.from_pretrained(GOLDENS / "model").save_pretrained(folder)
             made[architecture] = folder
         return made[architecture]
 
