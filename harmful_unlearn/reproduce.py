@@ -37,6 +37,7 @@ from harmful_unlearn.evaluation import (
     write_prompts,
     write_results,
 )
+from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
 from harmful_unlearn.judges import Judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.models import Lora
@@ -336,26 +337,25 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    number, rate = unlearn_harm_new.whole_number, unlearn_harm_new.positive_number
     parser.add_argument("--model_name", required=True, help="the base model: hub id or folder")
     parser.add_argument("--output", type=user_path, required=True, help="folder of everything that is made")
     parser.add_argument("--recipe", help=f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
-    parser.add_argument("--seeds", type=number, nargs="+", default=[8888],
+    parser.add_argument("--seeds", type=whole_number, nargs="+", default=[8888],
                         help="of everything, one after the other (default: 8888)")  # fmt: skip
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="rows to run (default: all of the recipe)")
     parser.add_argument("--alpha_sweep", type=scale_list, default=[], metavar="SCALES",
                         help="measure task vectors at these scales, as 0,0.25,...,2, and recommend one")  # fmt: skip
     parser.add_argument("--sweep_runs", nargs="+", default=["sku", "task_vector"], metavar="RUN",
                         help="whose task vectors (default: sku task_vector)")  # fmt: skip
-    parser.add_argument("--alpha_budget", type=rate, default=0.1,
+    parser.add_argument("--alpha_budget", type=positive_number, default=0.1,
                         help="how much normal perplexity may rise for a recommended scale (default: 0.1)")  # fmt: skip
     parser.add_argument("--harm_category", action="append", default=[],
                         help="train a task vector of this kind of harm alone (may be repeated)")  # fmt: skip
-    parser.add_argument("--relearn_steps", type=number, default=50,
+    parser.add_argument("--relearn_steps", type=whole_number, default=50,
                         help="of the relearning check; 0: leave it out (default: 50)")  # fmt: skip
-    parser.add_argument("--relearn_pairs", type=unlearn_harm_new.positive_int, default=16,
+    parser.add_argument("--relearn_pairs", type=positive_int, default=16,
                         help="harmful pairs that it relearns (default: 16)")  # fmt: skip
-    parser.add_argument("--relearn_lr", type=rate, nargs=2, default=[3e-5, 1e-4], metavar=("SOFT", "STRONG"),
+    parser.add_argument("--relearn_lr", type=positive_number, nargs=2, default=[3e-5, 1e-4], metavar=("SOFT", "STRONG"),
                         help="its two rates (default: 3e-5 1e-4)")  # fmt: skip
     parser.add_argument("--train_flags", type=shlex.split, default=[],
                         help="more flags for every training, as one quoted text")  # fmt: skip

@@ -38,6 +38,7 @@ from harmful_unlearn import losses, models
 from harmful_unlearn.checkpoints import Checkpoint, read_json
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
 from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
@@ -225,8 +226,8 @@ class NotFinite(Exception):
 
 def free_name(folder: Path, suffix: str) -> Path:
     """`folder` with the suffix, and a number if that is taken."""
-    for number in count(1):
-        found = folder.with_name(folder.name + suffix + (f"-{number}" if number > 1 else ""))
+    for tried in count(1):
+        found = folder.with_name(folder.name + suffix + (f"-{tried}" if tried > 1 else ""))
         if not found.exists():
             return found
 
@@ -495,35 +496,6 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
     args.log_file = args.log_file or ROOT / "logs" / f"{name}.log"
     return args
-
-
-def number(text: str) -> float:
-    """A finite number, as argparse reads it."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    if number(text) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number(text)
-
-
-def whole_number(text: str) -> int:
-    """A whole number from 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
 
 
 if __name__ == "__main__":
