@@ -129,7 +129,7 @@ class Data:
         for training in trainings:
             for what, source in (("harmful", self._harmful((), None).source), ("normal", self.normal.source)):
                 theirs, ours = training.get(f"{what}_data") or {}, source
-                if theirs.get("sha256") != ours["sha256"] or theirs.get("rows") != ours["rows"]:
+                if any(theirs.get(key) != ours[key] for key in ("sha256", "rows", "revision")):
                     raise UserError(
                         f"{ours['name']} is not what a model was trained on ({theirs.get('name')}, sha256 "
                         f"{theirs.get('sha256')}): give that with --{what}_dataset"

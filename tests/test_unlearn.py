@@ -1,6 +1,7 @@
 """The script: flags, both stages on tiny models, what it writes, and how it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -540,6 +541,9 @@ def test_runs_from_anywhere_with_paths_from_where_one_stands(place, tiny_model, 
 def test_the_readme_names_every_flag():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [name for name in vars(parse_flags([])) if f"--{name}" not in readme]
+    for script in ("evaluation", "reproduce"):
+        code = (ROOT / "harmful_unlearn" / f"{script}.py").read_text(encoding="utf-8")
+        missing += [flag for flag in re.findall(r'add_argument\("(--\w+)"', code) if flag not in readme]
     assert not missing
 
 
