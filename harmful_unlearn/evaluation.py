@@ -52,12 +52,15 @@ def main(arguments: list[str] | None = None) -> None:
     utility.check_installed(args)
     check_target(args.output, overwrite=True)
     folders = {label: models.locate(name) for label, name in args.model.items()}
-    trainings = [one for folder in [*folders.values(), *args.trained_as] for one in trainings_of(folder)]
-    if not trainings:
+    unknown = [label for label, folder in folders.items() if not trainings_of(folder)]
+    if unknown and not args.trained_as:
         raise UserError(
-            "no model's run.json says what it was trained on: give --trained_as, a folder made by "
+            f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
             "unlearn_harm_new.py whose training read the same rows"
         )
+    trainings = [one for folder in [*folders.values(), *args.trained_as] for one in trainings_of(folder)]
+    if not trainings:
+        raise UserError(f"no run.json in {args.trained_as[0]} tells of a training: give another --trained_as")
     data = Data(args, trainings)
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, args.seed)
     print("\n".join(f"{name:<8} {len(found)} prompts" for name, found in sets.test.items()))

@@ -92,6 +92,15 @@ def test_nothing_trained_on_is_unseen_or_normal(world, tmp_path):
     assert prompts["normal"] and not {p["prompt"] for p in prompts["normal"]} & trained
 
 
+def test_a_model_of_others_is_measured_as_one_of_ours_was_trained(world, tmp_path):
+    arguments = flags(world, tmp_path, "--trained_as", str(world / "sku" / "copy"))
+    arguments[1] = f"theirs={world / 'base'}"
+    main(arguments)
+    prompts = json.loads((tmp_path / "prompts.json").read_text())
+    rows = [json.loads(line)["prompt"] for line in (world / "data" / "harmful.jsonl").read_text().splitlines()]
+    assert {p["prompt"] for p in prompts["seen"]} <= set(rows[:8])
+
+
 def test_untouched_rows_of_the_same_data_serve_as_unseen(world, tmp_path):
     arguments = flags(world, tmp_path)
     at = arguments.index("--unseen_dataset")
@@ -109,6 +118,8 @@ def test_trainings_are_read_from_either_stage(world):
 @pytest.mark.parametrize("change, named", [
     (lambda w: ["--model", f"x={w / 'base'}"], "trained_as"),
     (lambda w: ["--model", f"x={w / 'nowhere'}"], "no folder"),
+    (lambda w: ["--model", f"bare={w / 'base'}"], "bare was trained on"),
+    (lambda w: ["--trained_as", str(w / "base"), "--model", f"x={w / 'base'}"], "another --trained_as"),
     (lambda w: ["--harmful_dataset", str(w / "data" / "unseen.jsonl")], "harmful_dataset"),
     (lambda w: ["--unseen_dataset", str(w / "none.jsonl")], "none.jsonl"),
     (lambda w: ["--model", f"b={w / 'other-seed' / 'unlearned'}"], "different seeds"),
