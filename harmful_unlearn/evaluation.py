@@ -185,7 +185,12 @@ MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
 
 
 def subject_of(label: str, folder: Path, load) -> Subject:
-    """The model in `folder` as something to measure."""
+    """The model in `folder` as something to measure. Raises UserError: it is an adapter, or no whole checkpoint."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is a LoRA adapter: write the whole model with "
+            f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
+        )
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     # The fingerprint reads the start of each shard, which two unlearned models may share.
     made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}

@@ -92,6 +92,13 @@ def test_nothing_trained_on_is_unseen_or_normal(world, tmp_path):
     assert prompts["normal"] and not {p["prompt"] for p in prompts["normal"]} & trained
 
 
+def test_an_adapter_is_refused_with_the_command_that_merges_it(world, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="scaling_coef -1"):
+        evaluation.subject_of("a", tmp_path / "adapter", None)
+
+
 def test_a_model_of_others_is_measured_as_one_of_ours_was_trained(world, tmp_path):
     arguments = flags(world, tmp_path, "--trained_as", str(world / "sku" / "copy"))
     arguments[1] = f"theirs={world / 'base'}"
