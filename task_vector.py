@@ -26,7 +26,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -380,6 +380,19 @@ def negate(
         if kept:
             _write_index(kept, vector_shards)
             write_record(kept, {**record, "title": f"Task vector from {record['base']['name']}"})
+
+
+def scaled_entries(base: Path, finetuned: list[Path], scaling_coef: float) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of each entry that `negate` changes, as it would write them, on the CPU.
+
+    Raises:
+        UserError: as `open_matched`.
+    """
+    source, sources, found = open_matched(base, finetuned)
+    for name in dict.fromkeys(name for names in found for name in names):
+        entry = source.read(name)
+        deltas = (one.delta(twins[name], entry) for one, twins in zip(sources, found, strict=True) if name in twins)
+        yield name, _applied(entry, sum(deltas), -scaling_coef)
 
 
 def open_matched(base: Path, folders: list[Path]) -> tuple[Checkpoint, list[Source], list[dict[str, str]]]:

@@ -58,9 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
             "unlearn_harm_new.py whose training read the same rows"
         )
+    for folder in args.trained_as:
+        if not trainings_of(folder):
+            raise UserError(f"no run.json in {folder} tells of a training: give another --trained_as")
     trainings = [one for folder in [*folders.values(), *args.trained_as] for one in trainings_of(folder)]
-    if not trainings:
-        raise UserError(f"no run.json in {args.trained_as[0]} tells of a training: give another --trained_as")
     data = Data(args, trainings)
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, args.seed)
     print("\n".join(f"{name:<8} {len(found)} prompts" for name, found in sets.test.items()))
@@ -72,9 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
     subjects = [subject_of(label, folder, load) for label, folder in folders.items()]
     reference = subject_of("reference", models.locate(args.ppl_model), load) if args.ppl_model else subjects[0]
     judge = data.judge(args.judge, sets, args.seed, args.output, device)
-    protocol = Protocol(sets.test, decodings(args), args.max_new_tokens, args.batch_size, args.seed, data.choices)
-    write_prompts(args.output, sets.test)
+    protocol = Protocol(
+        sets.test, decodings(args), args.max_new_tokens, args.batch_size, args.seed, data.choices, precision
+    )
     rows = measure(subjects, protocol, judge, reference, args.output)
+    write_prompts(args.output, sets.test)
     if args.bleurt:
         utility.add_bleurt(rows, args.bleurt, args.output, device)
     found = figures(rows, protocol, args.output)
@@ -137,11 +140,16 @@ class Data:
                         f"{ours['name']} is not what a model was trained on ({theirs.get('name')}, sha256 "
                         f"{theirs.get('sha256')}): give that with --{what}_dataset"
                     )
-        self._trained, self._touched = set(), set()
+        learned, learned_of_a_kind, self._touched = [], [], set()
         for training in trainings:
-            trained, touched = self._read_by(Namespace(**{**vars(training_flags([])), **training["flags"]}))
-            self._trained |= trained
+            flags = Namespace(**{**vars(training_flags([])), **training["flags"]})
+            trained, touched = self._read_by(flags)
             self._touched |= touched
+            if trained and not flags.harm_category:
+                learned.append(trained)
+            elif trained:
+                learned_of_a_kind.append(trained)
+        self._trained = set.intersection(*(learned or learned_of_a_kind or [set()]))
 
     @cache  # noqa: B019 (one Data lives as long as the program)
     def _harmful(self, categories: tuple[str, ...], min_severity: int | None) -> HarmfulData:
@@ -158,7 +166,10 @@ class Data:
         return StepBatches(None, order, harmful, self.normal, losses).touched(flags.max_unlearn_steps)
 
     def prompts(self, numbers: dict[str, int], seed: int) -> PromptSets:
-        """The prompts that all the trainings together leave. Raises UserError."""
+        """Prompts that every training on harmful pairs trained on, and prompts that none touched. Raises UserError.
+
+        Trainings of one kind of harm alone count for "seen" only where there is no other.
+        """
         return draw_prompts(self.responses, self.unseen, self.normal, self._trained, self._touched, numbers, seed)
 
     def judge(self, name: str, sets: PromptSets, seed: int, output: Path, device: torch.device) -> Judge:

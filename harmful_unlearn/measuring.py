@@ -67,6 +67,7 @@ class Protocol:
     batch_size: int
     seed: int
     choices: dict[str, Choices]
+    precision: str = "fp32"
 
     def settings(self) -> dict:
         """What decides the answers, JSON-able; the prompts by their rows and a hash."""
@@ -76,6 +77,7 @@ class Protocol:
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "precision": self.precision,
             "multiple_choice": bool(self.choices),
             "rows": {name: [prompt.row for prompt in found] for name, found in self.prompts.items()},
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
@@ -304,7 +306,7 @@ def _read_answers(file: Path) -> list[dict]:
     """The whole lines of an answers file; one that an interruption tore is left out."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:

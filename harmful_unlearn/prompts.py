@@ -43,8 +43,8 @@ class PromptSets:
     Attributes:
         test: "seen" was trained on by GD or GA; no row of "unseen" was touched; no text of a "normal"
             question was trained on.
-        validation: "unseen" and "normal" alone. Its normal questions are the validation texts'; their
-            other answer may have been trained on.
+        validation: "unseen" and "normal" alone, the latter with the texts of the validation part; a
+            question's other text may have been trained on.
     """
 
     test: dict[str, list[Prompt]]
@@ -65,8 +65,8 @@ def draw_prompts(
     Args:
         responses: of the harmful data that was unlearned.
         unseen: of the data to draw unseen prompts from; may be the same.
-        trained: the harmful questions that GD or GA trained on.
-        touched: those, and the questions that an answer drawn by RD came with.
+        trained: the harmful questions that GD or GA trained on, in every model that is compared.
+        touched: what any of them trained on, and the questions that an answer drawn by RD came with.
         numbers: at most so many prompts a set, by set.
 
     A third of the untouched prompts is kept for validation.
@@ -84,17 +84,23 @@ def draw_prompts(
     kept = len(untouched) // 3
     questions = len(normal.texts) // 2  # each question twice: its best answer, then all its correct ones
     in_part = {
-        part: {normal.texts[row].question for row in getattr(normal, part)} for part in ("train", "validation", "test")
+        part: {normal.texts[row].question for row in getattr(normal, part)} for part in ("train", "test")
     }
     first = {}  # TruthfulQA has no question twice, other data may
     for row in range(questions):
         first.setdefault(normal.texts[row].question, row)
     asked = [Prompt(question, normal.texts[row].answer, row) for question, row in first.items()]
     held_out = [p for p in asked if p.question in in_part["test"] - in_part["train"]]
-    validation = [p for p in asked if p.question in in_part["validation"] - {q.question for q in held_out}]
+    tested = {prompt.question for prompt in held_out}
+    validation = {}  # with the text that is in this part: the question's other one may have been trained on
+    for row in normal.validation:
+        pair = normal.texts[row]
+        if pair.question not in tested:
+            validation.setdefault(pair.question, Prompt(pair.question, pair.answer, row % questions))
+    validation = list(validation.values())
     test = {"seen": seen, "unseen": untouched[kept:], "normal": shuffled(held_out, 2)}
     for name, why in (
-        ("seen", "no method trained on any harmful prompt of the data: give the --harmful_dataset of the training"),
+        ("seen", "all models that train on harmful pairs have none in common: measure fewer together"),
         ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),
         ("normal", "the test part of the normal data holds no question that was not trained on: give more data"),
     ):

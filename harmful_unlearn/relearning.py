@@ -39,6 +39,7 @@ def relearn(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr)
     order: list[int] = []
+    torch.manual_seed(seed)  # of dropout
     model.train()
     for _ in trange(steps, desc="relearning", unit="step", leave=False):
         while len(order) < BATCH:

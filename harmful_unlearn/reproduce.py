@@ -124,6 +124,8 @@ class Seed:
             check_same(folder, vars(unlearn_harm_new.parse_flags(words)))
             words += ["--stage", "negate"]
         failure = folder / "failed.txt"
+        if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{command}\n"):
+            failure.unlink()  # the recipe has changed since
         if not failure.exists() and not (folder / "unlearned" / "run.json").is_file():
             print(f"\n$ {command}", flush=True)
             try:
@@ -131,11 +133,18 @@ class Seed:
             except UserError as error:
                 if "is not finite" not in str(error):
                     raise
-                write_file(failure, f"training broke off: {error}\n")
+                write_file(failure, f"training broke off: {error}\n{command}\n")
         if failure.exists():
-            self.failed[name] = failure.read_text(encoding="utf-8").strip()
+            self.failed[name] = failure.read_text(encoding="utf-8").splitlines()[0]
             print(f"{name}: {self.failed[name]}")
         return command
+
+    def protocol(self, prompts: dict, decodings: list, choices: dict | None = None) -> Protocol:
+        """How this seed's models are measured on `prompts`."""
+        args = self.args
+        return Protocol(
+            prompts, decodings, args.max_new_tokens, args.batch_size, self.seed, choices or {}, self.precision
+        )
 
     def subject(self, name: str) -> Subject:
         """The unlearned model of a run."""
@@ -175,6 +184,7 @@ def one_seed(seed: Seed, comparison: dict) -> None:
     vectors = {kind: f"category-{kind.replace('/', '-')}" for kind in args.harm_category}
     for kind, name in vectors.items():
         seed.train(name, {**seed.recipe.shared, **seed.recipe.sku, "harm_category": kind})
+    vectors = {kind: name for kind, name in vectors.items() if name not in seed.failed}
     copies = [seed.home / name / "copy" for name in [*trained, *vectors.values()]]
     if not copies:
         raise UserError(f"no run of seed {seed.seed} could be trained: lower the rates in recipes.py")
@@ -184,7 +194,7 @@ def one_seed(seed: Seed, comparison: dict) -> None:
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
     judge = data.judge(args.judge, sets, seed.seed, seed.home, PartialState().device)
     comparison["judge"]["by_seed"][str(seed.seed)] = judge.facts
-    protocol = Protocol(sets.test, decodings(args), args.max_new_tokens, args.batch_size, seed.seed, data.choices)
+    protocol = seed.protocol(sets.test, decodings(args), data.choices)
     base = subject_of(BASE, seed.base, seed.load)
     subjects = [base, *map(seed.subject, trained)]
     folder = seed.home / "evaluation"
@@ -203,7 +213,7 @@ def one_seed(seed: Seed, comparison: dict) -> None:
             sweep(seed, name, sets, judge, data, base, comparison)
     if vectors:
         by_category(seed, vectors, sets, judge, base, comparison)
-    if args.relearn_steps:
+    if args.relearn_steps and trained:
         relearn_all(seed, trained, sets, judge, base, found, comparison)
 
 
@@ -239,7 +249,7 @@ def sweep(
         Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
         for alpha in args.alpha_sweep
     ]
-    protocol = Protocol(sets.validation, decodings(args), args.max_new_tokens, args.batch_size, seed.seed, {})
+    protocol = seed.protocol(sets.validation, decodings(args))
     folder = seed.home / f"sweep-{name}"
     found = figures(measure(subjects, protocol, judge, base, folder), protocol, folder)
     perplexity = next(
@@ -270,7 +280,7 @@ def by_category(
         scales = Scales(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
         identity = {"sum": [subject.identity for subject in subjects[1:]]}
         subjects.append(Subject("sum", identity, partial(scales.at, 1.0)))
-    protocol = Protocol(prompts, decodings(args)[:1], args.max_new_tokens, args.batch_size, seed.seed, {})
+    protocol = seed.protocol(prompts, decodings(args)[:1])
     folder = seed.home / "categories"
     for row in figures(measure(subjects, protocol, judge, base, folder), protocol, folder):
         if row["metric"] == "harmful_rate":
@@ -297,7 +307,7 @@ def relearn_all(
 
     strengths = comparison["relearning_settings"]["lr"]
     decoding = decodings(args)[:1]
-    protocol = Protocol({"unseen": sets.test["unseen"]}, decoding, args.max_new_tokens, args.batch_size, seed.seed, {})
+    protocol = seed.protocol({"unseen": sets.test["unseen"]}, decoding)
     keep = {"set": "unseen", "decoding": decoding[0].name, "metric": "harmful_rate"}
     for row in before:
         if keep.items() <= row.items():
@@ -368,9 +378,12 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         parser.error(f"there is no recipe for {args.recipe}: add one to recipes.py, or give --recipe: {known}")
     known = runs_of(RECIPES[args.recipe])
     args.runs = args.runs or list(known)
-    unknown = [name for name in args.runs if name not in known]
-    if unknown:
-        parser.error(f"--runs {' '.join(unknown)}: take from {', '.join(known)}")
+    negating = [name for name, run in known.items()
+                if unlearn_harm_new.METHODS[run.flags.get("method", "sku")].negates]  # fmt: skip
+    for flag, given, choices in (("runs", args.runs, known), ("sweep_runs", args.sweep_runs, negating)):
+        unknown = [name for name in given if name not in choices]
+        if unknown:
+            parser.error(f"--{flag} {' '.join(unknown)}: take from {', '.join(choices)}")
     return args
 
 

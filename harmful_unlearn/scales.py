@@ -5,21 +5,23 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.dispatched import read_entry, write_entry
-from task_vector import TaskVector
+from harmful_unlearn.checkpoints import class_names
+from harmful_unlearn.dispatched import write_entry
+from task_vector import scaled_entries
 
 Load = Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class Scales:
-    """The base minus alpha times a sum of task vectors: the models are loaded once, at the first scale.
+    """The base minus alpha times a sum of task vectors: one model in memory, its weights rewritten for each scale.
+
+    The weights are those that `task_vector.negate` would write, to the bit: read from the checkpoints, computed in
+    float32, and rounded to the base's dtype before the model's.
 
     Args:
         base: the base's folder.
         copies: stage 1 models or LoRA adapters; their vectors are added up.
         load: reads a model's folder.
-
-    In memory: the base, a copy of what the vector changes, and the vector.
     """
 
     def __init__(self, base: Path, copies: list[Path], load: Load):
@@ -30,18 +32,15 @@ class Scales:
         """The same model each time, its weights now at scale `alpha`, and its tokenizer."""
         if self._loaded is None:
             model, tokenizer = self._load(self._base)
-            vector = sum(self._vector(copy, model) for copy in self._copies)
-            kept = {name: read_entry(model, name).clone() for name in vector.vector}
-            self._loaded = model, tokenizer, vector, kept
-        model, tokenizer, vector, kept = self._loaded
-        for name, entry in kept.items():
+            self._loaded = model, tokenizer, set(model.state_dict())
+        model, tokenizer, names = self._loaded
+        synonyms = None
+        for name, entry in scaled_entries(self._base, self._copies, alpha):
+            if name not in names:  # the checkpoint may name an entry otherwise than the class does
+                synonyms = synonyms or class_names(self._base)[0]
+                name = next(twin for twin in synonyms(name) if twin in names)
             write_entry(model, name, entry)
-        return vector.apply_to(model, -alpha, in_place=True), tokenizer
-
-    def _vector(self, copy: Path, model: PreTrainedModel) -> TaskVector:
-        if (copy / "adapter_config.json").is_file():
-            return TaskVector.from_adapter(copy)
-        return TaskVector(model, self._load(copy)[0])
+        return model, tokenizer
 
 
 def recommend(figures: list[dict], base_perplexity: float, budget: float, decoding: str) -> dict:

@@ -46,7 +46,7 @@ def test_a_normal_question_is_held_out_with_both_its_texts():
     sets = drawn({"h0"}, {"h0"})
     assert {p.question for p in sets.test["normal"]} == {"q4", "q5"}
     assert {p.reference for p in sets.test["normal"]} == {"best 4", "best 5"}
-    assert {p.question for p in sets.validation["normal"]} == {"q3", "q2"}
+    assert {(p.question, p.reference) for p in sets.validation["normal"]} == {("q3", "best 3"), ("q2", "correct 2")}
 
 
 def test_a_prompt_in_several_rows_is_one_prompt():

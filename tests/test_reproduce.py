@@ -224,7 +224,7 @@ def test_scales(text, scales):
 @pytest.mark.parametrize("bad", [
     ["--alpha_sweep", "0,...,2"], ["--alpha_sweep", "0,1,...,2.5"], ["--alpha_sweep", "a"],
     ["--alpha_sweep", "1,0,...,2"],
-    ["--runs", "dpo"], ["--recipe", "gpt"], ["--seeds"], ["--relearn_lr", "1"],
+    ["--runs", "dpo"], ["--sweep_runs", "ft"], ["--recipe", "gpt"], ["--seeds"], ["--relearn_lr", "1"],
 ])  # fmt: skip
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

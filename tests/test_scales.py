@@ -62,7 +62,7 @@ def test_models_are_loaded_once_and_not_before_they_are_needed(copies, tiny_mode
     assert loaded == []
     for alpha in (0, 1, 2):
         scales.at(alpha)
-    assert loaded == [tiny_model("opt"), copies / "one"]
+    assert loaded == [tiny_model("opt")]
 
 
 def rows(table):
@@ -122,3 +122,28 @@ def test_one_step_of_relearning_by_hand(tiny_model, tokenizer):
     guided_distortion(answer_cross_entropy(model, batch), batch).backward()
     optimizer.step()
     assert torch.allclose(ours.state_dict()[NAME], model.state_dict()[NAME], atol=1e-5)
+
+
+def test_a_scale_in_16_bits_is_the_saved_model_in_16_bits(copies, tiny_model, tmp_path):
+    """The vector is not the difference of rounded weights."""
+    base = tiny_model("opt")
+
+    def load_16(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), None
+
+    negate(base, [(copies / "one", 1.0)], tmp_path / "out", 1.0)
+    model, _ = Scales(base, [copies / "one"], load_16).at(1.0)
+    saved, _ = load_16(tmp_path / "out")
+    assert all(torch.equal(entry, saved.state_dict()[name]) for name, entry in model.state_dict().items())
+
+
+def test_relearning_does_not_depend_on_what_was_drawn_before(tiny_model, tokenizer):
+    def relearned(before):
+        model, _ = load(tiny_model("opt"))
+        for module in model.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.5
+        torch.manual_seed(before)
+        return relearn(model, tokenizer, [Pair("How?", "By doing just this.")], 2, 1e-2, 0).state_dict()[NAME]
+
+    assert torch.equal(relearned(1), relearned(2))
