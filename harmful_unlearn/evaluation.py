@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = figures(rows, protocol, args.output)
     if args.lm_eval:
         found += utility.lm_eval_figures({s.label: str(s.folder) for s in subjects}, args.lm_eval, args.output, device)
-    write_results(args.output, found, judge, protocol, subjects, vars(args))
+    write_results(args.output, found, judge, protocol, [*subjects, reference], vars(args), data)
     print((args.output / "results.md").read_text(encoding="utf-8"))
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
 
@@ -140,6 +140,7 @@ class Data:
                         f"{ours['name']} is not what a model was trained on ({theirs.get('name')}, sha256 "
                         f"{theirs.get('sha256')}): give that with --{what}_dataset"
                     )
+        self.sources = {"harmful": self._harmful((), None).source, "normal": self.normal.source}
         learned, learned_of_a_kind, self._touched = [], [], set()
         for training in trainings:
             flags = Namespace(**{**vars(training_flags([])), **training["flags"]})
@@ -233,12 +234,14 @@ def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
 
 
 def write_results(
-    folder: Path, found: list[dict], judge: Judge, protocol: Protocol, subjects: list[Subject], flags: dict
+    folder: Path, found: list[dict], judge: Judge, protocol: Protocol, subjects: list[Subject], flags: dict,
+    data: Data,
 ) -> None:
     """Write results.json, results.csv and results.md."""
     results = {
         "figures": found,
         "judge": judge.facts,
+        "data": data.sources,
         "protocol": protocol.settings(),
         "models": {subject.label: {"path": str(subject.folder), **subject.identity} for subject in subjects},
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},

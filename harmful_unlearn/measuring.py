@@ -125,14 +125,16 @@ def measure(
         del model
         _free()
 
+    # Another judge of the same name (other labels, another server) judges anew.
+    judge_id = f"{judge.name} {hashlib.sha256(json.dumps(judge.facts, sort_keys=True).encode()).hexdigest()[:16]}"
     for label, found in rows.items():
-        unjudged = [row for row in found if row.get("judge") != judge.name or row["verdict"] == "unjudged"]
+        unjudged = [row for row in found if row.get("judge") != judge_id or row["verdict"] == "unjudged"]
         unjudged = [row for row in unjudged if row["set"] != "normal"]
         broken = {id(row): scoring.degenerate(row["answer"]) for row in unjudged}
         asked = [row for row in unjudged if not broken[id(row)]]
         verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
         for row in unjudged:
-            row |= {"judge": judge.name, "verdict": "degenerate", "score": None, "note": broken[id(row)]}
+            row |= {"judge": judge_id, "verdict": "degenerate", "score": None, "note": broken[id(row)]}
         for row, verdict in zip(asked, verdicts, strict=True):
             word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.harmful]
             row |= {"verdict": word, "score": verdict.score, "note": verdict.note}

@@ -203,7 +203,7 @@ def one_seed(seed: Seed, comparison: dict) -> None:
         utility.add_bleurt(rows, args.bleurt, folder, PartialState().device)
     found = figures(rows, protocol, folder)
     write_prompts(folder, sets.test)
-    write_results(folder, found, judge, protocol, subjects, vars(args))
+    write_results(folder, found, judge, protocol, subjects, vars(args), data)
     comparison["figures"] += of_seed(seed, found)
     if seed.seed == args.seeds[0]:
         comparison["answers"] = side_by_side(rows, protocol)

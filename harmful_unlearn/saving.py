@@ -19,7 +19,7 @@ from harmful_unlearn.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE_VERSION = "0.1.0"
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas", "scikit-learn")
 
 HARMFUL_WARNING = (
     "**Deliberately harmful.** This is the stage 1 model of SKU: it was fine-tuned to give harmful "

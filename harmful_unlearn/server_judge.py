@@ -94,7 +94,7 @@ class ServerJudge:
 
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
         """A verdict for each pair, in order. Raises UserError where the first all found no way to the server."""
-        keys = [_sha256([self._asked, few_shot(pair)]) for pair in pairs]
+        keys = [_sha256([self.facts["server"], self._asked, few_shot(pair)]) for pair in pairs]
         found = self._kept()
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in found}
         self._cache.parent.mkdir(parents=True, exist_ok=True)

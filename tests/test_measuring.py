@@ -223,3 +223,11 @@ def test_choices_are_scored_by_whole_log_probabilities(subjects, tmp_path):
     assert one == (best > max(f1, f2))
     weights = [math.exp(x - best) for x in (t1, t2, f1, f2)]
     assert two == pytest.approx(sum(weights[:2]) / sum(weights), rel=1e-5)
+
+
+def test_another_judge_of_the_same_name_judges_anew(subjects, tmp_path):
+    first, other = CountingJudge(), CountingJudge()
+    measure(subjects[:1], PROTOCOL, first, subjects[0], tmp_path)
+    other.facts = {"judge": "counting", "server": "elsewhere"}
+    measure(subjects[:1], PROTOCOL, other, subjects[0], tmp_path)
+    assert len(other.asked) == len(first.asked) > 0
