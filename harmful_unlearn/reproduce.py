@@ -355,7 +355,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="rows to run (default: all of the recipe)")
     parser.add_argument("--alpha_sweep", type=scale_list, default=[], metavar="SCALES",
                         help="measure task vectors at these scales, as 0,0.25,...,2, and recommend one")  # fmt: skip
-    parser.add_argument("--sweep_runs", nargs="+", default=["sku", "task_vector"], metavar="RUN",
+    parser.add_argument("--sweep_runs", nargs="+", metavar="RUN",
                         help="whose task vectors (default: sku task_vector)")  # fmt: skip
     parser.add_argument("--alpha_budget", type=positive_number, default=0.1,
                         help="how much normal perplexity may rise for a recommended scale (default: 0.1)")  # fmt: skip
@@ -380,6 +380,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     args.runs = args.runs or list(known)
     negating = [name for name, run in known.items()
                 if unlearn_harm_new.METHODS[run.flags.get("method", "sku")].negates]  # fmt: skip
+    args.sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag, given, choices in (("runs", args.runs, known), ("sweep_runs", args.sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]
         if unknown:
