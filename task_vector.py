@@ -66,7 +66,7 @@ from harmful_unlearn.saving import (
     write_record,
 )
 
-STAGE_1_FACTS = ("base", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
+STAGE_1_FACTS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 LISTED = 20  # entries that an error names
 
 
@@ -477,7 +477,7 @@ def _record(base: Checkpoint, base_name: str, finetuned: list[tuple[Path, float]
         "scaling_coef": scaling_coef,
     }
     for number, (stage_1, (folder, _)) in enumerate(zip(stages_1, finetuned, strict=True), 1):
-        kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS}
+        kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS or key.startswith("stage_1")}
         theirs = kept.get("base") or {}
         if theirs.get("fingerprint", record["base"]["fingerprint"]) != record["base"]["fingerprint"]:
             tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")

@@ -20,7 +20,9 @@ import io
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     utility.check_installed(args)
     check_target(args.output, overwrite=True)
     folders = {label: models.locate(name) for label, name in args.model.items()}
-    unknown = [label for label, folder in folders.items() if not trainings_of(folder)]
+    unknown = [label for label, folder in folders.items() if not is_told(folder)]
     if unknown and not args.trained_as:
         raise UserError(
             f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     folders = {BASE: models.locate(args.base), **folders}
     subjects = [subject_of(label, folder, load) for label, folder in folders.items()]
     reference = subject_of("reference", models.locate(args.ppl_model), load) if args.ppl_model else subjects[0]
-    judge = data.judge(args.judge, sets, args.seed, args.output, device)
+    judge = data.judge(args.judge, chain(*sets.test.values()), args.seed, args.output, device)
     protocol = Protocol(
         sets.test, decodings(args), args.max_new_tokens, args.batch_size, args.seed, data.choices, precision
     )
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         utility.add_bleurt(rows, args.bleurt, args.output, device)
     found = figures(rows, protocol, args.output)
     if args.lm_eval:
-        found += utility.lm_eval_figures({s.label: str(s.folder) for s in subjects}, args.lm_eval, args.output, device)
+        found += utility.lm_eval_figures(subjects, args.lm_eval, args.output, device)
     write_results(args.output, found, judge, protocol, [*subjects, reference], vars(args), data)
     print((args.output / "results.md").read_text(encoding="utf-8"))
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
@@ -90,10 +92,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 def trainings_of(folder: Path) -> list[dict]:
     """What a model's run.json says of the training behind it: one record a stage 1 model, none without run.json."""
+    return _trainings(_record_of(folder))
+
+
+def is_told(folder: Path) -> bool:
+    """Whether run.json tells of the training of every model that went into this one."""
+    return _is_told(_record_of(folder))
+
+
+def _is_told(record: dict) -> bool:
+    stages = [value for key, value in record.items() if key.startswith("stage_1")]
+    if len(stages) < len(record.get("finetuned", ())) or not all(map(_is_told, stages)):
+        return False
+    return bool(_trainings(record))
+
+
+def _record_of(folder: Path) -> dict:
     file = folder / "run.json"
-    record = read_json(file) if file.is_file() else {}
-    stages = [record, *(value for key, value in record.items() if key.startswith("stage_1"))]
-    return [stage for stage in stages if "flags" in stage and "training" in stage]
+    return read_json(file) if file.is_file() else {}
+
+
+def _trainings(record: dict) -> list[dict]:
+    own = [record] if "flags" in record and "training" in record else []
+    return own + [one for key, value in record.items() if key.startswith("stage_1") for one in _trainings(value)]
 
 
 class Data:
@@ -112,9 +133,10 @@ class Data:
         first = trainings[0]["flags"]
         harmful = args.harmful_dataset or first["harmful_dataset"]
         same = harmful == first["harmful_dataset"]
+        read_then = (trainings[0].get("harmful_data") or {}).get("revision")  # of a hub data set, named or not
         self._where = (
             harmful,
-            args.harmful_revision or (first["harmful_revision"] if same else None),
+            args.harmful_revision or (first["harmful_revision"] or read_then if same else None),
             args.harmful_split or (first["harmful_split"] if same else "train"),
         )
         self.responses = read_responses(*self._where)
@@ -173,10 +195,9 @@ class Data:
         """
         return draw_prompts(self.responses, self.unseen, self.normal, self._trained, self._touched, numbers, seed)
 
-    def judge(self, name: str, sets: PromptSets, seed: int, output: Path, device: torch.device) -> Judge:
-        """The judge of that name, trained (where it is) on no prompt of `sets`. Raises UserError."""
-        parts = [*sets.test.values(), *sets.validation.values()]
-        judged = {prompt.question for found in parts for prompt in found}
+    def judge(self, name: str, prompts: Iterable[Prompt], seed: int, output: Path, device: torch.device) -> Judge:
+        """The judge of that name, trained (where it is) on none of `prompts`. Raises UserError."""
+        judged = {prompt.question for prompt in prompts}
         return make_judge(
             name,
             responses=self.responses,
@@ -203,14 +224,17 @@ def subject_of(label: str, folder: Path, load) -> Subject:
             f"{folder} is a LoRA adapter: write the whole model with "
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = _record_of(folder)
+    checkpoint = Checkpoint(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
     made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}
     identity = {
         "revision": revision_of(folder),
-        "fingerprint": Checkpoint(folder).fingerprint(),
+        "fingerprint": checkpoint.fingerprint(),
         "made_by_sha256": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else None,
     }
+    if not made and not identity["revision"]:
+        identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in checkpoint.shards]
     return Subject(label, identity, partial(load, folder), folder)
 
 
@@ -311,6 +335,8 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--lm_eval", nargs="+", default=[], metavar="TASK",
                         help="tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)")  # fmt: skip
     args = parser.parse_args(arguments)
+    if not any(getattr(args, f"n_{name}") for name in SETS):
+        parser.error("there is nothing to measure on: give one of --n_seen, --n_unseen and --n_normal above 0")
     named = {}
     for text in args.model:
         label, sign, name = text.partition("=")
@@ -334,7 +360,8 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--normal_dataset", help="as in training (default: the same)")
     for name, what in (("seen", "harmful prompts used in unlearning"), ("unseen", "harmful prompts it never touched"),
                        ("normal", "normal prompts held out")):  # fmt: skip
-        data.add_argument(f"--n_{name}", type=positive_int, default=200, help=f"at most so many {what} (default: 200)")
+        data.add_argument(f"--n_{name}", type=whole_number, default=200,
+                          help=f"at most so many {what}; 0: none (default: 200)")  # fmt: skip
     asking = parser.add_argument_group("asking and judging")
     asking.add_argument("--decoding", nargs="+", choices=("sampled", "greedy"), default=["sampled"],
                         help="how answers are made; both may be given (default: sampled)")  # fmt: skip

@@ -42,13 +42,15 @@ class PromptSets:
 
     Attributes:
         test: "seen" was trained on by GD or GA; no row of "unseen" was touched; no text of a "normal"
-            question was trained on.
+            question was trained on. A set of which no prompt is asked for is not there.
         validation: "unseen" and "normal" alone, the latter with the texts of the validation part; a
             question's other text may have been trained on.
+        of_category: the "unseen" prompts for testing by kind of harm, as many of each as of "unseen".
     """
 
     test: dict[str, list[Prompt]]
     validation: dict[str, list[Prompt]]
+    of_category: dict[str, list[Prompt]]
 
 
 def draw_prompts(
@@ -100,18 +102,23 @@ def draw_prompts(
     validation = list(validation.values())
     test = {"seen": seen, "unseen": untouched[kept:], "normal": shuffled(held_out, 2)}
     for name, why in (
-        ("seen", "all models that train on harmful pairs have none in common: measure fewer together"),
+        ("seen", "the models that train on harmful pairs have none in common: measure fewer together"),
         ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),
         ("normal", "the test part of the normal data holds no question that was not trained on: give more data"),
     ):
-        if not test[name]:
-            raise UserError(f"there is no {name} prompt to measure on ({why})")
+        if numbers[name] and not test[name]:
+            raise UserError(f"there is no {name} prompt to measure on ({why}, or leave them out: --n_{name} 0)")
+    of_category: dict[str, list[Prompt]] = {}
+    for prompt in test["unseen"]:
+        for kind in prompt.categories:
+            of_category.setdefault(kind, []).append(prompt)
     return PromptSets(
-        {name: test[name][: numbers[name]] for name in SETS},
+        {name: test[name][: numbers[name]] for name in SETS if numbers[name]},
         {
             "unseen": untouched[:kept][: numbers["unseen"]],
             "normal": shuffled(validation, 3)[: numbers["normal"]],
         },
+        {kind: of_category[kind][: numbers["unseen"]] for kind in sorted(of_category)},
     )
 
 

@@ -13,15 +13,18 @@ the seed. Whatever OUTPUT holds already is not done again: after an interruption
 """
 
 import argparse
+import gc
 import json
 import shlex
 import sys
 from argparse import Namespace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -41,7 +44,7 @@ from harmful_unlearn.flag_types import positive_int, positive_number, whole_numb
 from harmful_unlearn.judges import Judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.models import Lora
-from harmful_unlearn.prompts import SETS, Prompt, PromptSets
+from harmful_unlearn.prompts import SETS, PromptSets
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
 from harmful_unlearn.relearning import relearn
 from harmful_unlearn.report import write_report
@@ -134,6 +137,8 @@ class Seed:
                 if "is not finite" not in str(error):
                     raise
                 write_file(failure, f"training broke off: {error}\n{command}\n")
+            gc.collect()  # the copy and its optimizer refer to each other; the next training needs their memory
+            torch.cuda.empty_cache()
         if failure.exists():
             self.failed[name] = failure.read_text(encoding="utf-8").splitlines()[0]
             print(f"{name}: {self.failed[name]}")
@@ -192,7 +197,8 @@ def one_seed(seed: Seed, comparison: dict) -> None:
     print(f"\n=== seed {seed.seed}: measuring")
     data = Data(seed.data_flags, [record for copy in copies for record in trainings_of(copy)])
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
-    judge = data.judge(args.judge, sets, seed.seed, seed.home, PartialState().device)
+    judged = chain(*(part.values() for part in (sets.test, sets.validation, sets.of_category if vectors else {})))
+    judge = data.judge(args.judge, chain.from_iterable(judged), seed.seed, seed.home, PartialState().device)
     comparison["judge"]["by_seed"][str(seed.seed)] = judge.facts
     protocol = seed.protocol(sets.test, decodings(args), data.choices)
     base = subject_of(BASE, seed.base, seed.load)
@@ -271,16 +277,12 @@ def by_category(
     """Each category's vector, and their sum, on every category's unseen prompts."""
     args = seed.args
     print(f"\n=== seed {seed.seed}: task vectors by category")
-    prompts: dict[str, list[Prompt]] = {}
-    for prompt in sets.test["unseen"]:
-        for kind in sorted(prompt.categories):
-            prompts.setdefault(kind, []).append(prompt)
     subjects = [base, *(subject_of(kind, seed.home / name / "unlearned", seed.load) for kind, name in vectors.items())]
     if len(vectors) > 1:
         scales = Scales(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
         identity = {"sum": [subject.identity for subject in subjects[1:]]}
         subjects.append(Subject("sum", identity, partial(scales.at, 1.0)))
-    protocol = seed.protocol(prompts, decodings(args)[:1])
+    protocol = seed.protocol(sets.of_category, decodings(args)[:1])
     folder = seed.home / "categories"
     for row in figures(measure(subjects, protocol, judge, base, folder), protocol, folder):
         if row["metric"] == "harmful_rate":
@@ -372,6 +374,8 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     add_measuring_flags(parser)
     args = parser.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seeds))
+    if not all(getattr(args, f"n_{name}") for name in SETS):
+        parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")
     args.recipe = args.recipe or args.model_name
     if args.recipe not in RECIPES:
         known = ", ".join(RECIPES)

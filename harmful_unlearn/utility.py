@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harmful_unlearn import models
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.measuring import BASE, write_answers
+from harmful_unlearn.measuring import BASE, Subject, write_answers
 from harmful_unlearn.saving import write_file
 
 # The released BLEURT checkpoints as plain transformers models; bleurt-pytorch 0.0.1, which has the later
@@ -71,8 +71,8 @@ def add_bleurt(rows: dict[str, list[dict]], name: str, folder: Path, device: tor
         write_answers(folder, label, found)
 
 
-def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path, device: torch.device) -> list[dict]:
-    """Figures of EleutherAI's lm-evaluation-harness for the models in these folders, kept in lm_eval.json.
+def lm_eval_figures(subjects: list[Subject], tasks: list[str], folder: Path, device: torch.device) -> list[dict]:
+    """Figures of EleutherAI's lm-evaluation-harness for these models, kept in lm_eval.json.
 
     Its interval is value +- 1.96 of its standard errors.
 
@@ -84,11 +84,12 @@ def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path, devic
     file = folder / "lm_eval.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures = []
-    for label, path in paths.items():
-        key = f"{path} {' '.join(tasks)}"
+    for subject in subjects:
+        key = json.dumps([subject.identity, *tasks], sort_keys=True)
         if key not in kept:
             try:
-                run = lm_eval.simple_evaluate("hf", model_args={"pretrained": path}, tasks=tasks, device=str(device))
+                path = {"pretrained": str(subject.folder)}
+                run = lm_eval.simple_evaluate("hf", model_args=path, tasks=tasks, device=str(device))
             except Exception as error:  # its tasks raise anything
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(
@@ -105,7 +106,7 @@ def lm_eval_figures(paths: dict[str, str], tasks: list[str], folder: Path, devic
                 error = values.get(f"{metric}_stderr,{filtered}")
                 spread = 1.96 * error if isinstance(error, int | float) else 0.0
                 figures.append({
-                    "model": label, "set": f"lm_eval {task}", "decoding": None, "metric": metric, "value": value,
-                    "low": value - spread, "high": value + spread, "n": values["n"],
+                    "model": subject.label, "set": f"lm_eval {task}", "decoding": None, "metric": metric,
+                    "value": value, "low": value - spread, "high": value + spread, "n": values["n"],
                 })  # fmt: skip
     return figures

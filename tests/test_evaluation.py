@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 import types
 
@@ -12,8 +13,9 @@ from world import make_world
 
 from harmful_unlearn import evaluation, utility
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evaluation import main, parse_flags, trainings_of
+from harmful_unlearn.evaluation import is_told, main, parse_flags, trainings_of
 from harmful_unlearn.unlearn_harm_new import main as unlearn
+from task_vector import main as negate
 
 SMALL = ["--n_seen", "4", "--n_unseen", "6", "--n_normal", "5", "--max_new_tokens", "8", "--seed", "0"]
 
@@ -22,7 +24,8 @@ SMALL = ["--n_seen", "4", "--n_unseen", "6", "--n_normal", "5", "--max_new_token
 def world(tmp_path_factory):
     """A world with a base, and three methods trained on it for a few steps."""
     folder = make_world(tmp_path_factory.mktemp("world"))
-    for name, more in (("sku", []), ("ga", ["--method", "ga"]), ("other-seed", ["--seed", "1"])):
+    trainings = {"sku": [], "ga": ["--method", "ga"], "ft": ["--method", "ft"], "other-seed": ["--seed", "1"]}
+    for name, more in trainings.items():
         unlearn([
             "--model_name", str(folder / "base"), "--harmful_dataset", str(folder / "data" / "harmful.jsonl"),
             "--normal_dataset", str(folder / "data" / "normal.csv"), "--max_unlearn_steps", "4", "--lr", "1e-3",
@@ -122,6 +125,27 @@ def test_trainings_are_read_from_either_stage(world):
     assert copy["flags"] == unlearned["flags"] and trainings_of(world / "base") == []
 
 
+def test_a_sum_of_vectors_is_told_if_each_of_them_is(world, tmp_path):
+    """Also through a saved vector, and not where one of the models is somebody else's."""
+    base, theirs = str(world / "base"), str(tmp_path / "theirs")
+    shutil.copytree(world / "ga" / "copy", theirs)
+    (tmp_path / "theirs" / "run.json").unlink()
+    for name, other in (("told", str(world / "ga" / "copy")), ("untold", theirs)):
+        made = ["--base", base, "--finetuned", str(world / "sku" / "copy"), other]
+        negate(made + ["--save_vector", str(tmp_path / f"{name}-vector")])
+        negate(["--base", base, "--vector", str(tmp_path / f"{name}-vector"), "--output", str(tmp_path / name)])
+    assert is_told(tmp_path / "told") and not is_told(tmp_path / "untold")
+    assert [len(trainings_of(tmp_path / name)) for name in ("told", "untold")] == [2, 1]
+
+
+def test_a_model_that_saw_no_harm_has_no_seen_prompts(world, tmp_path):
+    with pytest.raises(UserError, match="--n_seen 0"):
+        main(flags(world, tmp_path, model="ft"))
+    main(flags(world, tmp_path, "--n_seen", "0", model="ft"))
+    results = json.loads((tmp_path / "results.json").read_text())["figures"]
+    assert {row["set"] for row in results} == {"unseen", "normal"}
+
+
 @pytest.mark.parametrize("change, named", [
     (lambda w: ["--model", f"x={w / 'base'}"], "trained_as"),
     (lambda w: ["--model", f"x={w / 'nowhere'}"], "no folder"),
@@ -144,7 +168,8 @@ def test_what_cannot_be_measured_is_one_line_that_names_the_fix(change, named, w
 
 
 @pytest.mark.parametrize("bad", [
-    ["--temperature", "0"], ["--n_seen", "0"], ["--decoding", "beam"], ["--model", "base=x"], ["--model", "sku=x"],
+    ["--temperature", "0"], ["--n_seen", "0", "--n_unseen", "0", "--n_normal", "0"],
+    ["--decoding", "beam"], ["--model", "base=x"], ["--model", "sku=x"],
 ])  # fmt: skip
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -41,6 +41,15 @@ def test_sets_by_prompt():
     assert sets.test["seen"][0].categories == {"Kind"}
 
 
+def test_each_kind_of_harm_has_as_many_prompts_as_all_together():
+    kinds = [Response(f"h{i}", f"unsafe {i}", False, frozenset({"even", "all"} if i % 2 == 0 else {"all"}))
+             for i in range(30)]  # fmt: skip
+    sets = drawn({"h0"}, {"h0"}, {**NUMBERS, "unseen": 6}, unseen=kinds, responses=kinds)
+    assert {kind: len(found) for kind, found in sets.of_category.items()} == {"all": 6, "even": 6}
+    untouched = {p.question for p in sets.of_category["even"]}
+    assert not untouched & {"h0", *(p.question for p in sets.validation["unseen"])}
+
+
 def test_a_normal_question_is_held_out_with_both_its_texts():
     """q4 and q5 are in the test part alone; q1 has its other text in training; q4's text 14 is in validation."""
     sets = drawn({"h0"}, {"h0"})
