@@ -42,6 +42,7 @@ from harmful_unlearn.flag_types import number, positive_int, positive_number, wh
 from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
+from harmful_unlearn.probe import packs_up_to
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
 from harmful_unlearn.saving import (
     ROOT,
@@ -169,32 +170,33 @@ def acquire(
     Raises:
         NotFinite: a loss or the gradient is NaN or infinite; `model` has its last good weights again.
     """
+    if batches.packed_up_to:
+        up_to, why = packs_up_to(model, batches.packer)
+        if why:
+            log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
+        batches = replace(batches, packed_up_to=up_to)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
+    weights = loss_weights(args)
+    objective = losses.Objective(model, weights, base)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
-    weights = loss_weights(args)
     good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
     model.train()
-    for step in range(args.max_unlearn_steps):
-        started = time.perf_counter()
-        harmful, normal = batches(step, accelerator.device)
-        loss = {}
-        if harmful:
-            cross_entropy = losses.answer_cross_entropy(model, harmful)
-            loss |= {name: of(cross_entropy, harmful) for name, of in losses.ON_HARMFUL.items() if weights.get(name)}
-        if normal:
-            loss |= {name: of(model, base, normal) for name, of in losses.ON_NORMAL.items() if weights.get(name)}
-        total = sum(weights[name] * value for name, value in loss.items())
+    started = time.perf_counter()
+    for step, (harmful, normal) in enumerate(batches.ahead(range(args.max_unlearn_steps), accelerator.device)):
+        total, loss = objective(model, harmful, normal)
 
         accelerator.backward(total)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        measured = {"total": total.detach(), "grad": grad_norm.to(total.device), **loss}
+        measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
         metrics = {
             "step": step + 1,
-            **{f"{name}_loss": loss[name].item() + 0.0 if name in loss else None for name in weights},  # no -0.0
-            "total_loss": total.item(),
+            **{f"{name}_loss": measured[name] + 0.0 if name in loss else None for name in weights},  # no -0.0
+            "total_loss": measured["total"],
             "lr": scheduler.get_last_lr()[0],
-            "grad_norm": grad_norm.item(),
+            "grad_norm": measured["grad"],
             "tokens": sum(batch.tokens for batch in (harmful, normal) if batch),
         }
         if not math.isfinite(metrics["total_loss"]):  # the last update spoilt the weights
@@ -208,7 +210,9 @@ def acquire(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        log.step({**metrics, "seconds": round(time.perf_counter() - started, 4)})
+        now = time.perf_counter()
+        log.step({**metrics, "seconds": round(now - started, 4)})
+        started = now
 
 
 class NotFinite(Exception):
@@ -267,7 +271,9 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     )  # fmt: skip
     limit = models.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
-    batches = StepBatches(packer, order, harmful, normal, active)
+    # Whether the model can read packed rows is only known once it is loaded.
+    trees = bool(active & {"rd", "rm"}) and not args.no_packing
+    batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0)
     plan = make_plan(batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing)
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
@@ -471,6 +477,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
     flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
          choices=("auto", "fp32", "bf16"), default="auto")
+    flag(machine, "--no_packing", "a row for each text, also where GD's and RD's texts share their question: the "
+         "same losses, slower", action="store_true")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
     flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
