@@ -142,7 +142,8 @@ def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: li
     model, tokenizer, device = setting.model, setting.tokenizer, setting.device
 
     def padded(texts: list[Pair]) -> dict:
-        return tokenizer([format_pair(text.question, text.answer) for text in texts], padding=True, return_tensors="pt").to(device)
+        written = [format_pair(text.question, text.answer) for text in texts]
+        return tokenizer(written, padding=True, return_tensors="pt").to(device)
 
     def answer_loss(texts: list[Pair], starts: list[int]):
         rows = padded(texts)

@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -259,6 +260,10 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
+    if args.quantize and not lora:
+        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
+    if args.quantize and find_spec("bitsandbytes") is None:
+        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
     precision = models.resolve_precision(args.precision, machine.device)
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
@@ -274,8 +279,11 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     # Whether the model can read packed rows is only known once it is loaded.
     trees = bool(active & {"rd", "rm"}) and not args.no_packing
     batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0)
-    plan = make_plan(batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing)
+    plan = make_plan(
+        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize)
+    )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
+    how += " on a 4-bit base" * bool(args.quantize)
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
     print(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
           f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
@@ -323,10 +331,11 @@ def load_copy_and_base(
 
     theta_o is None in full fine-tuning by losses that do not need it.
 
-    Trained weights are float32; frozen ones are in the compute precision.
+    Trained weights are float32; frozen ones are in the compute precision, or, with --quantize, in 4 bits.
     """
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    model = models.load_model(base_folder, frozen if job.lora else torch.float32, args.device_map)
+    dtype = frozen if job.lora else torch.float32
+    model = models.load_model(base_folder, dtype, args.device_map, bool(args.quantize))
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         base = FrozenBase(model)
@@ -375,6 +384,7 @@ def save_copy(
             "of": args.max_unlearn_steps,
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
+            "quantized": args.quantize,
         },
         "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
@@ -475,6 +485,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
     flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
     flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
+    flag(machine, "--quantize", "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 takes the "
+         "full-precision base", choices=("4bit",))
     flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
          choices=("auto", "fp32", "bf16"), default="auto")
     flag(machine, "--no_packing", "a row for each text, also where GD's and RD's texts share their question: the "

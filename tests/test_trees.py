@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from test_unlearn import flags, metrics_of
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -23,7 +24,6 @@ from harmful_unlearn.data import Pair
 from harmful_unlearn.losses import Objective
 from harmful_unlearn.packing import Packer
 from harmful_unlearn.probe import packs_up_to
-from test_unlearn import flags, metrics_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 700, "pad_token_id": 1}
 MORE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": 2, "eos_token_id": 2}

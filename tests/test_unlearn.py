@@ -1,6 +1,7 @@
 """The script: flags, both stages on tiny models, what it writes, and how it refuses."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from conftest import GOLDENS, value_of
 from harmful_unlearn import losses, unlearn_harm_new
@@ -20,6 +21,7 @@ from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.models import Lora
 from harmful_unlearn.saving import ROOT
 from harmful_unlearn.unlearn_harm_new import MODELS, main, parse_flags
+from task_vector import TaskVector
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 DATA = [
@@ -322,7 +324,7 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
     assert seen["Packer"][0][0][1:] == ("released", 99)
     assert seen["Accelerator"][0][1] == {"mixed_precision": "bf16"}
-    assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto") and len(seen["load_model"]) == 1
+    assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto", False) and len(seen["load_model"]) == 1
     assert seen["add_lora"][0][0][1] == Lora(3, 6, ("k_proj",))
     assert seen["negate"][0][0][3] == 0.5
     assert seen["check_disk"]
@@ -553,3 +555,29 @@ def test_help_teaches():
     assert done.returncode == 0
     for word in ("--bad_weight", "default: 0.5", "Stage 1", "The paper's OPT-2.7B run"):
         assert word in done.stdout
+
+
+def test_four_bits_need_an_adapter_and_the_package(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--lora on"):
+        main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "off"))
+    monkeypatch.setattr(unlearn_harm_new, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "on"))
+
+
+def test_an_adapter_trained_on_four_bits_is_negated_from_the_full_base(tokenizer, tmp_path):
+    """Where bitsandbytes is installed (it is not among the pins); it runs on a CPU, too."""
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=700)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    main(flags(base, tmp_path, "--quantize", "4bit", "--lora", "on", "--precision", "bf16"))
+    assert all(math.isfinite(step["total_loss"]) for step in metrics_of(tmp_path))
+    run = json.loads((tmp_path / "harmful" / "run.json").read_text())
+    assert run["training"]["quantized"] == "4bit" and run["base"]["fingerprint"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "unlearned", base))
+    tau = TaskVector.from_adapter(tmp_path / "harmful").vector
+    for name, entry in theirs.items():
+        assert torch.equal(ours[name], entry - tau[name] if name in tau else entry)
+    assert any(entry.abs().max() > 0 for entry in tau.values())
