@@ -260,10 +260,8 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
-    if args.quantize and not lora:
-        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
-    if args.quantize and find_spec("bitsandbytes") is None:
-        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
+    if args.quantize:
+        check_four_bits(lora, machine.device)
     precision = models.resolve_precision(args.precision, machine.device)
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
@@ -322,6 +320,16 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
             lora = replace(lora, target_modules=tuple(linear))  # no q_proj and v_proj here: every linear layer
     models.check_lora_targets(structure, lora)
     return lora
+
+
+def check_four_bits(lora: Lora | None, device: torch.device) -> None:
+    """Raises UserError where a base in 4 bits cannot be trained on."""
+    if not lora:
+        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
+    if device.type != "cuda":  # bitsandbytes packs weights anew for a CPU's inference, which stops gradients
+        raise UserError(f"--quantize 4bit needs a CUDA GPU, and the device here is {device}: leave it out")
 
 
 def load_copy_and_base(
