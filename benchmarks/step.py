@@ -5,8 +5,9 @@
     python benchmarks/step.py --model facebook/opt-2.7b --lora --precision bf16 --repeat 10    # on a GPU
 
 Random weights of an OPT of that shape (or of --model's configuration) and random texts: PKU-SafeRLHF itself is not
-needed. All three run in turn in one process, so that a noisy machine is noisy for all; peak memory is each one's own,
-in a process of its own. The losses must agree, or no figure is printed.
+needed. The released computation is in float32, as the authors' runs were; --precision is that of the others. All
+run in turn in one process, so that a noisy machine is noisy for all; peak memory is each one's own, in a process of
+its own. The losses must agree, or no figure is printed.
 """
 
 import argparse
@@ -44,19 +45,19 @@ def main() -> None:
         print(json.dumps(peak_memory(args)))
         return
     setting = Setting(args)
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    times: dict[str, list[float]] = {name: [] for name in args.ways}
     losses: dict[str, list[float]] = {}
-    for name in WAYS:  # warm up, and check that all compute the same
+    for name in args.ways:  # warm up, and check that all compute the same
         losses[name] = setting.run(name, setting.texts(0))[1]
     close = 1e-3 if args.precision == "fp32" else 3e-2
-    compared = [pair for found in losses.values() for pair in zip(losses["released"], found, strict=True)]
+    compared = [pair for found in losses.values() for pair in zip(losses[args.ways[0]], found, strict=True)]
     if any(abs(one - other) > close * max(1, abs(one)) for one, other in compared):
         sys.exit(f"the losses differ, so no time is worth printing: {losses}")
     for step in range(args.repeat):
         texts = setting.texts(step)
-        for name in WAYS:
+        for name in args.ways:
             times[name].append(setting.run(name, texts)[0])
-    memory = {name: setting.own_process(name) for name in WAYS}
+    memory = {name: setting.own_process(name) for name in args.ways}
     print(report(setting, times, memory))
 
 
@@ -111,7 +112,8 @@ class Setting:
         self.model.zero_grad()
         synchronize(self.device)
         started = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.args.precision == "bf16" else nullcontext():
+        autocast = self.args.precision == "bf16" and name != "released"
+        with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
             total, each = WAYS[name](self, *texts)
         total.backward()
         synchronize(self.device)
@@ -242,16 +244,17 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
         f"K {args.k_random}, answers of {args.answer_tokens} tokens on average; medians of {args.repeat} steps",
         f"tokens needed (each question once): {needed:.0f} a step; measured matrix product: {peak / 1e9:.0f} GFLOP/s",
         "",
-        "| step | seconds | of released | peak above weights, MiB | of released | tokens computed | of peak FLOP/s |",
+        f"| step | seconds | of {args.ways[0]} | peak above weights, MiB | of {args.ways[0]} | tokens computed "
+        "| of peak FLOP/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
-    first = statistics.median(times["released"])
-    for name in WAYS:
+    first = statistics.median(times[args.ways[0]])
+    for name in args.ways:
         seconds = statistics.median(times[name])
         above = memory[name]["above"]
         lines.append(
             f"| {name} | {seconds:.3f} | 1/{first / seconds:.2f} | {above / 2**20:.0f} | "
-            f"1/{memory['released']['above'] / above:.2f} | {computed[name]:.0f} | {flops / seconds / peak:.0%} |"
+            f"1/{memory[args.ways[0]]['above'] / above:.2f} | {computed[name]:.0f} | {flops / seconds / peak:.0%} |"
         )
     return "\n".join(lines)
 
@@ -289,6 +292,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--answer_tokens", type=float, default=75, help="on average (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="(default: all)")
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
