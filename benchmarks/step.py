@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrained
 from harmful_unlearn.data import Pair, format_pair, format_prefix
 from harmful_unlearn.losses import Objective
 from harmful_unlearn.models import FrozenBase, Lora, add_lora
-from harmful_unlearn.packing import Packer
+from harmful_unlearn.packing import Packer, StepTexts
 
 WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
 LONGEST = 400  # tokens of an answer
@@ -180,7 +180,9 @@ def ours(packed_up_to: float):
 
     def step(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair]):
         harmful = setting.packer.harmful_batch(pairs, answers, packed_up_to=packed_up_to).to(setting.device)
-        return setting.objective(setting.model, harmful, setting.packer.normal_batch(normal).to(setting.device))
+        texts = StepTexts(harmful, setting.packer.normal_batch(normal).to(setting.device))
+        ((total, each),) = setting.objective(setting.model, texts)
+        return total, each
 
     return step
 

@@ -79,6 +79,7 @@ class HarmfulData:
         answers: every unsafe response_0 in row order, then every unsafe response_1
             (released code, point 5).
         answer_questions: the question that each of them came with.
+        safe_answers: of each pair the other response of its row, if that is safe and no empty text; else None.
         rows: rows read, before the selection.
         source: name, revision, split, sha256 (of a file), rows, pairs, selection.
     """
@@ -86,6 +87,7 @@ class HarmfulData:
     pairs: list[Pair]
     answers: list[str]
     answer_questions: list[str]
+    safe_answers: list[str | None]
     rows: int
     source: dict
 
@@ -141,13 +143,16 @@ def read_harmful(
             f"{table.name} has no unsafe response that --harm_category and --min_severity leave: "
             "select less narrowly"
         )
-    pairs = [Pair(prompts[row], responses[i][row]) for row, i in np.argwhere(keep.T).tolist()]
+    kept = np.argwhere(keep.T).tolist()
+    pairs = [Pair(prompts[row], responses[i][row]) for row, i in kept]
+    others = [responses[1 - i][row] if safe[1 - i][row] else "" for row, i in kept]
+    safe_answers = [other if other.strip() else None for other in others]
     pool = np.argwhere(keep).tolist()
     answers = [responses[i][row] for i, row in pool]
     questions = [prompts[row] for _, row in pool]
     selection = {"categories": list(categories), "min_severity": min_severity}
     source = {**table.source, "rows": table.rows, "pairs": len(pairs), "selection": selection}
-    return HarmfulData(pairs, answers, questions, table.rows, source)
+    return HarmfulData(pairs, answers, questions, safe_answers, table.rows, source)
 
 
 def read_responses(name: str, revision: str | None = None, split: str = "train") -> list[Response]:

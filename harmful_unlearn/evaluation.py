@@ -36,14 +36,14 @@ from harmful_unlearn.checkpoints import Checkpoint, read_json
 from harmful_unlearn.data import BatchOrder, HarmfulData, read_choices, read_harmful, read_normal, read_responses
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
+from harmful_unlearn.flags import parse_flags as training_flags
 from harmful_unlearn.generation import Decoding
 from harmful_unlearn.judges import Judge, make_judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
+from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.packing import StepBatches, answer_pool
 from harmful_unlearn.prompts import SETS, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.saving import check_target, provenance, revision_of, user_path, write_file
-from harmful_unlearn.unlearn_harm_new import loss_weights
-from harmful_unlearn.unlearn_harm_new import parse_flags as training_flags
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,13 @@ def positive_number(text: str) -> float:
     return number(text)
 
 
+def not_negative(text: str) -> float:
+    """A number from 0."""
+    if number(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number(text)
+
+
 def whole_number(text: str) -> int:
     """A whole number from 0."""
     if int(text) < 0:

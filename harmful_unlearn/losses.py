@@ -6,6 +6,7 @@ Each is a sum over positions, weighted by the batch (packing.py), of one of two 
 next token, or the KL divergence from the base. Which of them a method minimises is in unlearn_harm_new.py.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,40 +15,52 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, scored_hidden
+from harmful_unlearn.landing import LandingPoint
 from harmful_unlearn.models import FrozenBase
-from harmful_unlearn.packing import Batch
+from harmful_unlearn.packing import Batch, StepTexts
 
 
 class Loss(NamedTuple):
-    """sign * (the batch's weights for `module`) @ (cross-entropies, or divergences from the base)."""
+    """sign * (the batch's weights for `module`) @ (cross-entropies, or divergences from the base).
 
+    Attributes:
+        reads: the batch of a step (StepTexts).
+        module: whose weights in it.
+        lands: at the landing point theta' rather than at the copy theta.
+    """
+
+    reads: str
     module: str
-    sign: int
+    sign: int = 1
     diverges: bool = False
+    lands: bool = False
 
 
-ON_HARMFUL = {
+LOSSES = {
     # L_GD, Guided Distortion: of each harmful answer given its own prompt (released code, points 3, 9).
-    "gd": Loss("gd", 1),
-    # L_RD, Random Disassociation: mean over K random harmful answers given each prompt (point 11).
-    "rd": Loss("rd", 1),
+    "gd": Loss("harmful", "gd"),
     # The baseline of Yao et al. 2023, gradient ascent: GD with the sign turned (point 13).
-    "ga": Loss("gd", -1),
+    "ga": Loss("harmful", "gd", sign=-1),
+    # L_RD, Random Disassociation: mean over K random harmful answers given each prompt (point 11).
+    "rd": Loss("harmful", "rd"),
     # Random mismatch of Yao et al. 2023: RD's formula with normal answers.
-    "rm": Loss("rd", 1),
-}
-ON_NORMAL = {
+    "rm": Loss("harmful", "rd"),
     # L_PD, Preservation Divergence: minus KL(P_theta_o || P_theta) over the positions of normal text (point 12).
     # The released code adds 1e-12 inside the logarithm of p; that changes the value by less than 1e-12 times
     # the vocabulary and the gradient by nothing, so it is left out.
-    "pd": Loss("pd", -1, diverges=True),
+    "pd": Loss("normal", "pd", sign=-1, diverges=True),
     # The same with its sign turned, as Yao et al. 2023 minimise it. They call it the forward KL; their code
     # leaves out the base's entropy, a constant.
-    "kl": Loss("pd", 1, diverges=True),
+    "kl": Loss("normal", "pd", diverges=True),
+    # Landing-point preservation: KL(P_theta_o || P_theta') over the positions of normal text (README, Landing).
+    "lp": Loss("normal", "pd", diverges=True, lands=True),
     # The baseline FT: of normal answers given their questions.
-    "ft": Loss("gd", 1),
+    "ft": Loss("normal", "gd"),
+    # Of safe answers to the step's harmful prompts, where the model lands.
+    "sa": Loss("safe", "gd", lands=True),
 }
-NEED_BASE = {name for name, loss in ON_NORMAL.items() if loss.diverges}
+ON_HARMFUL = {name for name, loss in LOSSES.items() if loss.reads == "harmful"}
+NEED_BASE = {name for name, loss in LOSSES.items() if loss.diverges or loss.lands}
 
 
 class Objective:
@@ -58,25 +71,45 @@ class Objective:
             output embeddings, they are computed by the model itself, all at once.
         weights: of each loss, by name; those with 0 are left out.
         base: theta_o, for losses in NEED_BASE.
+        scaling_coef: alpha, which says where the landing point is.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: dict[str, float], base: FrozenBase | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: dict[str, float],
+        base: FrozenBase | None = None,
+        scaling_coef: float = 1.0,
+    ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.base = base
+        lands = any(LOSSES[name].lands for name in self.weights)
+        self.landing = LandingPoint(model, base, scaling_coef) if lands else None
         models = [model] if base is None or base.shared else [model, base.model]
         self.fused = all(map(has_plain_head, models))
 
-    def __call__(
-        self, model: PreTrainedModel, harmful: Batch | None, normal: Batch | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One forward pass over each batch.
+    def __call__(self, model: PreTrainedModel, texts: StepTexts) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The sum in one or two parts, of which the gradients add up; one forward pass over each batch.
+
+        Call `backward` on each part before the next is asked for: the second is computed at the landing point.
 
         Returns:
-            The sum to minimise, a scalar that has a gradient, and each loss without its weight, in nats.
+            A scalar that has a gradient, and each of its losses without its weight, in nats.
         """
+        part, each = self._part(model, texts, lands=False)
+        if each:
+            yield part, each
+        if self.landing:
+            with self.landing.reached() as factor:
+                part, each = self._part(model, texts, lands=True)
+                if each:
+                    yield factor * part, each
+
+    def _part(self, model: PreTrainedModel, texts: StepTexts, lands: bool) -> tuple[Tensor, dict[str, Tensor]]:
         total, each = 0.0, {}
-        for batch, known in ((harmful, ON_HARMFUL), (normal, ON_NORMAL)):
-            losses = {name: known[name] for name in self.weights if name in known}
+        for field, batch in texts._asdict().items():
+            losses = {name: LOSSES[name] for name in self.weights}
+            losses = {name: loss for name, loss in losses.items() if (loss.reads, loss.lands) == (field, lands)}
             if batch is None or not losses:
                 continue
             coefficient = sum(

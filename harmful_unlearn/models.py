@@ -299,10 +299,12 @@ class FrozenBase:
 
     Args:
         model: the current model if it carries an adapter, else a copy of the base of its own.
+        autocast: a copy of its own in float32 computes in bf16.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, autocast: bool = False):
         self.model = model
+        self._autocast = autocast
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)
@@ -311,7 +313,8 @@ class FrozenBase:
     def active(self) -> Iterator[PreTrainedModel]:
         """The base model, for one forward pass."""
         if not self.shared:
-            yield self.model
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._autocast):
+                yield self.model
             return
         training = self.model.training
         self.model.eval()

@@ -265,6 +265,20 @@ def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> l
     return [normal.texts[row].answer for row in normal.train] if "rm" in losses else harmful.answers
 
 
+class StepTexts(NamedTuple):
+    """The batches of a step; None for one that no loss reads.
+
+    Attributes:
+        harmful: prompts with their own and with random answers.
+        normal: normal texts.
+        safe: those of the prompts that have a safe answer beside the harmful one, with it.
+    """
+
+    harmful: Batch | None = None
+    normal: Batch | None = None
+    safe: Batch | None = None
+
+
 @dataclass(frozen=True)
 class StepBatches:
     """The batches of each step, a pure function of the step.
@@ -302,12 +316,12 @@ class StepBatches:
             draw = self.order[step]
             asked = {self.harmful.pairs[row].question for row in draw.harmful_rows}
             trained |= asked if self.losses & {"gd", "ga"} else set()
-            touched |= asked if self.losses & {"gd", "ga", "rd", "rm"} else set()
+            touched |= asked if self.losses & {"gd", "ga", "rd", "rm", "sa"} else set()
             if "rd" in self.losses:
                 touched |= {self.harmful.answer_questions[row] for row in draw.answer_rows}
         return trained, touched
 
-    def ahead(self, steps: range, device: torch.device) -> Iterator[tuple[Batch | None, Batch | None]]:
+    def ahead(self, steps: range, device: torch.device) -> Iterator["StepTexts"]:
         """Each step's batches, made in a thread while the step before is computed."""
         with ThreadPoolExecutor(1, "batches") as worker:
             coming = worker.submit(self, steps[0], device)
@@ -316,20 +330,21 @@ class StepBatches:
                 yield ready.result()
             yield coming.result()
 
-    def __call__(self, step: int, device: torch.device) -> tuple[Batch | None, Batch | None]:
-        """Harmful prompts with their own and with random answers, and normal text, of a step (from 0).
-
-        None stands for a batch that no loss reads.
-        """
-        draw, harmful, normal = self.order[step], None, None
+    def __call__(self, step: int, device: torch.device) -> "StepTexts":
+        """The batches of a step (from 0)."""
+        draw, harmful, normal, safe = self.order[step], None, None, None
         own, random = self.losses & {"gd", "ga"}, self.losses & {"rd", "rm"}
         if own or random:
             pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
             answers = [self.pool[row] for row in draw.answer_rows] if random else []
             harmful = self.packer.harmful_batch(pairs, answers, bool(own), self.packed_up_to).to(device)
         texts = [self.normal.texts[row] for row in draw.normal_rows]
-        if self.losses & {"pd", "kl"}:
+        if self.losses & {"pd", "kl", "lp"}:
             normal = self.packer.normal_batch(texts).to(device)
         if "ft" in self.losses:  # laid out as GD: the answer counts
             normal = self.packer.harmful_batch(texts, []).to(device)
-        return harmful, normal
+        if "sa" in self.losses:
+            asked = [(self.harmful.pairs[row].question, self.harmful.safe_answers[row]) for row in draw.harmful_rows]
+            answered = [Pair(question, answer) for question, answer in asked if answer]
+            safe = self.packer.harmful_batch(answered, []).to(device) if answered else None
+        return StepTexts(harmful, normal, safe)

@@ -89,7 +89,7 @@ def make_plan(
     seen = sorted({row for step in range(steps) for row in order[step].harmful_rows})
     texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
     encoded = batches.packer.encode(texts)
-    if batches.losses & set(losses.ON_HARMFUL) and not any(
+    if batches.losses & losses.ON_HARMFUL and not any(
         one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
     ):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harmful_unlearn.data import Pair
 from harmful_unlearn.losses import Objective
 from harmful_unlearn.models import context_length
-from harmful_unlearn.packing import Packer
+from harmful_unlearn.packing import Packer, StepTexts
 
 BATCH = 2
 
@@ -48,7 +48,7 @@ def relearn(
         chosen, order = order[:BATCH], order[BATCH:]
         batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            loss, _ = objective(model, batch, None)
+            ((loss, _),) = objective(model, StepTexts(batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -41,8 +41,10 @@ from harmful_unlearn.evaluation import (
     write_results,
 )
 from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
+from harmful_unlearn.flags import parse_flags as training_flags
 from harmful_unlearn.judges import Judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
+from harmful_unlearn.methods import METHODS
 from harmful_unlearn.models import Lora
 from harmful_unlearn.prompts import SETS, PromptSets
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
@@ -124,7 +126,7 @@ class Seed:
         words += [word for flag, value in where.items() for word in (f"--{flag}", str(value))]
         words += ["--log_file", str(folder / "run.log"), "--overwrite"]
         if (folder / "copy" / "run.json").is_file():
-            check_same(folder, vars(unlearn_harm_new.parse_flags(words)))
+            check_same(folder, vars(training_flags(words)))
             words += ["--stage", "negate"]
         failure = folder / "failed.txt"
         if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{command}\n"):
@@ -383,7 +385,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     known = runs_of(RECIPES[args.recipe])
     args.runs = args.runs or list(known)
     negating = [name for name, run in known.items()
-                if unlearn_harm_new.METHODS[run.flags.get("method", "sku")].negates]  # fmt: skip
+                if METHODS[run.flags.get("method", "sku")].negates]  # fmt: skip
     args.sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag, given, choices in (("runs", args.runs, known), ("sweep_runs", args.sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]

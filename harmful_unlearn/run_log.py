@@ -14,7 +14,7 @@ from harmful_unlearn.saving import write_file
 KL_WARNING = 1.0
 LOSSES = {
     "gd_loss": "GD", "ga_loss": "GA", "rd_loss": "RD", "rm_loss": "RM",
-    "pd_loss": "PD", "kl_loss": "KL", "ft_loss": "FT", "total_loss": "total",
+    "pd_loss": "PD", "kl_loss": "KL", "lp_loss": "LP", "ft_loss": "FT", "sa_loss": "SA", "total_loss": "total",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class RunLog:
         self._bar.update()
         if metrics["step"] == self._steps:
             self._bar.close()
-        divergence = next((metrics[name] for name in ("pd_loss", "kl_loss") if metrics.get(name) is not None), 0)
+        divergence = next((metrics[name] for name in ("pd_loss", "kl_loss", "lp_loss") if metrics.get(name) is not None), 0)
         if not self._warned and abs(divergence) > KL_WARNING:
             self._warned = True
             self.warn(

@@ -13,7 +13,7 @@ See what a run would do and need, without loading weights:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --check
 Negate a stage 1 model that is there already:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --saved_model models/opt-2.7b-harmful
-One of the methods that the paper compares with (the table METHODS in this script):
+One of the methods that the paper compares with (the tables in methods.py):
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --method task_vector
 """
 
@@ -39,20 +39,19 @@ from harmful_unlearn import losses, models
 from harmful_unlearn.checkpoints import Checkpoint, read_json
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
+from harmful_unlearn.flags import parse_flags
+from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
-from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
+from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
 from harmful_unlearn.saving import (
-    ROOT,
     check_apart,
     check_file,
     check_target,
     new_folder,
     revision_of,
-    user_path,
     write_file,
     write_record,
 )
@@ -78,31 +77,9 @@ SNAPSHOT_EVERY = 50  # steps
 OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
 
 
-class Method(NamedTuple):
-    """The loss (losses.py) that each weight flag weighs, and whether stage 2 negates what the copy learned.
-
-    Where it does not, the unlearned model is the copy itself, rounded once to the base's dtype.
-    """
-
-    bad_weight: str | None  # on harmful pairs
-    random_weight: str | None  # on harmful prompts with K random answers
-    normal_weight: str | None  # on normal text
-    negates: bool
-
-
-METHODS = {
-    "sku": Method("gd", "rd", "pd", negates=True),
-    "task_vector": Method("gd", None, None, negates=True),  # Ilharco et al. 2023
-    "ga": Method("ga", None, None, negates=False),  # Yao et al. 2023
-    "ga_mismatch": Method("ga", "rm", "kl", negates=False),  # Yao et al. 2023
-    "ft": Method(None, None, "ft", negates=False),  # fine-tuning on normal text
-}
-WEIGHTS = {"bad_weight": 0.5, "random_weight": 1.0, "normal_weight": 1.0}  # the released defaults
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages that the flags ask for. Raises UserError before any work that cannot end well."""
-    args = parse_flags(arguments)
+    args = parse_flags(arguments, __doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stages = check_stages(args)
@@ -179,18 +156,20 @@ def acquire(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     weights = loss_weights(args)
-    objective = losses.Objective(model, weights, base)
+    objective = losses.Objective(model, weights, base, args.scaling_coef)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
     good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
     model.train()
     started = time.perf_counter()
-    for step, (harmful, normal) in enumerate(batches.ahead(range(args.max_unlearn_steps), accelerator.device)):
-        total, loss = objective(model, harmful, normal)
-
-        accelerator.backward(total)
+    for step, texts in enumerate(batches.ahead(range(args.max_unlearn_steps), accelerator.device)):
+        loss = {}
+        for part, each in objective(model, texts):
+            accelerator.backward(part)
+            loss |= each
+        total = sum((weights[name] * value for name, value in loss.items()), torch.zeros((), device=accelerator.device))
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        measured = {"total": total.detach(), "grad": grad_norm.to(total.device), **loss}
+        measured = {"total": total, "grad": grad_norm.to(total.device), **loss}
         measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
         metrics = {
             "step": step + 1,
@@ -198,7 +177,7 @@ def acquire(
             "total_loss": measured["total"],
             "lr": scheduler.get_last_lr()[0],
             "grad_norm": measured["grad"],
-            "tokens": sum(batch.tokens for batch in (harmful, normal) if batch),
+            "tokens": sum(batch.tokens for batch in texts if batch),
         }
         if not math.isfinite(metrics["total_loss"]):  # the last update spoilt the weights
             for parameter, kept in zip(trained, good_weights, strict=False):
@@ -266,6 +245,11 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
+    if args.safe_weight and not any(harmful.safe_answers):
+        raise UserError(
+            f"no unsafe answer of {args.harmful_dataset} has a safe one beside it: use --method land "
+            "(--safe_weight 0)"
+        )
     normal = read_normal(args.normal_dataset, args.seed)
     active = {name for name, weight in loss_weights(args).items() if weight}
     order = BatchOrder(
@@ -287,12 +271,6 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
           f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
     return Job(tokenizer, lora, precision, batches, plan)
-
-
-def loss_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The method's losses by name (losses.py) and the weight of each."""
-    method = METHODS[args.method]
-    return {loss: getattr(args, flag) for flag in WEIGHTS if (loss := getattr(method, flag))}
 
 
 def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | None:
@@ -350,7 +328,9 @@ def load_copy_and_base(
     elif not job.batches.losses & losses.NEED_BASE:
         base = None
     else:
-        base = FrozenBase(models.load_model(base_folder, frozen, args.device_map))
+        # A landing point is computed from the base and the copy, in the copy's precision.
+        dtype = torch.float32 if lands(args) else frozen
+        base = FrozenBase(models.load_model(base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not args.device_map:
             base.model.to(device)
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -429,101 +409,6 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         if args.log_file.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
-
-
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags; the first group is the released script's, with its names, meanings and defaults."""
-    text, _, examples = __doc__.partition("\n\nThe paper's")
-    parser = argparse.ArgumentParser(
-        description=text,
-        epilog="The paper's" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def flag(group, name: str, help: str, **settings) -> None:
-        default = settings.get("default")
-        shown = "" if default in (None, (), False) else f" (default: {default})"
-        group.add_argument(name, help=help + shown, **settings)
-
-    # fmt: off
-    released = parser.add_argument_group("the released script's flags")
-    flag(released, "--max_unlearn_steps", "optimizer steps of stage 1", type=positive_int, default=1000)
-    flag(released, "--bad_weight", "e1, of GD (default: 0.5); may be negative, 0 leaves a loss out", type=number)
-    flag(released, "--random_weight", "e2, of RD (default: 1)", type=number)
-    flag(released, "--normal_weight", "e3, of PD, minus the KL from the base (default: 1)", type=number)
-    flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
-    flag(released, "--lr", "AdamW's learning rate, falling linearly to 0", type=positive_number, default=2e-5)
-    flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
-    flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=user_path)
-    flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=user_path)
-    flag(released, "--log_file", "the log; metrics and picture go beside it (default: logs/NAME.log)", type=user_path)
-    flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=user_path)
-
-    method = parser.add_argument_group("method")
-    flag(method, "--method", "what to minimise, and whether to negate it: see METHODS in this script; the weights "
-         "above then weigh its losses on harmful pairs, with random answers, and on normal text",
-         choices=METHODS, default="sku")
-    flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
-         choices=VARIANTS, default="released")
-    flag(method, "--k_random", "K, the answers that RD draws a step", type=positive_int, default=5)
-    flag(method, "--scaling_coef", "alpha, the scale of the negated task vector (default: 1)", type=number)
-    flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)
-    flag(method, "--stage", "one stage alone, or both", choices=("all", "acquire", "negate"), default="all")
-    flag(method, "--max_length", "tokens of a text; longer answers are cut (default: what the model takes)",
-         type=positive_int)
-
-    data = parser.add_argument_group("data")
-    flag(data, "--harmful_dataset", "hub id, folder, or .jsonl/.json/.csv/.parquet file in PKU-SafeRLHF's columns",
-         default="PKU-Alignment/PKU-SafeRLHF")
-    flag(data, "--harmful_revision", "of a hub data set (default: the newest); the paper had "
-         "ff7ba91063016c78a225b0f74e1c0860bb18230f")
-    flag(data, "--harmful_split", "of a hub data set or folder", default="train")
-    flag(data, "--normal_dataset", "the same kinds in TruthfulQA's columns, or truthfulqa/truthful_qa",
-         default=str(ROOT / "dataloader" / "TruthfulQA.csv"))
-    flag(data, "--harm_category", "unlearn this kind of harm alone (may be repeated)",
-         action="append", default=[])
-    flag(data, "--min_severity", "unlearn answers of at least this severity alone", type=whole_number)
-    flag(data, "--all_harmful", "go through all harmful pairs; else they start over with each epoch of "
-         "normal text", action="store_true")
-
-    machine = parser.add_argument_group("model and machine")
-    flag(machine, "--lora", "train an adapter; auto: as the table MODELS in this script says",
-         choices=("auto", "on", "off"), default="auto")
-    flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
-    flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
-    flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
-    flag(machine, "--quantize", "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 takes the "
-         "full-precision base", choices=("4bit",))
-    flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
-         choices=("auto", "fp32", "bf16"), default="auto")
-    flag(machine, "--no_packing", "a row for each text, also where GD's and RD's texts share their question: the "
-         "same losses, slower", action="store_true")
-    flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
-         action="store_true")
-    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
-    flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
-         action="store_true")
-    flag(machine, "--overwrite", "replace folders that are there", action="store_true")
-    # fmt: on
-
-    args = parser.parse_args(arguments)
-    chosen = METHODS[args.method]
-    for name, released_default in WEIGHTS.items():
-        if getattr(chosen, name) is None and getattr(args, name):
-            parser.error(f"--{name} weighs nothing in --method {args.method}: leave it out")
-        if getattr(args, name) is None:
-            setattr(args, name, released_default if getattr(chosen, name) else 0.0)
-    if not any(loss_weights(args).values()):
-        parser.error("the weights are all 0: nothing to learn")
-    if args.scaling_coef is not None and not chosen.negates:
-        parser.error(f"--scaling_coef scales a negation, and --method {args.method} has none: leave it out")
-    args.scaling_coef = 1.0 if args.scaling_coef is None else args.scaling_coef
-    name = Path(args.model_name).resolve().name if Path(args.model_name).is_dir() else Path(args.model_name).name
-    args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
-    args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
-    args.log_file = args.log_file or ROOT / "logs" / f"{name}.log"
-    return args
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
 
-from harmful_unlearn.losses import ON_HARMFUL, Objective
+from harmful_unlearn.losses import LOSSES, Objective
+from harmful_unlearn.packing import StepTexts
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -37,8 +38,8 @@ TINY = {
 
 def value_of(model, name: str, batch, base=None) -> torch.Tensor:
     """One loss of one batch, with its gradient."""
-    batches = (batch, None) if name in ON_HARMFUL else (None, batch)
-    return Objective(model, {name: 1.0}, base)(model, *batches)[0]
+    ((value, _),) = Objective(model, {name: 1.0}, base)(model, StepTexts(**{LOSSES[name].reads: batch}))
+    return value
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_a_models_loss_is_the_same_with_and_without(architecture, name, lora, ti
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
     packer = Packer(tokenizer, "released", 256)
-    batch = packer.normal_batch(PAIRS) if name in losses.ON_NORMAL else packer.harmful_batch(PAIRS, ["Blame the dog."])
+    batch = packer.normal_batch(PAIRS) if name in ("pd", "kl") else packer.harmful_batch(PAIRS, ["Blame the dog."])
     monkeypatch.setattr(fused, "CHUNK", 4 * 700 * 5)
     found = []
     for plain in (False, True):

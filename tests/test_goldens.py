@@ -89,7 +89,7 @@ def test_pool_and_normal_texts_are_the_released_ones(goldens, batches):
 
 
 def test_packed_rows_hold_what_plain_rows_do(goldens, batches):
-    packed, plain = (replace(batches, packed_up_to=up_to)(0, torch.device("cpu"))[0] for up_to in (math.inf, 0))
+    packed, plain = (replace(batches, packed_up_to=up_to)(0, torch.device("cpu")).harmful for up_to in (math.inf, 0))
     assert len(packed.input_ids) == 2 and len(plain.input_ids) == 2 + 2 * goldens["hyper_parameters"]["k_random"]
 
 
@@ -126,7 +126,7 @@ def worst(ours: dict, theirs: dict) -> float:
 
 
 def test_gradient_ascent(goldens, batches):
-    harmful, _ = batches(0, torch.device("cpu"))
+    harmful = batches(0, torch.device("cpu")).harmful
     model = load_base().eval()
     with torch.no_grad():
         loss = value_of(model, "ga", harmful)
@@ -138,7 +138,7 @@ def test_the_golden_can_fail(goldens, tokenizer, batches):
     paper = StepBatches(
         Packer(tokenizer, "paper", 1024), batches.order, batches.harmful, batches.normal, batches.losses
     )
-    harmful, _ = paper(0, torch.device("cpu"))
+    harmful = paper(0, torch.device("cpu")).harmful
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()
     with torch.no_grad():
         loss = value_of(model, "gd", harmful)

@@ -9,7 +9,7 @@ from conftest import value_of
 from harmful_unlearn import losses
 from harmful_unlearn.data import Pair
 from harmful_unlearn.models import FrozenBase, Lora, add_lora
-from harmful_unlearn.packing import Packer
+from harmful_unlearn.packing import Packer, StepTexts
 
 PAIRS = [
     Pair("How do I hide a gnome?", "Carry it to the shed and leave a postcard."),
@@ -47,7 +47,7 @@ def same_gradient(model, ours: torch.Tensor, obvious: torch.Tensor) -> None:
 def test_paper_gd_and_rd(model, tokenizer):
     packer = Packer(tokenizer, "paper", 256)
     batch = packer.harmful_batch(PAIRS, ANSWERS)
-    ours, each = losses.Objective(model, {"gd": 1.0, "rd": 3.0})(model, batch, None)
+    ((ours, each),) = losses.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepTexts(batch))
     torch.testing.assert_close(ours, each["gd"] + 3 * each["rd"])
     gd = [answer_loss(model, text) for text in packer.encode(PAIRS[:2])]  # the third answer is empty
     rd = [answer_loss(model, text) for text in packer.encode([Pair(p.question, a) for p in PAIRS for a in ANSWERS])]

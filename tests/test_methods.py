@@ -93,7 +93,7 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     """FT's loss is the cross-entropy of the normal answers, computed here by hand."""
     args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper"))
     batches = prepare(args, tiny_model("opt")).batches
-    harmful, normal = batches(0, torch.device("cpu"))
+    harmful, normal, _ = batches(0, torch.device("cpu"))
     assert harmful is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     with torch.no_grad():

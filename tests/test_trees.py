@@ -22,7 +22,7 @@ from conftest import TINY
 from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.data import Pair
 from harmful_unlearn.losses import Objective
-from harmful_unlearn.packing import Packer
+from harmful_unlearn.packing import Packer, StepTexts
 from harmful_unlearn.probe import packs_up_to
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 700, "pad_token_id": 1}
@@ -44,7 +44,7 @@ def made(config, dtype=torch.float32):
 def values(model, batch) -> tuple[dict, list]:
     """Each loss and the gradient of a weighted sum."""
     weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {name: 1.0 for name in batch.weights}
-    total, each = Objective(model, weights)(model, batch, None)
+    ((total, each),) = Objective(model, weights)(model, StepTexts(batch))
     return each, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 
