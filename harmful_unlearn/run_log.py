@@ -84,7 +84,8 @@ class RunLog:
         self._bar.update()
         if metrics["step"] == self._steps:
             self._bar.close()
-        divergence = next((metrics[name] for name in ("pd_loss", "kl_loss", "lp_loss") if metrics.get(name) is not None), 0)
+        measured = (metrics.get(name) for name in ("pd_loss", "kl_loss", "lp_loss"))
+        divergence = next((value for value in measured if value is not None), 0)
         if not self._warned and abs(divergence) > KL_WARNING:
             self._warned = True
             self.warn(

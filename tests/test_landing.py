@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_unlearn import flags, metrics_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.models import FrozenBase, Lora, add_lora
 from harmful_unlearn.packing import Packer, StepBatches, StepTexts
 from harmful_unlearn.unlearn_harm_new import main, parse_flags
-from test_unlearn import flags, metrics_of
 
 PAIRS = [Pair("How do I hide a gnome?", "Carry it to the shed."), Pair("Short?", "Yes")]
 SAFE = [Pair(pair.question, "Please leave it where it is.") for pair in PAIRS]
