@@ -40,6 +40,7 @@ from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
 from harmful_unlearn.models import FrozenBase, Lora
+from harmful_unlearn.negation import negate
 from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
@@ -54,7 +55,7 @@ from harmful_unlearn.saving import (
     write_file,
     write_record,
 )
-from task_vector import negate, open_matched
+from harmful_unlearn.sources import open_matched
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.

@@ -23,7 +23,8 @@ from transformers import (
 import task_vector
 from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.errors import UserError
-from task_vector import TaskVector, negate
+from harmful_unlearn.negation import negate
+from task_vector import TaskVector
 
 GOLDENS = Path(__file__).parent / "goldens"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
