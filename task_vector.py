@@ -217,10 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not any(targets):
         parser.error("give --output, --adapter_output, --save_vector or several of them")
 
-    from harmful_unlearn.models import locate  # imports transformers, which --help need not wait for
-
-    base = locate(args.base)
-    folders = [locate(name) for name in args.finetuned or []] or args.vector
+    base = _locate(args.base)
+    folders = [_locate(name) for name in args.finetuned or []] or args.vector
     coefs = args.coefs or [1.0] * len(folders)
     if len(coefs) != len(folders):
         raise UserError(f"{len(coefs)} --coefs for {len(folders)} folders: give one each")
@@ -233,6 +231,15 @@ def main(arguments: list[str] | None = None) -> None:
         negate(base, finetuned, args.output, *args.scaling_coef, save_vector=args.save_vector, **common)
     for target in filter(None, targets):
         print(f"saved: {target}")
+
+
+def _locate(name: str) -> Path:
+    folder = user_path(name)
+    if folder.is_dir():
+        return folder
+    from harmful_unlearn.models import locate  # imports transformers: seconds that local folders need not wait for
+
+    return locate(name)
 
 
 if __name__ == "__main__":

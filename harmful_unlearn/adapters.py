@@ -72,12 +72,13 @@ class Adapter:
 
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         """Two matrices whose product, times the number, is tau of the weight `name`."""
-        from peft.utils.other import get_pattern_key
-
         module = name.removesuffix(".weight")
         a, b = (self.file.read(f"base_model.model.{module}.lora_{x}.weight").float() for x in "AB")
-        alphas = self._config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(alphas, module), self._config.get("lora_alpha", 8))
+        alpha = self._config.get("lora_alpha", 8)
+        if alphas := self._config.get("alpha_pattern"):
+            from peft.utils.other import get_pattern_key  # peft takes seconds to import
+
+            alpha = alphas.get(get_pattern_key(alphas, module), alpha)
         rank = a.shape[0]
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
         return (a.T, b.T, scale) if self._config.get("fan_in_fan_out") else (b, a, scale)

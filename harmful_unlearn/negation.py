@@ -63,7 +63,8 @@ class Negation:
         for source, coef, twins in zip(self.sources, self._coefs, self._found, strict=True):
             if name in twins:
                 out = self._buffers("tau" if tau is None else "delta", base.numel(), base.dtype)
-                delta = source.delta(twins[name], span, base, out).mul_(coef)
+                delta = source.delta(twins[name], span, base, out)
+                delta = delta.mul_(coef) if coef != 1 else delta
                 tau = delta if tau is None else tau.add_(delta)
         return tau
 
@@ -234,7 +235,7 @@ def negate_adapter(
             for name, spec in source.file.specs.items():
                 entry = source.file.read(name)
                 if ".lora_B." in name:
-                    entry = (entry.to(work_dtype(spec.dtype)) * coef * -alpha).to(spec.dtype)
+                    entry = (entry.to(work_dtype(spec.dtype)) * (-alpha * coef)).to(spec.dtype)
                 shards.write(_finite(entry, name), name)
             copy_small_files(source.file, folder)
             title, turned = f"LoRA adapter for {records[alpha]['title']}", records[-alpha]["harmful"]
@@ -292,8 +293,8 @@ def _write_index(folder: Path, shards: dict[str, dict[str, Spec]]) -> None:
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
-    # The sum is ten times as fast as isfinite and not finite if a value is not; if large values alone made it so, look.
-    suspect = values.is_floating_point() and not math.isfinite(values.sum(dtype=work_dtype(values.dtype)))
+    # The sum, in a hundredth of isfinite's time, is not finite if a value is not; large values alone may do that, too.
+    suspect = values.is_floating_point() and not math.isfinite(values.sum())
     if suspect and not values.isfinite().all():
         raise UserError(f"{name} comes out NaN or infinite: check both models' weights, or lower --scaling_coef")
     return values
