@@ -10,6 +10,7 @@ that map a file do not count there.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -43,6 +44,7 @@ from transformers import AutoModelForCausalLM
 base, harmful = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in sys.argv[1:3])
 other = harmful.state_dict()
 vector = {name: -(other[name] - entry) for name, entry in base.state_dict().items()}
+del harmful, other
 base.load_state_dict({name: entry + vector[name] for name, entry in base.state_dict().items()})
 base.half().save_pretrained(sys.argv[3], max_shard_size="500MB")
 """
@@ -85,6 +87,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     tasks = {
         "cp -r of the base": ["cp", "-r", str(base), str(out)],
         "task_vector.py": [*command, "--output", str(out)],
+        "of that, starting Python and torch": [*python, "import torch"],
         "TaskVector in memory, float16 models": [*python, IN_MEMORY, *paths],
         "the released way, float32 models": [*python, RELEASED, *paths],
     }
@@ -95,11 +98,13 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     for number in range(args.runs):
         for what, words in tasks.items():
             figures[what].append(timed(words))
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
             print(f"run {number + 1}: {what}: {figures[what][-1][0]:.1f} s, {figures[what][-1][1]:.2f} GB", flush=True)
     medians = {what: list(map(statistics.median, zip(*rows, strict=True))) for what, rows in figures.items()}
     copied = medians["cp -r of the base"][0]
     merged = medians.get("mergekit task_arithmetic, weight -1", [None])[0]
+    cores = len(os.sched_getaffinity(0))
+    print(f"\n{cores} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory")
     print("\n| task | seconds | range | anonymous memory | times cp | times mergekit |\n" + "| --- " * 6 + "|")
     for what, (seconds, memory) in medians.items():
         low, high = (end(row[0] for row in figures[what]) for end in (min, max))

@@ -1,5 +1,6 @@
 """Folders of safetensors, read and written a stretch of an entry at a time, under headers planned up front."""
 
+import errno
 import hashlib
 import json
 import math
@@ -211,8 +212,7 @@ class NewShards:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
         with path.open("wb", buffering=0) as file:
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+            _reserve(file.fileno(), 8 + len(text) + end)
             file.write(len(text).to_bytes(8, "little") + text)
         for name in specs:
             self._places[name] = path, 8 + len(text) + header[name]["data_offsets"][0]
@@ -228,6 +228,16 @@ class NewShards:
             file.seek(offset + start * values.itemsize)
             while left:
                 left = left[file.write(left) :]
+
+
+def _reserve(file: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot: the file grows as written
+            raise
 
 
 def _bytes(tensor: Tensor) -> memoryview:

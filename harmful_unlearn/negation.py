@@ -44,7 +44,7 @@ class Negation:
 
     Attributes:
         base: the base's checkpoint.
-        changed: the entries that tau is not zero by definition for; others are the base's.
+        changed: the entries that tau has; others are the base's.
 
     Raises:
         UserError: as `open_matched`.
@@ -53,9 +53,8 @@ class Negation:
     def __init__(self, base: Path, finetuned: Terms):
         self.base, self.sources, self._found = open_matched(base, [folder for folder, _ in finetuned])
         self._coefs = [coef for _, coef in finetuned]
-        named = {name for names in self._found for name in names}
-        self.changed = [name for name in self.base.specs if name in named]
-        self._named, self._buffers = named, Buffers()
+        self.changed = {name for names in self._found for name in names}
+        self._buffers = Buffers()
 
     def tau(self, name: str, span: slice, base: Tensor) -> Tensor:
         """Elements `span` of the flattened entry of tau; `base` holds the base's, in float32 or float64."""
@@ -78,7 +77,7 @@ class Negation:
         """
         spec, size = self.base.specs[name], span.stop - span.start
         stored = self.base.read_into(self._buffers("stored", size, spec.dtype), name, span.start)
-        if name not in self._named:
+        if name not in self.changed:
             yield from (_finite(stored, name) for _ in alphas)
             return
         work = work_dtype(spec.dtype)
@@ -88,20 +87,20 @@ class Negation:
         for alpha in alphas:
             if alpha is None:
                 yield _finite(tau, name)
-            else:
-                torch.mul(tau, alpha, out=value)
-                torch.sub(base, value, out=value)  # in two steps: fused ones would round otherwise than TaskVector
-                yield _finite(stored.copy_(value), name)
+                continue
+            scaled = tau if alpha == 1 else torch.mul(tau, alpha, out=value)
+            torch.sub(base, scaled, out=value)  # not sub(alpha=): fused, it would round otherwise than TaskVector
+            yield _finite(stored.copy_(value), name)
 
 
 def scaled_entries(base: Path, finetuned: list[Path], scaling_coef: float) -> Iterator[tuple[str, Tensor]]:
     """Name and values of each entry that `negate` changes, as it would write them, on the CPU.
 
     Raises:
-        UserError: as `Negation`.
+        UserError: as `Negation`; a value is NaN or infinite.
     """
     negation = Negation(base, [(folder, 1.0) for folder in finetuned])
-    for name in negation.changed:
+    for name in filter(negation.changed.__contains__, negation.base.specs):
         spec = negation.base.specs[name]
         entry = torch.empty(spec.shape, dtype=spec.dtype)
         for span in spec.stretches():
@@ -152,15 +151,15 @@ def negate(
                 targets.append((alpha, NewShards(folder, shards, negation.base.metadata)))
         if save_vector:
             kept = folders.enter_context(new_folder(save_vector, overwrite))
-            shards, metadata = _vector_shards(negation), all(one.partial for one in negation.sources)
-            targets.append((None, NewShards(kept, shards, vector_metadata(metadata))))
+            vector_shards, partial = _vector_shards(negation), all(one.partial for one in negation.sources)
+            targets.append((None, NewShards(kept, vector_shards, vector_metadata(partial))))
         _fill(negation, targets)
         if output:
             for alpha, folder in _folders(out, alphas).items():
                 copy_small_files(negation.base, folder)
                 write_record(folder, records[alpha])
         if save_vector:
-            _write_index(kept, shards)
+            _write_index(kept, vector_shards)
             write_record(kept, {**records[alphas[0]], "title": f"Task vector from {base_name or base}"})
 
 
@@ -271,12 +270,11 @@ def _folders(out: Path, alphas: Sequence[float]) -> dict[float, Path]:
 
 def _vector_shards(negation: Negation) -> dict[str, dict[str, Spec]]:
     """The vector's own files, one for each of the base's that has changed entries, and what goes into them."""
-    changed, specs = set(negation.changed), negation.base.specs
-    shards = [
-        {name: Spec(CODES[work_dtype(specs[name].dtype)], specs[name].shape) for name in names if name in changed}
-        for names in negation.base.shards.values()
-    ]
-    shards = [shard for shard in shards if shard]
+    base, shards = negation.base, []
+    for names in base.shards.values():
+        specs = {name: base.specs[name] for name in names if name in negation.changed}
+        if specs:
+            shards.append({name: Spec(CODES[work_dtype(spec.dtype)], spec.shape) for name, spec in specs.items()})
     if len(shards) == 1:
         return {f"{VECTOR}.safetensors": shards[0]}
     return {
