@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from harmful_unlearn.data import Pair, format_prefix
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses import answer_cross_entropy
+from harmful_unlearn.losses import cross_entropy
 from harmful_unlearn.models import context_length
 from harmful_unlearn.packing import Packer
 
@@ -144,7 +144,7 @@ def answer_nll(
         batch = packer.harmful_batch([pairs[index] for index in chosen], [])
         if not len(batch.row):
             continue
-        entropy = answer_cross_entropy(model, batch.to(model.device)).double().cpu()
+        entropy = cross_entropy(model, batch.to(model.device)).double().cpu()
         entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
         sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
         counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()

@@ -2,17 +2,118 @@
 
     L = e1 * L_GD + e2 * L_RD + e3 * L_PD
 
-All of them are weighted sums over scored positions; the weights come with the batch (packing.py).
-The tables at the end name them: which losses a method minimises is in unlearn_harm_new.py.
+Each is a sum over positions, weighted by the batch (packing.py), of one of two things: the cross-entropy of the
+next token, or the KL divergence from the base. Which of them a method minimises is in unlearn_harm_new.py.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, scored_hidden
 from harmful_unlearn.models import FrozenBase
 from harmful_unlearn.packing import Batch
+
+
+class Loss(NamedTuple):
+    """sign * (the batch's weights for `module`) @ (cross-entropies, or divergences from the base)."""
+
+    module: str
+    sign: int
+    diverges: bool = False
+
+
+ON_HARMFUL = {
+    # L_GD, Guided Distortion: of each harmful answer given its own prompt (released code, points 3, 9).
+    "gd": Loss("gd", 1),
+    # L_RD, Random Disassociation: mean over K random harmful answers given each prompt (point 11).
+    "rd": Loss("rd", 1),
+    # The baseline of Yao et al. 2023, gradient ascent: GD with the sign turned (point 13).
+    "ga": Loss("gd", -1),
+    # Random mismatch of Yao et al. 2023: RD's formula with normal answers.
+    "rm": Loss("rd", 1),
+}
+ON_NORMAL = {
+    # L_PD, Preservation Divergence: minus KL(P_theta_o || P_theta) over the positions of normal text (point 12).
+    # The released code adds 1e-12 inside the logarithm of p; that changes the value by less than 1e-12 times
+    # the vocabulary and the gradient by nothing, so it is left out.
+    "pd": Loss("pd", -1, diverges=True),
+    # The same with its sign turned, as Yao et al. 2023 minimise it. They call it the forward KL; their code
+    # leaves out the base's entropy, a constant.
+    "kl": Loss("pd", 1, diverges=True),
+    # The baseline FT: of normal answers given their questions.
+    "ft": Loss("gd", 1),
+}
+NEED_BASE = {name for name, loss in ON_NORMAL.items() if loss.diverges}
+
+
+class Objective:
+    """A weighted sum of losses of one model.
+
+    Args:
+        model: whose head is looked at once: where its logits are not the plain product of hidden states and
+            output embeddings, they are computed by the model itself, all at once.
+        weights: of each loss, by name; those with 0 are left out.
+        base: theta_o, for losses in NEED_BASE.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: dict[str, float], base: FrozenBase | None = None):
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.base = base
+        models = [model] if base is None or base.shared else [model, base.model]
+        self.fused = all(map(has_plain_head, models))
+
+    def __call__(
+        self, model: PreTrainedModel, harmful: Batch | None, normal: Batch | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One forward pass over each batch.
+
+        Returns:
+            The sum to minimise, a scalar that has a gradient, and each loss without its weight, in nats.
+        """
+        total, each = 0.0, {}
+        for batch, known in ((harmful, ON_HARMFUL), (normal, ON_NORMAL)):
+            losses = {name: known[name] for name in self.weights if name in known}
+            if batch is None or not losses:
+                continue
+            coefficient = sum(
+                self.weights[name] * loss.sign * batch.weights[loss.module] for name, loss in losses.items()
+            )
+            diverges = any(loss.diverges for loss in losses.values())
+            part, values = (self._divergence if diverges else self._cross_entropy)(model, batch, coefficient)
+            total = total + part
+            values = values.detach().to(coefficient.device)
+            for name, loss in losses.items():
+                each[name] = loss.sign * (batch.weights[loss.module] @ values)
+        return total, each
+
+    def _cross_entropy(self, model: PreTrainedModel, batch: Batch, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fused:
+            score = CrossEntropy(*(one.to(_place(model)) for one in (batch.index, batch.target, coefficient)))
+            return fused_loss(model, batch, score), score.values
+        values = cross_entropy(model, batch).to(coefficient.device)
+        return coefficient @ values, values
+
+    def _divergence(self, model: PreTrainedModel, batch: Batch, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fused:
+            with torch.inference_mode(), self.base.active() as frozen:
+                hidden = scored_hidden(frozen, batch)
+            score = Divergence(hidden, frozen.get_output_embeddings(), coefficient.to(_place(model)))
+            return fused_loss(model, batch, score), score.values
+        with torch.inference_mode(), self.base.active() as frozen:
+            log_p = scored_logits(frozen, batch).log_softmax(-1)
+        log_q = scored_logits(model, batch).log_softmax(-1)
+        # Outside of inference mode, since autograd keeps p; the base may sit on another device.
+        log_p = log_p.to(log_q.device, copy=True)
+        values = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).to(coefficient.device)
+        return coefficient @ values, values
+
+
+def _place(model: PreTrainedModel) -> torch.device:
+    return model.get_output_embeddings().weight.device
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -31,88 +132,18 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
     try:
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = model(**batch.model_inputs, use_cache=False)
     finally:
         hook.remove()
     return output.logits.float()
 
 
-def answer_cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy of the next token at every scored position of harmful text, one forward pass.
+def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy of the target of every entry, one forward pass, by the model's own logits.
 
     Returns:
-        [scored] float32, nats.
+        [entries] float32, nats.
     """
     logits = scored_logits(model, batch)
-    return F.cross_entropy(logits, batch.target.to(logits.device), reduction="none")
-
-
-def guided_distortion(cross_entropy: Tensor, batch: Batch) -> Tensor:
-    """L_GD: cross-entropy of each harmful answer given its own prompt (released code, points 3, 9).
-
-    Args:
-        cross_entropy: [scored], of `answer_cross_entropy` on the same batch.
-
-    Returns:
-        A scalar in nats; mean over rows.
-    """
-    return batch.weights["gd"].to(cross_entropy.device) @ cross_entropy
-
-
-def random_disassociation(cross_entropy: Tensor, batch: Batch) -> Tensor:
-    """L_RD: mean cross-entropy of K random harmful answers given each prompt (released code, point 11).
-
-    Args and returns as `guided_distortion`.
-    """
-    return batch.weights["rd"].to(cross_entropy.device) @ cross_entropy
-
-
-def preservation_divergence(model: PreTrainedModel, base: FrozenBase, batch: Batch) -> Tensor:
-    """L_PD: minus KL(P_theta_o || P_theta) over the positions of normal text (released code, point 12).
-
-    The released code adds 1e-12 inside the logarithm of p; that changes the value by less than
-    1e-12 times the vocabulary and the gradient by nothing, so it is left out.
-
-    Returns:
-        A scalar in nats, 0 or less up to rounding.
-    """
-    with torch.no_grad(), base.active() as frozen:
-        log_p = scored_logits(frozen, batch).log_softmax(-1)
-    log_q = scored_logits(model, batch).log_softmax(-1)
-    # The base may sit on another device than the current model's head.
-    divergence = F.kl_div(log_q, log_p.to(log_q.device), reduction="none", log_target=True).sum(-1)
-    return -(batch.weights["pd"].to(divergence.device) @ divergence)
-
-
-def base_divergence(model: PreTrainedModel, base: FrozenBase, batch: Batch) -> Tensor:
-    """KL(P_theta_o || P_theta) on normal text, as GA + mismatch minimises it: PD with its sign turned.
-
-    Yao et al. 2023 call it the forward KL; their code leaves out the base's entropy, a constant.
-
-    Returns:
-        A scalar in nats, 0 or more up to rounding.
-    """
-    return -preservation_divergence(model, base, batch)
-
-
-def normal_fine_tuning(model: PreTrainedModel, _base: FrozenBase | None, batch: Batch) -> Tensor:
-    """Cross-entropy of normal answers given their questions: the baseline FT. A scalar in nats."""
-    return guided_distortion(answer_cross_entropy(model, batch), batch)
-
-
-def gradient_ascent(cross_entropy: Tensor, batch: Batch) -> Tensor:
-    """L_GA, the baseline of Yao et al. 2023: GD with the sign turned (released code, point 13)."""
-    return -guided_distortion(cross_entropy, batch)
-
-
-# Of cross-entropies on harmful prompts, one forward pass for all; "rm", the random mismatch of Yao et
-# al. 2023, is RD's formula with normal answers.
-ON_HARMFUL = {
-    "gd": guided_distortion,
-    "ga": gradient_ascent,
-    "rd": random_disassociation,
-    "rm": random_disassociation,
-}
-# Of the model, the base and a batch of normal text.
-ON_NORMAL = {"pd": preservation_divergence, "kl": base_divergence, "ft": normal_fine_tuning}
-NEED_BASE = {"pd", "kl"}
+    index, target = batch.index.to(logits.device), batch.target.to(logits.device)
+    return F.cross_entropy(logits[index], target, reduction="none")

@@ -14,15 +14,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
 
@@ -183,11 +186,14 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype, device_map: str | None = None, four_bit: bool = False
+) -> PreTrainedModel:
     """The causal LM in `folder` in `dtype`, from safetensors only.
 
     Args:
         device_map: "auto", "balanced", ... (accelerate): spread over GPUs, CPU and disk.
+        four_bit: keep the linear layers in 4 bits (bitsandbytes: NF4, scales quantized too), computing in `dtype`.
 
     Raises:
         UserError: weights are missing, broken, or do not fit the configuration.
@@ -200,6 +206,7 @@ def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) 
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            quantization_config=_four_bits(dtype) if four_bit else None,
         )
     except Exception as error:  # safetensors' own error type derives from Exception alone
         if is_out_of_memory(error):
@@ -212,6 +219,12 @@ def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) 
             f"another shape, {missing[0]} first; use a whole checkpoint"
         )
     return model
+
+
+def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedModel:
@@ -246,14 +259,16 @@ def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
 
 def lora_candidates(model: PreTrainedModel) -> list[str]:
     """The names of the model's linear layers, the output embeddings left out."""
+    return sorted({name.rsplit(".", 1)[-1] for name, _ in linear_layers(model)})
+
+
+def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Name and module of the model's linear layers, quantized ones among them, the output embeddings left out."""
     head = model.get_output_embeddings()
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D") and module is not head
-        }
-    )
+    return [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]  # fmt: skip
 
 
 def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:

@@ -1,13 +1,22 @@
-"""Texts to tensors: padded rows, and which positions count for how much.
+"""Texts to tensors: rows, plain or packed as trees, and which positions count for how much.
 
 A loss of SKU is a weighted sum over positions. Everything in which the modules and the two variants
 differ (where an answer starts, what is averaged over, whether the question counts) is in the
 weights made here, so that losses.py has no branch.
+
+A harmful question's own answer (GD) and the K random ones (RD) follow the same tokens. Packed, they are one row
+
+    [question | answer | random answer 1 | ... | random answer K]
+
+in which each answer sees the question and itself, at the positions that it has in a row of its own. That
+gives every loss and gradient of separate rows from one forward pass over each question.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -46,37 +55,56 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask: [rows, length] int64; padded on the right, 0 in the mask.
-        row, position: [scored] int64; which hidden states go through the output embeddings.
-        target: [scored] int64; the token that follows each of them (harmful text only).
-        weights: a [scored] float32 vector for each module laid out in this batch: "gd" and "rd" for
-            harmful text, "pd" for normal text.
+        row, position: [scored] int64; which hidden states go through the output embeddings, each once.
+        index, target: [entries] int64; a loss reads the cross-entropy of token `target[e]` at scored position
+            `index[e]`. After the question of a packed row several tokens may follow. Ascending in `index`.
+        weights: an [entries] float32 vector for each module laid out in this batch: "gd" and "rd" for
+            harmful text, "pd" for normal text (where entry and scored position are one, without a target).
+        branch: [rows, length] int64 of packed rows: 0 in the question, n in the n-th answer, -1 in padding.
+        position_ids: [rows, length] int64 of packed rows: each token's place in its own text.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     row: Tensor
     position: Tensor
+    index: Tensor
     target: Tensor
     weights: dict[str, Tensor]
+    branch: Tensor | None = None
+    position_ids: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens of text in the batch, padding left out."""
+        """Tokens of text in the batch, padding left out; a packed question counts once."""
         return int(self.attention_mask.sum())
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The forward pass's arguments; the mask of packed rows is [rows, 1, length, length], true where seen."""
+        if self.branch is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        seeing, seen = self.branch[:, :, None], self.branch[:, None, :]
+        mask = ((seen == 0) | (seen == seeing)).tril()
+        return {"input_ids": self.input_ids, "attention_mask": mask[:, None], "position_ids": self.position_ids}
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
         weights = {module: weight.to(device) for module, weight in self.weights.items()}
         tensors = {
-            name: getattr(self, name).to(device)
-            for name in ("input_ids", "attention_mask", "row", "position", "target")
-        }
+            field.name: value if value is None else value.to(device)
+            for field in fields(self) if field.name != "weights" for value in [getattr(self, field.name)]
+        }  # fmt: skip
         return Batch(weights=weights, **tensors)
 
 
-class _Span(NamedTuple):
-    positions: range  # the scored positions of a row
-    sharing: int  # how many positions share the row's weight of 1
+class _Text(NamedTuple):
+    """A text of a batch, and what of it counts."""
+
+    module: str
+    input_ids: list[int]
+    positions: range  # the scored ones
+    sharing: int  # how many positions share the text's weight of 1
 
 
 class Packer:
@@ -108,35 +136,49 @@ class Packer:
             encoded.append(Encoded(kept, len(prefix) - 1, shared, len(kept) < len(ids)))
         return encoded
 
-    def harmful_batch(self, pairs: list[Pair], answers: list[str], guided: bool = True) -> Batch:
-        """The rows of GD and RD for one step, to be run in one forward pass.
+    def harmful_batch(
+        self, pairs: list[Pair], answers: list[str], guided: bool = True, packed_up_to: float = 0
+    ) -> Batch:
+        """The texts of GD and RD for one step, to be run in one forward pass.
 
         Args:
-            pairs: B harmful questions with their own answers (GD rows, unless `guided` is false).
-            answers: K answers drawn from the pool; each is paired with every question (B*K RD rows;
+            pairs: B harmful questions with their own answers (GD's texts, unless `guided` is false).
+            answers: K answers drawn from the pool; each is paired with every question (B*K texts of RD;
                 released code, point 11). Empty: no RD.
+            packed_up_to: a row for each question rather than for each text, if no text has more tokens.
 
-        In "released", a row's positions from its start on share a weight of 1, the last position,
+        In "released", a text's positions from its start on share a weight of 1, the last position,
         which predicts nothing, included (point 9), and RD scores the question too (point 11). In
         "paper", each answer token counts once and nothing else does, with weights that add up to 1.
         """
-        own = pairs if guided else []
-        mismatched = [Pair(pair.question, answer) for pair in pairs for answer in answers]
-        encoded = self.encode(own + mismatched)
-        modules = ["gd"] * len(own) + ["rd"] * len(mismatched)
-        spans = [
-            self._span(text, text.start_loc if module == "gd" else RELEASED_RD_START)
-            for text, module in zip(encoded, modules, strict=True)
+        asked = [
+            [("gd", pair)] * guided + [("rd", Pair(pair.question, answer)) for answer in answers] for pair in pairs
         ]
-        row = [index for index, span in enumerate(spans) for _ in span.positions]
-        position = [at for span in spans for at in span.positions]
-        target = [encoded[r].input_ids[at + 1] for r, at in zip(row, position, strict=True)]
-        weights = {}
-        for module in dict.fromkeys(modules):
-            of_module = [span for span, m in zip(spans, modules, strict=True) if m == module]
-            rows = self._rows_averaged(of_module)
-            weights[module] = [1 / (spans[r].sharing * rows) if modules[r] == module else 0.0 for r in row]
-        return self._batch([text.input_ids for text in encoded], row, position, target, weights)
+        encoded = iter(self.encode([pair for texts in asked for _, pair in texts]))
+        groups = [[self._text(module, next(encoded)) for module, _ in texts] for texts in asked]
+        averaged = {module: self._averaged(module, groups) for module in ("gd", "rd")}
+        longest = max(len(text.input_ids) for group in groups for text in group)
+        if longest > packed_up_to or len(answers) + guided == 1:
+            texts = [text for group in groups for text in group]
+            texts.sort(key=lambda text: text.module)  # GD's first
+            groups = [[text] for text in texts]
+        rows = [_lay_out([text.input_ids for text in group]) for group in groups]
+
+        scored: dict[tuple[int, int], int] = {}
+        entries: dict[tuple[int, int], dict[str, float]] = {}
+        for row, (group, laid_out) in enumerate(zip(groups, rows, strict=True)):
+            for text, places in zip(group, laid_out.places, strict=True):
+                weight = 1 / (text.sharing * averaged[text.module])
+                for at in text.positions:
+                    index = scored.setdefault((row, places[at]), len(scored))
+                    of = entries.setdefault((index, text.input_ids[at + 1]), {})
+                    of[text.module] = of.get(text.module, 0.0) + weight
+        ordered = sorted(entries.items(), key=lambda entry: entry[0][0])
+        weights = {
+            module: [of.get(module, 0.0) for _, of in ordered]
+            for module, wanted in (("gd", guided), ("rd", answers)) if wanted
+        }  # fmt: skip
+        return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
 
     def normal_batch(self, pairs: list[Pair]) -> Batch:
         """The rows of PD for one step (released code, point 12).
@@ -148,40 +190,74 @@ class Packer:
         ids = [text[: self.max_length] for text in texts]
         longest = max(map(len, ids))
         lengths = [longest if self.variant == "released" else len(text) for text in ids]
-        row = [index for index, length in enumerate(lengths) for _ in range(length)]
-        position = list(chain.from_iterable(map(range, lengths)))
-        weights = {"pd": [1 / len(row)] * len(row)}
-        return self._batch(ids, row, position, [0] * len(row), weights)
+        scored = [(row, at) for row, length in enumerate(lengths) for at in range(length)]
+        entries = [(index, 0) for index in range(len(scored))]
+        return self._batch([_lay_out([text]) for text in ids], scored, entries, {"pd": [1 / len(scored)] * len(scored)})
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts)["input_ids"] if texts else []
 
-    def _span(self, text: Encoded, released_start: int) -> "_Span":
+    def _text(self, module: str, text: Encoded) -> _Text:
         length = len(text.input_ids)
         if self.variant == "released":
-            first, sharing = released_start, length - released_start
+            first = text.start_loc if module == "gd" else RELEASED_RD_START
+            sharing = length - first
         else:
             first, sharing = text.answer_start - 1, length - text.answer_start
-        return _Span(range(first, length - 1), max(sharing, 1))
+        return _Text(module, text.input_ids, range(first, length - 1), max(sharing, 1))
 
-    def _rows_averaged(self, spans: list["_Span"]) -> int:
-        # "Weights adding to 1" leaves out, in "paper", the rows whose answer has no token to score.
+    def _averaged(self, module: str, groups: list[list[_Text]]) -> int:
+        # "Weights adding to 1" leaves out, in "paper", the texts whose answer has no token to score.
+        texts = [text for group in groups for text in group if text.module == module]
         if self.variant == "released":
-            return len(spans)
-        return max(1, sum(bool(span.positions) for span in spans))
+            return len(texts)
+        return max(1, sum(bool(text.positions) for text in texts))
 
-    def _batch(self, ids, row, position, target, weights) -> Batch:
-        longest = max(map(len, ids))
-        padded = [text + [self.tokenizer.pad_token_id] * (longest - len(text)) for text in ids]
-        mask = [[1] * len(text) + [0] * (longest - len(text)) for text in ids]
+    def _batch(self, rows: list["_Row"], scored, entries, weights) -> Batch:
+        longest = max(len(row.input_ids) for row in rows)
+
+        def padded(values: list[list[int]], filler: int) -> Tensor:
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in values])
+
+        trees = any(len(row.places) > 1 for row in rows)
         return Batch(
-            input_ids=torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
-            row=torch.tensor(row, dtype=torch.long),
-            position=torch.tensor(position, dtype=torch.long),
-            target=torch.tensor(target, dtype=torch.long),
+            input_ids=padded([row.input_ids for row in rows], self.tokenizer.pad_token_id),
+            attention_mask=padded([[1] * len(row.input_ids) for row in rows], 0),
+            row=torch.tensor([row for row, _ in scored], dtype=torch.long),
+            position=torch.tensor([at for _, at in scored], dtype=torch.long),
+            index=torch.tensor([index for index, _ in entries], dtype=torch.long),
+            target=torch.tensor([target for _, target in entries], dtype=torch.long),
             weights={module: torch.tensor(w, dtype=torch.float32) for module, w in weights.items()},
+            branch=padded([row.branch for row in rows], -1) if trees else None,
+            position_ids=padded([row.position_ids for row in rows], 0) if trees else None,
         )
+
+
+class _Row(NamedTuple):
+    """Texts laid out in one row after the tokens that they share.
+
+    Attributes:
+        places: of each text, where in the row each of its tokens is.
+    """
+
+    input_ids: list[int]
+    branch: list[int]
+    position_ids: list[int]
+    places: list[list[int]]
+
+
+def _lay_out(texts: list[list[int]]) -> _Row:
+    """One row of texts; what they share is the longest common prefix of their tokens."""
+    same = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
+    shared = sum(takewhile(bool, same))
+    row = _Row(texts[0][:shared], [0] * shared, list(range(shared)), [])
+    for number, text in enumerate(texts, 1):
+        start = len(row.input_ids)
+        row.input_ids.extend(text[shared:])
+        row.branch.extend([number] * (len(text) - shared))
+        row.position_ids.extend(range(shared, len(text)))
+        row.places.append([*range(shared), *range(start, len(row.input_ids))])
+    return row
 
 
 def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> list[str]:
@@ -195,6 +271,7 @@ class StepBatches:
 
     Attributes:
         losses: names in losses.py; a loss that is left out (its weight is 0) costs nothing.
+        packed_up_to: tokens; steps whose texts are no longer have a row for each harmful question. 0: plain rows.
     """
 
     packer: Packer
@@ -202,6 +279,7 @@ class StepBatches:
     harmful: HarmfulData
     normal: NormalData
     losses: set[str]
+    packed_up_to: float = 0
 
     @cached_property
     def pool(self) -> list[str]:
@@ -229,6 +307,15 @@ class StepBatches:
                 touched |= {self.harmful.answer_questions[row] for row in draw.answer_rows}
         return trained, touched
 
+    def ahead(self, steps: range, device: torch.device) -> Iterator[tuple[Batch | None, Batch | None]]:
+        """Each step's batches, made in a thread while the step before is computed."""
+        with ThreadPoolExecutor(1, "batches") as worker:
+            coming = worker.submit(self, steps[0], device)
+            for step in steps[1:]:
+                ready, coming = coming, worker.submit(self, step, device)
+                yield ready.result()
+            yield coming.result()
+
     def __call__(self, step: int, device: torch.device) -> tuple[Batch | None, Batch | None]:
         """Harmful prompts with their own and with random answers, and normal text, of a step (from 0).
 
@@ -239,7 +326,7 @@ class StepBatches:
         if own or random:
             pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
             answers = [self.pool[row] for row in draw.answer_rows] if random else []
-            harmful = self.packer.harmful_batch(pairs, answers, bool(own)).to(device)
+            harmful = self.packer.harmful_batch(pairs, answers, bool(own), self.packed_up_to).to(device)
         texts = [self.normal.texts[row] for row in draw.normal_rows]
         if self.losses & {"pd", "kl"}:
             normal = self.packer.normal_batch(texts).to(device)

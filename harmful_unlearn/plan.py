@@ -9,13 +9,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from harmful_unlearn import losses
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.models import Lora
+from harmful_unlearn.fused import CHUNK
+from harmful_unlearn.models import Lora, linear_layers
 from harmful_unlearn.packing import Batch, StepBatches
 
 GIB = 2**30
 # Values that training keeps for each token, layer and hidden unit; about what OPT and LLaMA need.
 SAVED_VALUES = 34
 STEPS_SAMPLED = 25
+FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def make_plan(
     lora: Lora | None,
     precision: str,
     gradient_checkpointing: bool,
+    four_bit: bool = False,
 ) -> Plan:
     """Count what a run will read, compute and hold.
 
@@ -115,6 +118,7 @@ def make_plan(
         memory=_memory(
             parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing,
             second_copy=not lora and bool(batches.losses & losses.NEED_BASE),
+            four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
         ),  # fmt: skip
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
     )
@@ -137,6 +141,7 @@ def _memory(
     precision: str,
     gradient_checkpointing: bool,
     second_copy: bool,
+    four_bit: int,
 ) -> dict[str, float]:
     text = config.get_text_config()
     compute = 2 if precision == "bf16" else 4
@@ -145,12 +150,13 @@ def _memory(
     layers = 1 if gradient_checkpointing else text.num_hidden_layers
     saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
     return {
-        "weights": parameters * (compute if lora else 4) + (trainable * 4 if lora else 0),
+        "weights": (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
+        + (trainable * 4 if lora else 0),
         "frozen base": parameters * compute if second_copy else 0,
         "gradients": trainable * 4,
         "AdamW": trainable * 8,
         "activations": saved,
-        "logits": scored * text.vocab_size * 4 * 3,
+        "logits": min(scored * text.vocab_size * 4, CHUNK) * 3,
     }
 
 

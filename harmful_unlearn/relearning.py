@@ -12,7 +12,7 @@ from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data import Pair
-from harmful_unlearn.losses import answer_cross_entropy, guided_distortion
+from harmful_unlearn.losses import Objective
 from harmful_unlearn.models import context_length
 from harmful_unlearn.packing import Packer
 
@@ -37,7 +37,8 @@ def relearn(
     draw = np.random.default_rng(seed)
     packer = Packer(tokenizer, "paper", context_length(model.config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
+    optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
+    objective = Objective(model, {"gd": 1.0})
     order: list[int] = []
     torch.manual_seed(seed)  # of dropout
     model.train()
@@ -47,7 +48,7 @@ def relearn(
         chosen, order = order[:BATCH], order[BATCH:]
         batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            loss = guided_distortion(answer_cross_entropy(model, batch), batch)
+            loss, _ = objective(model, batch, None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

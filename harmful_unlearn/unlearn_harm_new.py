@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.negation import negate
 from harmful_unlearn.packing import VARIANTS, Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
+from harmful_unlearn.probe import packs_up_to
 from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
 from harmful_unlearn.saving import (
     ROOT,
@@ -170,32 +172,33 @@ def acquire(
     Raises:
         NotFinite: a loss or the gradient is NaN or infinite; `model` has its last good weights again.
     """
+    if batches.packed_up_to:
+        up_to, why = packs_up_to(model, batches.packer)
+        if why:
+            log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
+        batches = replace(batches, packed_up_to=up_to)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
+    weights = loss_weights(args)
+    objective = losses.Objective(model, weights, base)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
-    weights = loss_weights(args)
     good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
     model.train()
-    for step in range(args.max_unlearn_steps):
-        started = time.perf_counter()
-        harmful, normal = batches(step, accelerator.device)
-        loss = {}
-        if harmful:
-            cross_entropy = losses.answer_cross_entropy(model, harmful)
-            loss |= {name: of(cross_entropy, harmful) for name, of in losses.ON_HARMFUL.items() if weights.get(name)}
-        if normal:
-            loss |= {name: of(model, base, normal) for name, of in losses.ON_NORMAL.items() if weights.get(name)}
-        total = sum(weights[name] * value for name, value in loss.items())
+    started = time.perf_counter()
+    for step, (harmful, normal) in enumerate(batches.ahead(range(args.max_unlearn_steps), accelerator.device)):
+        total, loss = objective(model, harmful, normal)
 
         accelerator.backward(total)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        measured = {"total": total.detach(), "grad": grad_norm.to(total.device), **loss}
+        measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
         metrics = {
             "step": step + 1,
-            **{f"{name}_loss": loss[name].item() + 0.0 if name in loss else None for name in weights},  # no -0.0
-            "total_loss": total.item(),
+            **{f"{name}_loss": measured[name] + 0.0 if name in loss else None for name in weights},  # no -0.0
+            "total_loss": measured["total"],
             "lr": scheduler.get_last_lr()[0],
-            "grad_norm": grad_norm.item(),
+            "grad_norm": measured["grad"],
             "tokens": sum(batch.tokens for batch in (harmful, normal) if batch),
         }
         if not math.isfinite(metrics["total_loss"]):  # the last update spoilt the weights
@@ -209,7 +212,9 @@ def acquire(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        log.step({**metrics, "seconds": round(time.perf_counter() - started, 4)})
+        now = time.perf_counter()
+        log.step({**metrics, "seconds": round(now - started, 4)})
+        started = now
 
 
 class NotFinite(Exception):
@@ -256,6 +261,8 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
+    if args.quantize:
+        check_four_bits(lora, machine.device)
     precision = models.resolve_precision(args.precision, machine.device)
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
@@ -268,9 +275,14 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     )  # fmt: skip
     limit = models.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
-    batches = StepBatches(packer, order, harmful, normal, active)
-    plan = make_plan(batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing)
+    # Whether the model can read packed rows is only known once it is loaded.
+    trees = bool(active & {"rd", "rm"}) and not args.no_packing
+    batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0)
+    plan = make_plan(
+        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize)
+    )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
+    how += " on a 4-bit base" * bool(args.quantize)
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
     print(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
           f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
@@ -311,6 +323,16 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
     return lora
 
 
+def check_four_bits(lora: Lora | None, device: torch.device) -> None:
+    """Raises UserError where a base in 4 bits cannot be trained on."""
+    if not lora:
+        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
+    if device.type != "cuda":  # bitsandbytes packs weights anew for a CPU's inference, which stops gradients
+        raise UserError(f"--quantize 4bit needs a CUDA GPU, and the device here is {device}: leave it out")
+
+
 def load_copy_and_base(
     args: argparse.Namespace, job: Job, base_folder: Path, device: torch.device
 ) -> tuple[PreTrainedModel, FrozenBase | None]:
@@ -318,10 +340,11 @@ def load_copy_and_base(
 
     theta_o is None in full fine-tuning by losses that do not need it.
 
-    Trained weights are float32; frozen ones are in the compute precision.
+    Trained weights are float32; frozen ones are in the compute precision, or, with --quantize, in 4 bits.
     """
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    model = models.load_model(base_folder, frozen if job.lora else torch.float32, args.device_map)
+    dtype = frozen if job.lora else torch.float32
+    model = models.load_model(base_folder, dtype, args.device_map, bool(args.quantize))
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         base = FrozenBase(model)
@@ -370,6 +393,7 @@ def save_copy(
             "of": args.max_unlearn_steps,
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
+            "quantized": args.quantize,
         },
         "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
@@ -470,8 +494,12 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
     flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
     flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
+    flag(machine, "--quantize", "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 takes the "
+         "full-precision base", choices=("4bit",))
     flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
          choices=("auto", "fp32", "bf16"), default="auto")
+    flag(machine, "--no_packing", "a row for each text, also where GD's and RD's texts share their question: the "
+         "same losses, slower", action="store_true")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
     flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")

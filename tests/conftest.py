@@ -13,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
 
+from harmful_unlearn.losses import ON_HARMFUL, Objective
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 TINY = {
@@ -31,6 +33,12 @@ TINY = {
         bos_token_id=2, eos_token_id=2, pad_token_id=1,
     ),
 }  # fmt: skip
+
+
+def value_of(model, name: str, batch, base=None) -> torch.Tensor:
+    """One loss of one batch, with its gradient."""
+    batches = (batch, None) if name in ON_HARMFUL else (None, batch)
+    return Objective(model, {name: 1.0}, base)(model, *batches)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,15 @@
 """The authors' figures, through the code path that the script runs (goldens: tests/goldens)."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDENS
+from conftest import GOLDENS, value_of
 from harmful_unlearn import losses
 from harmful_unlearn.data import Draw, read_harmful, read_normal
 from harmful_unlearn.models import FrozenBase, load_model
@@ -47,9 +50,14 @@ def load_base() -> torch.nn.Module:
     return load_model(GOLDENS / "model", torch.float32)
 
 
-@pytest.fixture(scope="module")
-def trained(goldens, batches, tmp_path_factory):
-    """The model and the metrics after the 20 recorded steps."""
+@pytest.fixture(scope="module", params=["packed", "plain rows", "plain rows, all logits at once"])
+def trained(request, goldens, batches, tmp_path_factory):
+    """The model and the metrics after the 20 recorded steps, by each path."""
+    batches = replace(batches, packed_up_to=math.inf if request.param == "packed" else 0)
+    if "at once" in request.param:
+        undo = pytest.MonkeyPatch()
+        undo.setattr(losses, "has_plain_head", lambda _: False)
+        request.addfinalizer(undo.undo)
     used = goldens["hyper_parameters"]
     args = parse_flags(
         f"--bad_weight {used['bad_weight']} --random_weight {used['random_weight']} "
@@ -78,6 +86,11 @@ def test_pool_and_normal_texts_are_the_released_ones(goldens, batches):
     normal = batches.normal
     assert [text.input_ids for text in batches.packer.encode(normal.texts)] == goldens["normal_examples"]
     assert [len(normal.train), len(normal.validation), len(normal.test)] == goldens["normal_split_sizes"]
+
+
+def test_packed_rows_hold_what_plain_rows_do(goldens, batches):
+    packed, plain = (replace(batches, packed_up_to=up_to)(0, torch.device("cpu"))[0] for up_to in (math.inf, 0))
+    assert len(packed.input_ids) == 2 and len(plain.input_ids) == 2 + 2 * goldens["hyper_parameters"]["k_random"]
 
 
 def test_first_step_to_float32_rounding(goldens, trained):
@@ -116,7 +129,7 @@ def test_gradient_ascent(goldens, batches):
     harmful, _ = batches(0, torch.device("cpu"))
     model = load_base().eval()
     with torch.no_grad():
-        loss = losses.gradient_ascent(losses.answer_cross_entropy(model, harmful), harmful)
+        loss = value_of(model, "ga", harmful)
     assert loss.item() == pytest.approx(goldens["ga_loss_first_batch"], rel=FIRST_STEP_TOLERANCE)
 
 
@@ -128,5 +141,5 @@ def test_the_golden_can_fail(goldens, tokenizer, batches):
     harmful, _ = paper(0, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()
     with torch.no_grad():
-        loss = losses.guided_distortion(losses.answer_cross_entropy(model, harmful), harmful)
+        loss = value_of(model, "gd", harmful)
     assert abs(loss.item() - goldens["trajectory"][0]["gd_loss"]) > 1e-3

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+from conftest import value_of
 from harmful_unlearn import losses
 from harmful_unlearn.data import Pair
 from harmful_unlearn.models import FrozenBase, Lora, add_lora
@@ -46,8 +47,8 @@ def same_gradient(model, ours: torch.Tensor, obvious: torch.Tensor) -> None:
 def test_paper_gd_and_rd(model, tokenizer):
     packer = Packer(tokenizer, "paper", 256)
     batch = packer.harmful_batch(PAIRS, ANSWERS)
-    cross_entropy = losses.answer_cross_entropy(model, batch)
-    ours = losses.guided_distortion(cross_entropy, batch) + 3 * losses.random_disassociation(cross_entropy, batch)
+    ours, each = losses.Objective(model, {"gd": 1.0, "rd": 3.0})(model, batch, None)
+    torch.testing.assert_close(ours, each["gd"] + 3 * each["rd"])
     gd = [answer_loss(model, text) for text in packer.encode(PAIRS[:2])]  # the third answer is empty
     rd = [answer_loss(model, text) for text in packer.encode([Pair(p.question, a) for p in PAIRS for a in ANSWERS])]
     same_gradient(model, ours, sum(gd) / len(gd) + 3 * sum(rd) / len(rd))
@@ -64,7 +65,7 @@ def test_paper_pd(model, tokenizer):
         log_p = row_logits(base.eval(), text.input_ids).log_softmax(-1).detach()
         log_q = row_logits(model, text.input_ids).log_softmax(-1)
         divergences += [sum(log_p[i].exp() * (log_p[i] - log_q[i])) for i in range(len(text.input_ids))]
-    ours = losses.preservation_divergence(model, FrozenBase(base), packer.normal_batch(PAIRS))
+    ours = value_of(model, "pd", packer.normal_batch(PAIRS), FrozenBase(base))
     assert ours < -1e-3
     same_gradient(model, ours, -sum(divergences) / len(divergences))
 
@@ -72,14 +73,12 @@ def test_paper_pd(model, tokenizer):
 def test_pd_is_zero_at_the_base(model, tokenizer):
     base = FrozenBase(AutoModelForCausalLM.from_pretrained(model.name_or_path))
     batch = Packer(tokenizer, "released", 256).normal_batch(PAIRS)
-    assert losses.preservation_divergence(model, base, batch).abs() < 1e-6
+    assert value_of(model, "pd", batch, base).abs() < 1e-6
 
 
 def test_ga_is_gd_turned(model, tokenizer):
     batch = Packer(tokenizer, "released", 256).harmful_batch(PAIRS, [])
-    cross_entropy = losses.answer_cross_entropy(model, batch)
-    assert losses.gradient_ascent(cross_entropy, batch) == -losses.guided_distortion(cross_entropy, batch)
-    assert losses.guided_distortion(cross_entropy, batch) > 1
+    assert value_of(model, "ga", batch) == -value_of(model, "gd", batch) < -1
 
 
 def test_one_forward_pass_and_no_logits_that_nothing_reads(model, tokenizer):
@@ -87,7 +86,7 @@ def test_one_forward_pass_and_no_logits_that_nothing_reads(model, tokenizer):
     calls, shapes = [], []
     model.register_forward_hook(lambda *_: calls.append(1))
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
-    losses.answer_cross_entropy(model, batch)
+    losses.cross_entropy(model, batch)
     assert len(calls) == 1
     assert shapes == [(batch.row.numel(), model.config.vocab_size)]
     assert batch.row.numel() < batch.input_ids.numel()
@@ -115,9 +114,9 @@ def test_lora_base_is_the_same_weights_with_the_adapter_off(architecture, tiny_m
             if "lora_B" in name:
                 parameter.normal_(0, 0.5)
     batch = Packer(tokenizer, "paper", 256).normal_batch(PAIRS)
-    shared = losses.preservation_divergence(model, FrozenBase(model), batch)
+    shared = value_of(model, "pd", batch, FrozenBase(model))
     second_copy = FrozenBase(AutoModelForCausalLM.from_pretrained(folder))
-    separate = losses.preservation_divergence(model, second_copy, batch)
+    separate = value_of(model, "pd", batch, second_copy)
     assert shared < -1e-4
     torch.testing.assert_close(shared, separate)
     assert model.training  # the base's eval mode is the base's alone

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDENS
+from conftest import GOLDENS, value_of
 from harmful_unlearn import losses
 from harmful_unlearn.data import format_prefix, read_harmful, read_normal
 from harmful_unlearn.errors import UserError
@@ -97,7 +97,7 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     assert harmful is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     with torch.no_grad():
-        ours = losses.normal_fine_tuning(model, None, normal)
+        ours = value_of(model, "ft", normal)
         by_hand = []
         for row in batches.order[0].normal_rows:
             pair = batches.normal.texts[row]
@@ -109,7 +109,7 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     assert ours.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
 
 
-def test_base_divergence_is_minus_pd(tiny_model, tokenizer):
+def test_the_kl_is_minus_pd(tiny_model, tokenizer):
     base = FrozenBase(AutoModelForCausalLM.from_pretrained(tiny_model("opt")))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
@@ -117,8 +117,7 @@ def test_base_divergence_is_minus_pd(tiny_model, tokenizer):
         parameter.data += 0.02 * torch.randn_like(parameter)
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
     batch = Packer(tokenizer, "paper", 256).normal_batch(normal.texts[:2])
-    assert losses.base_divergence(model, base, batch).item() > 1e-4
-    assert losses.base_divergence(model, base, batch) == -losses.preservation_divergence(model, base, batch)
+    assert value_of(model, "kl", batch, base) == -value_of(model, "pd", batch, base) > 1e-4
 
 
 def test_no_second_copy_where_no_loss_needs_the_base(tiny_model, tmp_path):

@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDENS
+from conftest import GOLDENS, value_of
 from harmful_unlearn.data import Pair
-from harmful_unlearn.losses import answer_cross_entropy, guided_distortion
 from harmful_unlearn.models import Lora, add_lora
 from harmful_unlearn.negation import negate
 from harmful_unlearn.packing import Packer
@@ -98,7 +97,7 @@ def test_relearning_is_guided_distortion_on_the_handful(lora, tiny_model, tokeni
     def loss_of(model):
         batch = Packer(tokenizer, "paper", 256).harmful_batch(pairs, [])
         with torch.no_grad():
-            return guided_distortion(answer_cross_entropy(model, batch), batch).item()
+            return value_of(model, "gd", batch).item()
 
     def fresh():
         torch.manual_seed(0)
@@ -119,7 +118,7 @@ def test_one_step_of_relearning_by_hand(tiny_model, tokenizer):
     model = load(tiny_model("opt"))[0].train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = Packer(tokenizer, "paper", 256).harmful_batch(pairs, [])
-    guided_distortion(answer_cross_entropy(model, batch), batch).backward()
+    value_of(model, "gd", batch).backward()
     optimizer.step()
     assert torch.allclose(ours.state_dict()[NAME], model.state_dict()[NAME], atol=1e-5)
 

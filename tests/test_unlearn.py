@@ -1,6 +1,7 @@
 """The script: flags, both stages on tiny models, what it writes, and how it refuses."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,15 +12,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from conftest import GOLDENS
+from conftest import GOLDENS, value_of
 from harmful_unlearn import losses, unlearn_harm_new
 from harmful_unlearn.data import format_pair
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.models import Lora
 from harmful_unlearn.saving import ROOT
 from harmful_unlearn.unlearn_harm_new import MODELS, main, parse_flags
+from task_vector import TaskVector
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 DATA = [
@@ -239,18 +241,18 @@ def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_
     base = tiny_model("opt")
     main(flags(base, tmp_path / "whole", "--max_unlearn_steps", "9", "--stage", "acquire"))
     monkeypatch.setattr(unlearn_harm_new, "SNAPSHOT_EVERY", 2)
-    calls = []
+    calls, compute = [], losses.Objective.__call__
 
-    def broken(cross_entropy, batch):
+    def broken(self, *args):
         calls.append(1)
-        loss = cross_entropy @ batch.weights["gd"]
-        if what == "loss":
-            return loss * (float("nan") if len(calls) == 5 else 1)
-        if len(calls) == 5:
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
+        total, each = compute(self, *args)
+        if len(calls) == 5 and what == "loss":
+            total = total * float("nan")
+        if len(calls) == 5 and what == "gradient":
+            total.register_hook(lambda gradient: gradient * float("inf"))
+        return total, each
 
-    monkeypatch.setitem(losses.ON_HARMFUL, "gd", broken)
+    monkeypatch.setattr(losses.Objective, "__call__", broken)
     (tmp_path / f"harmful.step-{4 if what == 'gradient' else 2}").mkdir()  # a name that is taken
     code = exit_code(lambda: main(flags(base, tmp_path, "--max_unlearn_steps", "9")))
     assert code == 2 and "step 5 is not finite" in capsys.readouterr().err
@@ -267,7 +269,7 @@ def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_
     batches = unlearn_harm_new.prepare(parse_flags(flags(base, tmp_path)), base).batches
     harmful, _ = batches(steps, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(kept)
-    loss = losses.guided_distortion(losses.answer_cross_entropy(model, harmful), harmful)
+    loss = value_of(model, "gd", harmful)
     assert loss.item() == pytest.approx(whole[steps]["gd_loss"], rel=1e-5)
 
 
@@ -322,7 +324,7 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
     assert seen["Packer"][0][0][1:] == ("released", 99)
     assert seen["Accelerator"][0][1] == {"mixed_precision": "bf16"}
-    assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto") and len(seen["load_model"]) == 1
+    assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto", False) and len(seen["load_model"]) == 1
     assert seen["add_lora"][0][0][1] == Lora(3, 6, ("k_proj",))
     assert seen["negate"][0][0][3] == 0.5
     assert seen["check_disk"]
@@ -364,7 +366,8 @@ def test_bf16_computes_in_bf16(tiny_model, tmp_path, monkeypatch):
 
     def linear(self, hidden):
         out = forward(self, hidden)
-        model_dtypes.append(out.dtype)
+        if torch.is_grad_enabled():  # the look at the loaded model is in its own precision
+            model_dtypes.append(out.dtype)
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", linear)
@@ -552,3 +555,32 @@ def test_help_teaches():
     assert done.returncode == 0
     for word in ("--bad_weight", "default: 0.5", "Stage 1", "The paper's OPT-2.7B run"):
         assert word in done.stdout
+
+
+def test_four_bits_need_an_adapter_and_the_package(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--lora on"):
+        main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "off"))
+    for installed, named in ((None, "pip install bitsandbytes"), ("yes", "needs a CUDA GPU")):
+        monkeypatch.setattr(unlearn_harm_new, "find_spec", lambda _, found=installed: found)
+        with pytest.raises(UserError, match=named):
+            main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "on"))
+
+
+def test_an_adapter_trained_on_four_bits_is_negated_from_the_full_base(tokenizer, tmp_path, monkeypatch):
+    """Where bitsandbytes is installed (it is not among the pins); without its packing a CPU serves, too."""
+    pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr(unlearn_harm_new, "check_four_bits", lambda *_: None)
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=700)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    main(flags(base, tmp_path, "--quantize", "4bit", "--lora", "on", "--precision", "bf16"))
+    assert all(math.isfinite(step["total_loss"]) for step in metrics_of(tmp_path))
+    run = json.loads((tmp_path / "harmful" / "run.json").read_text())
+    assert run["training"]["quantized"] == "4bit" and run["base"]["fingerprint"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "unlearned", base))
+    tau = TaskVector.from_adapter(tmp_path / "harmful").vector
+    for name, entry in theirs.items():
+        assert torch.equal(ours[name], entry - tau[name] if name in tau else entry)
+    assert any(entry.abs().max() > 0 for entry in tau.values())
