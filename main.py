@@ -22,8 +22,8 @@ from accelerate.utils import set_seed
 from harmful_unlearn import models
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.generation import Decoding, configure, prompt_text
+from harmful_unlearn.negation import negate
 from harmful_unlearn.saving import ROOT, user_path
-from task_vector import negate
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
 HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # the stage 1 model

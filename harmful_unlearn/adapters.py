@@ -2,8 +2,10 @@
 
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from harmful_unlearn.checkpoints import Checkpoint, Spec, read_json
@@ -38,30 +40,48 @@ class Adapter:
             what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
             raise UserError(_merge_first(folder, what))
         self.folder, self._config = folder, config
-        self._file = Checkpoint(folder, "adapter_model")
+        self._factors = lru_cache(maxsize=16)(self._read_factors)
+        self.file = Checkpoint(folder, "adapter_model")
         self.specs: dict[str, Spec] = {}
-        pairs = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in self._file.specs}
+        pairs = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in self.file.specs}
         for pair in sorted(pairs):
             keys = [f"{pair}.lora_{matrix}.weight" for matrix in "AB"]
-            if any(key not in self._file.specs for key in keys):
+            if any(key not in self.file.specs for key in keys):
                 raise UserError(_merge_first(folder, f"the entry {pair}"))
-            a, b = (self._file.specs[key].shape for key in keys)
+            a, b = (self.file.specs[key].shape for key in keys)
             if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
                 raise UserError(_merge_first(folder, f"{pair} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
             self.specs[pair.removeprefix("base_model.model.") + ".weight"] = Spec("F32", shape)
 
-    def delta(self, name: str, base: Tensor | None = None) -> Tensor:
-        """tau of the weight `name`, float32, in the weight's shape; the base's values are not needed."""
-        from peft.utils.other import get_pattern_key
+    def delta(self, name: str, span: slice, base: Tensor | None, out: Tensor) -> Tensor:
+        """tau's elements `span` of the flattened weight, whole rows of it; the base's values are not needed."""
+        left, right, scale = self._factors(name)
+        rows = slice(span.start // right.shape[1], span.stop // right.shape[1])
+        tau = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        torch.mm(left[rows], right, out=tau.view(-1, right.shape[1])).mul_(scale)
+        return out if out is tau else out.copy_(tau)
 
+    def read(self, name: str) -> Tensor:
+        """tau of the weight `name`, float32, in the weight's shape."""
+        spec = self.specs[name]
+        tau = torch.empty(spec.shape)
+        for span in spec.stretches():  # as `delta` is called for a checkpoint, so that no bit differs
+            self.delta(name, span, None, tau.view(-1)[span])
+        return tau
+
+    def _read_factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """Two matrices whose product, times the number, is tau of the weight `name`."""
         module = name.removesuffix(".weight")
-        a, b = (self._file.read(f"base_model.model.{module}.lora_{x}.weight").float() for x in "AB")
-        alphas = self._config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(alphas, module), self._config.get("lora_alpha", 8))
+        a, b = (self.file.read(f"base_model.model.{module}.lora_{x}.weight").float() for x in "AB")
+        alpha = self._config.get("lora_alpha", 8)
+        if alphas := self._config.get("alpha_pattern"):
+            from peft.utils.other import get_pattern_key  # peft takes seconds to import
+
+            alpha = alphas.get(get_pattern_key(alphas, module), alpha)
         rank = a.shape[0]
-        tau = (b @ a) * (alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
-        return tau.T if self._config.get("fan_in_fan_out") else tau
+        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return (a.T, b.T, scale) if self._config.get("fan_in_fan_out") else (b, a, scale)
 
 
 def _merge_first(folder: Path, what: str) -> str:

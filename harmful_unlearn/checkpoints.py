@@ -1,13 +1,16 @@
-"""Folders of safetensors as streams of entries: read one by one, written under a header planned up front."""
+"""Folders of safetensors, read and written a stretch of an entry at a time, under headers planned up front."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +29,12 @@ WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
 }  # fmt: skip
 SMALL = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
+STRETCH = 2**19  # elements worked on at a time: 2 MB in float32, so that a few fit a core's cache
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What entries of a dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Spec(NamedTuple):
@@ -35,12 +44,37 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.code]
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.code].itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_float(self) -> bool:
-        return DTYPES[self.code].is_floating_point
+        return self.dtype.is_floating_point
+
+    def stretches(self) -> Iterator[slice]:
+        """The flattened entry cut into about STRETCH elements each, at the ends of rows of its last dimension."""
+        row = max(self.shape[-1], 1) if len(self.shape) > 1 else 1
+        step = max(STRETCH // row, 1) * row
+        size = math.prod(self.shape)
+        for start in range(0, size, step):
+            yield slice(start, min(start + step, size))
+
+
+class Buffers(threading.local):
+    """Flat tensors of each thread's own, used again and again."""
+
+    def __init__(self):
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, role: str, size: int, dtype: torch.dtype) -> Tensor:
+        held = self._held.get((role, dtype))
+        if held is None or len(held) < size:
+            held = self._held[role, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size]
 
 
 class Checkpoint:
@@ -69,7 +103,8 @@ class Checkpoint:
             raise UserError(_no_safetensors(folder))
         self.specs: dict[str, Spec] = {}
         self.shards: dict[str, list[str]] = {}
-        self._home: dict[str, safe_open] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._buffers = Buffers()
         for file in files:
             self._open(folder / file)
         lost = [name for name, file in weight_map.items() if name not in self.shards[file]]
@@ -83,21 +118,23 @@ class Checkpoint:
         if not path.is_file():
             raise UserError(f"{path} is missing: the checkpoint is not whole, copy or download it again")
         try:
-            handle = safe_open(path, framework="pt")
+            # Its checks are sound; its memory map is not read, so that page cache does not count as this process's.
+            with safe_open(path, framework="pt") as handle:
+                self.metadata = handle.metadata() or {"format": "pt"}
+                self.shards[path.name] = list(handle.offset_keys())
         except SafetensorError as error:
             raise UserError(f"{path} is broken ({error}): copy or download it again") from None
-        self.metadata = handle.metadata() or {"format": "pt"}
-        self.shards[path.name] = list(handle.offset_keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
         for name in self.shards[path.name]:
-            entry = handle.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
-                raise UserError(
-                    f"{name} in {path} is {entry.get_dtype()}: give a checkpoint that is not quantized"
-                )
-            if name in self._home:
+            entry = header[name]
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"{name} in {path} is {entry['dtype']}: give a checkpoint that is not quantized")
+            if name in self._places:
                 raise UserError(f"{name} is in two shards of {path.parent}: save the checkpoint again")
-            self.specs[name] = Spec(entry.get_dtype(), tuple(entry.get_shape()))
-            self._home[name] = handle
+            self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]))
+            self._places[name] = path, 8 + length + entry["data_offsets"][0]
 
     def fingerprint(self) -> str:
         """SHA-256 of every shard's header and first MiB of data: tells apart models of one shape."""
@@ -110,7 +147,101 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One entry, on the CPU, in its own dtype."""
-        return self._home[name].get_tensor(name)
+        spec = self.specs[name]
+        entry = torch.empty(spec.shape, dtype=spec.dtype)
+        self.read_into(entry.view(-1), name)
+        return entry
+
+    def read_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
+        """The elements of the flattened entry from `start` on, as many as `out` holds, in the entry's own dtype.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
+        path, offset = self._places[name]
+        left = _bytes(out)
+        with path.open("rb", buffering=0) as file:  # opened each time: threads share no position, none stays open
+            file.seek(offset + start * out.itemsize)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise UserError(f"{path} became shorter while it was read: copy or download it again")
+                left = left[count:]
+        return out
+
+    def convert_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
+        """`read_into`, the elements converted to the dtype of `out`."""
+        dtype = self.specs[name].dtype
+        if dtype == out.dtype:
+            return self.read_into(out, name, start)
+        return out.copy_(self.read_into(self._buffers("stored", out.numel(), dtype), name, start))
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two entries hold the same values in the same shape and dtype."""
+        spec = self.specs[name]
+        return spec == self.specs[other] and all(
+            torch.equal(*(
+                self.read_into(self._buffers(side, span.stop - span.start, spec.dtype), entry, span.start)
+                for side, entry in (("ours", name), ("theirs", other))
+            ))
+            for span in spec.stretches()
+        )  # fmt: skip
+
+
+class NewShards:
+    """Safetensors files to be filled: headers are written and room for the data is taken now.
+
+    Args:
+        shards: file name -> its entries, in the order of their bytes.
+
+    Raises:
+        OSError: no space.
+    """
+
+    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, Spec]], metadata: dict[str, str]):
+        self._places: dict[str, tuple[Path, int]] = {}
+        for file, specs in shards.items():
+            self._create(folder / file, specs, metadata)
+
+    def _create(self, path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> None:
+        header: dict[str, dict] = {"__metadata__": metadata}
+        end = 0
+        for name, spec in specs.items():
+            start, end = end, end + spec.nbytes
+            header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data starts aligned
+        with path.open("wb", buffering=0) as file:
+            _reserve(file.fileno(), 8 + len(text) + end)
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name in specs:
+            self._places[name] = path, 8 + len(text) + header[name]["data_offsets"][0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def write(self, values: Tensor, name: str, start: int = 0) -> None:
+        """Write values of the entry's dtype, from its element `start` on."""
+        path, offset = self._places[name]
+        left = _bytes(values.detach().cpu().contiguous())
+        with path.open("r+b", buffering=0) as file:
+            file.seek(offset + start * values.itemsize)
+            while left:
+                left = left[file.write(left) :]
+
+
+def _reserve(file: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot: the file grows as written
+            raise
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -181,25 +312,6 @@ def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str
         return name.removeprefix(prefix) not in known and any(re.search(one, name) for one in ignored)
 
     return synonyms, is_constant
-
-
-def open_shard(path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> BinaryIO:
-    """A safetensors file whose header is written now; its tensors follow by `append`, in this order."""
-    header: dict[str, dict] = {"__metadata__": metadata}
-    end = 0
-    for name, spec in specs.items():
-        start, end = end, end + spec.nbytes
-        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
-    file = path.open("wb")
-    file.write(len(text).to_bytes(8, "little") + text)
-    return file
-
-
-def append(file: BinaryIO, tensor: Tensor) -> None:
-    """Write the next tensor of a file that `open_shard` began."""
-    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def copy_small_files(base: Checkpoint, target: Path) -> None:

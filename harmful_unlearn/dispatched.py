@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from harmful_unlearn.checkpoints import CODES, Spec, append, open_shard
+from harmful_unlearn.checkpoints import CODES, NewShards, Spec
 from harmful_unlearn.errors import UserError
 
 
@@ -75,8 +75,7 @@ def write_entry(model: nn.Module, name: str, value: Tensor) -> None:
     scratch = _Scratch(prefix="task-vector-", dir=store.save_folder)
     file = Path(scratch.name) / "entry.safetensors"
     spec = Spec(CODES[value.dtype], tuple(value.shape))
-    with open_shard(file, {key: spec}, {"format": "pt"}) as shard:
-        append(shard, value)
+    NewShards(file.parent, {file.name: {key: spec}}, {"format": "pt"}).write(value, key)
     dtype = str(value.dtype).removeprefix("torch.")
     store.index[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype, "owner": scratch}
 

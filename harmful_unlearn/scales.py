@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.checkpoints import class_names
 from harmful_unlearn.dispatched import write_entry
-from task_vector import scaled_entries
+from harmful_unlearn.negation import scaled_entries
 
 Load = Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -15,8 +15,9 @@ Load = Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 class Scales:
     """The base minus alpha times a sum of task vectors: one model in memory, its weights rewritten for each scale.
 
-    The weights are those that `task_vector.negate` would write, to the bit: read from the checkpoints, computed in
-    float32, and rounded to the base's dtype before the model's.
+    The weights are those that `negation.negate` would write, to the bit: read from the checkpoints, computed in
+    float32, and rounded to the base's dtype before the model's. The checkpoints are read again for each scale, which
+    takes about as long as copying them: base and task vector, kept in memory, would need two models' room more.
 
     Args:
         base: the base's folder.

@@ -42,6 +42,7 @@ from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flags import parse_flags
 from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
+from harmful_unlearn.negation import negate
 from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
@@ -55,7 +56,7 @@ from harmful_unlearn.saving import (
     write_file,
     write_record,
 )
-from task_vector import negate, open_matched
+from harmful_unlearn.sources import open_matched
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.

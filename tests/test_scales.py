@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import GOLDENS, value_of
 from harmful_unlearn.data import Pair
 from harmful_unlearn.models import Lora, add_lora
+from harmful_unlearn.negation import negate
 from harmful_unlearn.packing import Packer
 from harmful_unlearn.relearning import relearn
 from harmful_unlearn.scales import Scales, recommend
 from harmful_unlearn.unlearn_harm_new import main
-from task_vector import negate
 
 NAME = "model.decoder.layers.1.self_attn.q_proj.weight"
 

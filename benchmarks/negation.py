@@ -1,0 +1,195 @@
+"""Stage 2 against copying a file, the task vector in memory, and mergekit.
+
+    python benchmarks/negation.py [--billions 1.3] [--shards 6] [--runs 3] [--folder DIR] [--mergekit mergekit-yaml]
+
+Makes two random float16 checkpoints of OPT's shapes in DIR (a temporary folder by default), removes them at the end,
+and prints medians and ratios. Each run does every task once, one after the other, so that all meet the same machine.
+The page cache is warm: nothing is dropped from it. Memory is the peak of RssAnon in /proc/PID/status, polled; pages
+that map a file do not count there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from harmful_unlearn.checkpoints import STRETCH, NewShards, Spec
+from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.saving import ROOT, user_path
+
+# Both models whole, in the checkpoint's dtype; the vector in float32.
+IN_MEMORY = """
+import sys
+from transformers import AutoModelForCausalLM
+from task_vector import TaskVector
+base, harmful = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in sys.argv[1:3])
+(-TaskVector(base, harmful)).apply_to(base, in_place=True).save_pretrained(sys.argv[3], max_shard_size="500MB")
+"""
+# The released code's way: both models and the vector in float32 (implementation details 15 and 16).
+RELEASED = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+base, harmful = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in sys.argv[1:3])
+other = harmful.state_dict()
+vector = {name: -(other[name] - entry) for name, entry in base.state_dict().items()}
+del harmful, other
+base.load_state_dict({name: entry + vector[name] for name, entry in base.state_dict().items()})
+base.half().save_pretrained(sys.argv[3], max_shard_size="500MB")
+"""
+
+
+def main() -> None:
+    """Run the benchmark. Raises UserError: too little room, no /proc, a task that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--billions", type=float, default=1.3, help="parameters (default: %(default)s)")
+    parser.add_argument("--shards", type=int, default=6, help="files of each checkpoint (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each task (default: %(default)s)")
+    parser.add_argument("--folder", type=user_path, help="where to make the checkpoints (default: temporary)")
+    parser.add_argument("--mergekit", default="mergekit-yaml", help="the command, if not on PATH")
+    args = parser.parse_args()
+    if not Path("/proc/self/status").exists():
+        raise UserError("memory is read from /proc: run this on Linux")
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="negation-", dir=args.folder) as folder:
+        measure(Path(folder), args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> None:
+    """Make the checkpoints, run every task, print the table."""
+    config = opt_config(args.billions)
+    with torch.device("meta"):
+        entries = OPTForCausalLM(config).state_dict()
+    del entries["lm_head.weight"]  # tied
+    specs = {name: Spec("F16", tuple(entry.shape)) for name, entry in entries.items()}
+    size = sum(spec.nbytes for spec in specs.values())
+    need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two checkpoints and one result at a time
+    print(f"{size / 2e9:.2f} billion parameters, {size / 1e9:.2f} GB in float16; {need / 1e9:.1f} GB of disk needed")
+    if free < need:
+        raise UserError(f"{free / 1e9:.1f} GB are free in {folder.parent}: give a --folder with {need / 1e9:.1f} GB")
+    base, tuned, out = folder / "base", folder / "tuned", folder / "out"
+    make_pair(base, tuned, config, split(specs, args.shards))
+    python = [sys.executable, "-c"]
+    command = [sys.executable, str(ROOT / "task_vector.py"), "--base", str(base), "--finetuned", str(tuned)]
+    paths = [str(base), str(tuned), str(out)]
+    tasks = {
+        "cp -r of the base": ["cp", "-r", str(base), str(out)],
+        "task_vector.py": [*command, "--output", str(out)],
+        "of that, starting Python and torch": [*python, "import torch"],
+        "TaskVector in memory, float16 models": [*python, IN_MEMORY, *paths],
+        "the released way, float32 models": [*python, RELEASED, *paths],
+    }
+    mergekit = shutil.which(args.mergekit)
+    if mergekit:
+        tasks["mergekit task_arithmetic, weight -1"] = [mergekit, str(mergekit_recipe(folder, base, tuned)), str(out)]
+    figures: dict[str, list[tuple[float, float]]] = {what: [] for what in tasks}
+    for number in range(args.runs):
+        for what, words in tasks.items():
+            figures[what].append(timed(words))
+            shutil.rmtree(out, ignore_errors=True)
+            print(f"run {number + 1}: {what}: {figures[what][-1][0]:.1f} s, {figures[what][-1][1]:.2f} GB", flush=True)
+    medians = {what: list(map(statistics.median, zip(*rows, strict=True))) for what, rows in figures.items()}
+    copied = medians["cp -r of the base"][0]
+    merged = medians.get("mergekit task_arithmetic, weight -1", [None])[0]
+    cores = len(os.sched_getaffinity(0))
+    print(f"\n{cores} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory")
+    print("\n| task | seconds | range | anonymous memory | times cp | times mergekit |\n" + "| --- " * 6 + "|")
+    for what, (seconds, memory) in medians.items():
+        low, high = (end(row[0] for row in figures[what]) for end in (min, max))
+        ratio = f"{seconds / merged:.2f}" if merged else "not installed"
+        print(f"| {what} | {seconds:.1f} | {low:.1f}-{high:.1f} | {memory:.2f} GB | {seconds / copied:.2f} | {ratio} |")
+
+
+def opt_config(billions: float) -> OPTConfig:
+    """OPT-1.3B's configuration, with as many layers as make up the size."""
+    layer = 12 * 2048**2 / 1e9
+    layers = max(round((billions - 50272 * 2048 / 1e9) / layer), 1)
+    return OPTConfig(
+        hidden_size=2048, num_hidden_layers=layers, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048,
+        dtype="float16", architectures=["OPTForCausalLM"],
+    )  # fmt: skip
+
+
+def split(specs: dict[str, Spec], number: int) -> dict[str, dict[str, Spec]]:
+    """The entries in order, in `number` files of about one size."""
+    total, seen = sum(spec.nbytes for spec in specs.values()), 0
+    shards: dict[str, dict[str, Spec]] = {}
+    for name, spec in specs.items():
+        file = f"model-{min(seen * number // total, number - 1) + 1:05d}-of-{number:05d}.safetensors"
+        shards.setdefault(file, {})[name] = spec
+        seen += spec.nbytes
+    return shards
+
+
+def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict[str, Spec]]) -> None:
+    """Random weights of deviation 0.02, and the same moved by 0.001, written stretch by stretch."""
+    generator = torch.Generator().manual_seed(0)
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for specs in shards.values() for spec in specs.values())},
+        "weight_map": {name: file for file, specs in shards.items() for name in specs},
+    }
+    for folder in (base, tuned):
+        folder.mkdir()
+        config.save_pretrained(folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours, theirs = (NewShards(folder, shards, {"format": "pt"}) for folder in (base, tuned))
+    noise = torch.randn(STRETCH, generator=generator)
+    for specs in shards.values():
+        for name, spec in specs.items():
+            for span in spec.stretches():
+                weights = 0.02 * torch.randn(span.stop - span.start, generator=generator)
+                ours.write(weights.half(), name, span.start)
+                theirs.write((weights + 0.001 * noise[: len(weights)]).half(), name, span.start)
+
+
+def mergekit_recipe(folder: Path, base: Path, tuned: Path) -> Path:
+    """base - (tuned - base), for mergekit."""
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(tuned), "parameters": {"weight": -1.0}}],
+        "dtype": "float16",
+    }
+    path = folder / "recipe.yml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def timed(words: list[str]) -> tuple[float, float]:
+    """Seconds that a command takes, and its peak of anonymous memory in GB. Raises UserError: it fails."""
+    start, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=said)
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            said.seek(0)
+            raise UserError(f"{' '.join(words[:2])} failed: {said.read()[-2000:]}")
+    return seconds, peak / 1e9
+
+
+def anonymous(process: int) -> int:
+    """RssAnon of a process, in bytes; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

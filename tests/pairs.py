@@ -1,0 +1,74 @@
+"""Tiny random models, copies of them moved a little, and LoRA adapters, for the tests of task vectors."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+CONFIGS = {
+    "opt": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=32),
+    "llama": LlamaConfig(**SMALL, intermediate_size=32, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL, intermediate_size=32, num_key_value_heads=2),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32),
+}
+IDS = torch.arange(3, 13)[None]
+
+
+def make(architecture, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=dtype).eval()
+
+
+def tuned(model, seed=1, size=0.02):
+    """A copy of the model, every parameter moved a little."""
+    other = type(model)(model.config).to(model.dtype).eval()
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return other
+
+
+def saved(model, folder, **how):
+    model.save_pretrained(folder, **how)
+    return folder
+
+
+def weights(folder):
+    return {
+        name: entry
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, entry in load_file(file).items()
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
+
+
+LORA = {
+    "plain": ("opt", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}),
+    "rslora": ("qwen2", {"r": 4, "lora_alpha": 6, "use_rslora": True,
+                         "target_modules": ["q_proj", "down_proj"]}),
+    "patterns": ("llama", {"r": 4, "target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3},
+                           "rank_pattern": {"layers.1.self_attn.q_proj": 2}}),
+    "conv1d": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+}  # fmt: skip
+
+
+def adapter(base, folder, **settings):
+    """A saved adapter whose B is not zero; returns its folder and the merged model."""
+    copy = type(base)(base.config).eval()
+    copy.load_state_dict(base.state_dict())
+    model = get_peft_model(copy, LoraConfig(**settings))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return folder, model.merge_and_unload()
