@@ -98,7 +98,8 @@ class Setting:
         draw = np.random.default_rng([1, step])
 
         def words(mean: float) -> str:
-            length = int(np.clip(mean * np.exp(draw.normal(-0.18, 0.6)), 4, LONGEST))
+            spread = self.args.spread
+            length = int(np.clip(mean * np.exp(draw.normal(-(spread**2) / 2, spread)), 4, LONGEST))
             return " ".join(f"w{one}" for one in draw.integers(100, self.vocabulary - 100, length))
 
         args = self.args
@@ -243,7 +244,8 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     peak = matmul_peak(setting)
     lines = [
         f"{args.precision}, {setting.device.type}, {torch.get_num_threads()} threads; batch {args.batch_size}, "
-        f"K {args.k_random}, answers of {args.answer_tokens} tokens on average; medians of {args.repeat} steps",
+        f"K {args.k_random}, answers of {args.answer_tokens:g} tokens on average (spread {args.spread:g}); "
+        f"medians of {args.repeat} steps",
         f"tokens needed (each question once): {needed:.0f} a step; measured matrix product: {peak / 1e9:.0f} GFLOP/s",
         "",
         f"| step | seconds | of {args.ways[0]} | peak above weights, MiB | of {args.ways[0]} | tokens computed "
@@ -292,6 +294,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--k_random", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--question_tokens", type=float, default=18, help="on average (default: %(default)s)")
     parser.add_argument("--answer_tokens", type=float, default=75, help="on average (default: %(default)s)")
+    parser.add_argument("--spread", type=float, default=0.6,
+                        help="of lengths: standard deviation of their logarithm (default: %(default)s)")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="(default: all)")

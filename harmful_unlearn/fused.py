@@ -7,6 +7,7 @@ No kept library does this for every model (Liger's kernels need a GPU and have n
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -94,9 +95,8 @@ class _Fused(torch.autograd.Function):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             step = min(max(1, CHUNK // (4 * len(weight))), len(rows))
-            # Used again for every chunk: fresh memory of this size costs a CPU as much as filling it.
-            full, spare = (hidden.new_empty(step, len(weight), dtype=torch.float32) for _ in range(2))
-            low = full if dtype == torch.float32 else hidden.new_empty(step, len(weight), dtype=dtype)
+            full, spare = (_room(name, step, len(weight), torch.float32, hidden.device) for name in ("full", "spare"))
+            low = full if dtype == torch.float32 else _room("low", step, len(weight), dtype, hidden.device)
             for start in range(0, len(rows), step):
                 here = slice(start, start + step)
                 size = len(rows[here])
@@ -126,6 +126,16 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         return *(one if one is None else one.mul_(scale) for one in ctx.sums), None, None
+
+
+def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _memory(name, max(CHUNK // 4, columns), dtype, device)[: rows * columns].view(rows, columns)
+
+
+@lru_cache(maxsize=8)
+def _memory(_name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept for good: to a CPU, fresh memory of this size costs as much as what is done in it.
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def fused_loss(model: PreTrainedModel, batch: Batch, score: Score) -> Tensor:
