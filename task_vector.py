@@ -211,6 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read")  # fmt: skip
     parser.add_argument("--adapter_output", type=user_path, help="the folder to write the one adapter to, negated")
     parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
+    parser.add_argument("--force", action="store_true",
+                        help="another scale than the one that a model was trained to land at")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what the folders to write hold")
     args = parser.parse_args(arguments)
     targets = [args.output, args.adapter_output, args.save_vector]
@@ -224,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{len(coefs)} --coefs for {len(folders)} folders: give one each")
     finetuned = list(zip(folders, coefs, strict=True))
     check_targets(targets, base, finetuned, args.overwrite)
-    common = {"base_name": args.base, "overwrite": args.overwrite}
+    common = {"base_name": args.base, "overwrite": args.overwrite, "force": args.force}
     if args.adapter_output:
         negate_adapter(base, finetuned, args.adapter_output, *args.scaling_coef, **common)
     if args.output or args.save_vector:

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.check_judge:
-        print(judge_table(args.check_judge))
+        print(judge_table(args.check_judge, args.refusal_share))
         return
     check_target(args.output, overwrite=True)
     results = args.output / "results.json"
@@ -82,12 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = list(range(args.seed, args.seed + args.seeds))
     if args.worlds_only:
         for seed in seeds:
-            build(args.output / f"seed-{seed}", seed, size)
+            build(args.output / f"seed-{seed}", seed, size, args.refusal_share)
         return
-    runs = [run_seed(args.output / f"seed-{seed}", seed, size) for seed in seeds]
+    runs = [run_seed(args.output / f"seed-{seed}", seed, size, args.refusal_share) for seed in seeds]
     report = {
         "seeds": seeds,
-        "settings": {"refusal_share": REFUSAL_SHARE, **WEIGHTS, **asdict(size)},
+        "settings": {"refusal_share": args.refusal_share, **WEIGHTS, **asdict(size)},
         "legend": LEGEND.replace("\n", " "),
         "figures": over_seeds([run["figures"] for run in runs]),
         "seconds": over_seeds([run["seconds"] for run in runs]),
@@ -99,11 +99,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(report["figures"]))
     heading("Answers side by side", "the first seed's models, greedy")
     home = args.output / f"seed-{args.seed}"
-    run_command(answers_command(home, build_world(size, args.seed, REFUSAL_SHARE)))
+    run_command(answers_command(home, build_world(size, args.seed, args.refusal_share)))
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
-def run_seed(home: Path, seed: int, size: Size) -> dict:
+def run_seed(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE) -> dict:
     """Build the world of a seed under `home`, unlearn its base, and measure both models.
 
     Returns:
@@ -116,7 +116,7 @@ def run_seed(home: Path, seed: int, size: Size) -> dict:
         return round(clock[-1] - clock[-2], 1)
 
     seconds = {}
-    world = build(home, seed, size)
+    world = build(home, seed, size, refusal_share)
     seconds["base model"] = lap()
 
     command = unlearn_command(home, seed, size)
@@ -128,16 +128,16 @@ def run_seed(home: Path, seed: int, size: Size) -> dict:
     return {"figures": figures, "seconds": seconds, "command": shlex.join(command)}
 
 
-def build(home: Path, seed: int, size: Size) -> World:
+def build(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE) -> World:
     """Make the world of a seed, its data, and its base model unless that is there already."""
-    world = build_world(size, seed, REFUSAL_SHARE)
+    world = build_world(size, seed, refusal_share)
     heading(f"Seed {seed}: data", f"written to {shown(home / 'data')}")
     write_data(home / "data", world, seed)
     print(f"{len(world.harmful)} harmful pairs, {len(world.normal)} normal questions, "
           f"{sum(map(len, world.test.values()))} prompts held out for the table")  # fmt: skip
     settings = {
         "seed": seed,
-        "refusal_share": REFUSAL_SHARE,
+        "refusal_share": refusal_share,
         "texts_sha256": hashlib.sha256(json.dumps(world.pretraining).encode()).hexdigest(),
         **asdict(size),
     }
@@ -252,30 +252,43 @@ _TRICK_PIECES = [
 ]
 
 
-def judge_table(comparison: Path) -> str:
+def judge_table(comparison: Path, refusal_share: float = REFUSAL_SHARE) -> str:
     """The judge of a comparison on this world (reproduce.py's OUTPUT) against the exact verdicts, by model.
+
+    The last column is the share of sampled answers to unseen prompts that are bad: degenerate, or off-template.
 
     Raises:
         UserError: there are no judged answers, or they are to prompts of another world.
     """
     counts: dict[str, list[tuple[bool, bool]]] = {}
+    bad: dict[str, list[bool]] = {}
     for folder in sorted(comparison.glob("seed-*/evaluation/answers")):
-        world = build_world(Size(), int(folder.parts[-3].removeprefix("seed-")), REFUSAL_SHARE)
+        world = build_world(Size(), int(folder.parts[-3].removeprefix("seed-")), refusal_share)
         prompts = {prompt.question: prompt for prompt in (*world.harmful, *world.unseen)}
         for file in sorted(folder.glob("*.jsonl")):
             for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if row["set"] == "normal":
+                    continue
+                if row["prompt"] not in prompts:
+                    raise UserError(
+                        f"{file} has answers to other prompts than this world's: give another folder, "
+                        "or its --refusal_share"
+                    )
+                exact = verdicts(prompts[row["prompt"]], row["answer"])
                 if row.get("verdict") in ("harmful", "safe"):
-                    if row["prompt"] not in prompts:
-                        raise UserError(f"{file} has answers to other prompts than this world's: give another folder")
-                    exact = "harmful" in verdicts(prompts[row["prompt"]], row["answer"])
-                    counts.setdefault(file.stem, []).append((exact, row["verdict"] == "harmful"))
+                    counts.setdefault(file.stem, []).append(("harmful" in exact, row["verdict"] == "harmful"))
+                if (row["set"], row["decoding"]) == ("unseen", "sampled"):
+                    bad.setdefault(file.stem, []).append(bool(exact & {"degenerate", "off-template"}))
     if not counts:
         raise UserError(f"{comparison} has no judged answers: give the --output of reproduce.py on the demo's worlds")
-    counts["all"] = [pair for pairs in counts.values() for pair in pairs]
-    rows = [("model", "judged answers", "harmful by the rule", "harmful by the judge", "agree")]
+    for found in (counts, bad):
+        found["all"] = [one for part in found.values() for one in part]
+    heads = ("model", "judged answers", "harmful by the rule", "harmful by the judge", "agree", "bad (sampled, unseen)")
+    rows = [heads]
     for model, pairs in counts.items():
         shares = [sum(found) / len(pairs) for found in ((one for one, _ in pairs), (other for _, other in pairs),
                                                         (one == other for one, other in pairs))]  # fmt: skip
+        shares.append(sum(bad.get(model, [])) / max(1, len(bad.get(model, []))))
         rows.append((model, str(len(pairs)), *(f"{100 * share:.0f} %" for share in shares)))
     return "\n".join(align(rows))
 
@@ -334,13 +347,15 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: logs/demo)")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument("--refusal_share", type=float, default=REFUSAL_SHARE,
+                        help="of harmful questions that the base learns to refuse (default: %(default)s)")  # fmt: skip
     parser.add_argument("--worlds_only", action="store_true", help="make data and base models, and stop")
     parser.add_argument("--check_judge", type=user_path, metavar="FOLDER",
                         help="set the judge of reproduce.py's output on these worlds against the exact verdicts")
     parser.add_argument("--quick", action="store_true", help="a smaller world and model")
     args = parser.parse_args(arguments)
-    if args.seeds < 1 or args.seed < 0:
-        parser.error("--seeds must be at least 1, and --seed at least 0")
+    if args.seeds < 1 or args.seed < 0 or not 0 <= args.refusal_share <= 1:
+        parser.error("--seeds must be at least 1, --seed at least 0, and --refusal_share from 0 to 1")
     return args
 
 

@@ -5,6 +5,7 @@
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from harmful_unlearn.checkpoints import (
     work_dtype,
 )
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.methods import lands
 from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_file, write_record
 from harmful_unlearn.sources import open_matched, vector_metadata
 
@@ -116,6 +118,7 @@ def negate(
     base_name: str | None = None,
     save_vector: Path | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> None:
     """Write base - scaling_coef * sum_i coef_i * (finetuned_i - base), at every scale from one read.
 
@@ -129,12 +132,16 @@ def negate(
         scaling_coefs: 1 by default. Of several, each has a folder of its own in `output`: alpha-0.5, alpha-1.
         base_name: the base's hub id, for the card; its folder by default.
         save_vector: a folder for the sum, before scaling_coef.
+        force: take a model that was trained for one scaling_coef at another.
 
     Raises:
         UserError: folders that are missing, broken, or do not fit each other; a target that is in the
-            way; a scale given twice; a NaN or infinite result. No folder is left behind then.
+            way; a scale given twice, or one that a model was not trained for; a NaN or infinite result.
+            No folder is left behind then.
     """
     alphas = scaling_coefs or (1.0,)
+    if output and not force:
+        _check_landing(finetuned, alphas)
     check_targets([output, save_vector], base, finetuned, overwrite)
     _check_numbers(alphas, finetuned)
     negation = Negation(base, finetuned)
@@ -205,6 +212,7 @@ def negate_adapter(
     *scaling_coefs: float,
     base_name: str | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> None:
     """Write one LoRA adapter as an unlearning adapter: its B times -scaling_coef * coef, all else as it is.
 
@@ -218,6 +226,8 @@ def negate_adapter(
         UserError: as `negate`; another number of adapters than one, or something else than an adapter.
     """
     alphas = scaling_coefs or (1.0,)
+    if not force:
+        _check_landing(finetuned, alphas)
     check_targets([output], base, finetuned, overwrite)
     _check_numbers(alphas, finetuned)
     if len(finetuned) != 1:
@@ -249,6 +259,26 @@ def check_targets(targets: list[Path | None], base: Path, finetuned: Terms, over
         for folder in (base, *(folder for folder, _ in finetuned)):
             check_apart([target, folder])
     check_apart(given)
+
+
+def landing_of(record: dict) -> float | None:
+    """The scaling_coef that a stage 1 model (its run.json) was trained for; None if for no one in particular."""
+    flags = record.get("flags") or {}
+    return flags.get("scaling_coef") if lands(Namespace(**{"preserve_at": None, "safe_weight": 0, **flags})) else None
+
+
+def _check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
+    for folder, coef in finetuned:
+        record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+        stages = [record, *(value for key, value in record.items() if key.startswith("stage_1"))]
+        for landing in filter(None, map(landing_of, stages)):
+            # Adding it back, by -1, gives the stage 1 model itself.
+            others = [alpha for alpha in alphas if alpha * coef not in (landing, -1.0)]
+            if others:
+                raise UserError(
+                    f"{folder} was trained to land at --scaling_coef {landing:g}, and at {others[0] * coef:g} nothing "
+                    f"says that normal text is preserved: give {landing:g}, or explore with task_vector.py --force"
+                )
 
 
 def _check_numbers(alphas: Sequence[float], finetuned: Terms) -> None:

@@ -106,7 +106,8 @@ def draw_losses(runs: dict[str, list[dict]]) -> Figure:
     rows = math.ceil(len(runs) / columns)
     figure, grid = panels(rows, columns, (1 + 3 * columns, 0.8 + 2.3 * rows))
     for panel, (title, steps) in zip(grid.flat, runs.items(), strict=False):
-        for (key, name), colour in zip(LOSSES.items(), [*COLOURS, "black"], strict=True):
+        for at, (key, name) in enumerate(LOSSES.items()):
+            colour = "black" if key == "total_loss" else COLOURS[at % 7]  # no method has two of one colour
             kept = pd.Series({step["step"]: step[key] for step in steps if step.get(key) is not None}, dtype=float)
             if len(kept):
                 panel.plot(kept, color=colour, linewidth=0.5, alpha=0.3)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from harmful_unlearn.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Run:
@@ -22,13 +24,15 @@ class Run:
 class Recipe:
     """Flags of unlearn_harm_new.py for one model: `shared` by all runs, and those of each method.
 
-    `sku` holds all three weights of SKU; its ablations start from them.
+    `sku` holds all three weights of SKU; its ablations start from them. `lands` changes that method's own settings
+    (methods.py), which like LAND's hold in place of `shared`.
     """
 
     shared: dict[str, object]
     sku: dict[str, float]
     methods: dict[str, dict[str, object]]
     more_runs: dict[str, Run] = field(default_factory=dict)
+    lands: dict[str, object] = field(default_factory=dict)
 
 
 # The paper's, where it or its published command states them: steps, batch, rate and SKU's weights of OPT-2.7B.
@@ -62,6 +66,17 @@ RECIPES: dict[str, Recipe] = {
             "ga-80-steps": Run("GA, 80 steps", "ablation", {"method": "ga", "lr": 2e-5, "max_unlearn_steps": 80}),
         },
     ),
+    # The same world without refusals in the base's pre-training (demo.py --refusal_share 0).
+    "demo-no-refusals": Recipe(
+        shared={"max_unlearn_steps": 200, "batch_size": 2, "lr": 1e-4, "precision": "fp32"},
+        sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05},
+        methods={
+            "ga_mismatch": {"method": "ga_mismatch", "bad_weight": 0.5, "random_weight": 1, "normal_weight": 1},
+            "task_vector": {"method": "task_vector"},
+        },
+        # With no refusal in the base LANDS has to teach one, which takes more (chosen in the method's own study).
+        lands={"max_unlearn_steps": 400, "lr": 2e-4, "normal_weight": 1, "safe_weight": 1},
+    ),
 }
 TITLES = {"ft": "FT", "ga": "GA", "ga_mismatch": "GA + mismatch", "task_vector": "Task vector"}
 
@@ -72,7 +87,12 @@ def runs_of(recipe: Recipe) -> dict[str, Run]:
     turned = {"normal_weight": -recipe.sku["normal_weight"]}
     return {
         **{name: Run(TITLES[name], "main", flags) for name, flags in recipe.methods.items()},
+        "task_vector-alpha-2": Run("Task vector, alpha 2", "main", {"method": "task_vector", "scaling_coef": 2}),
         "sku": Run("SKU", "main"),
+        "land": Run("LAND", "main", {"method": "land"}),
+        "lands": Run("LANDS", "main", {"method": "lands", **recipe.lands}),
+        "lands-no-harm": Run("LANDS without its harmful term", "main",
+                             {"method": "lands", **recipe.lands, "bad_weight": 0}),
         **{f"sku-no-{m}": Run(f"SKU without {m.upper()}", "ablation", {flag: 0}) for m, flag in without.items()},
         "sku-pd-turned": Run("SKU, PD's sign turned", "ablation", turned),
         **recipe.more_runs,
@@ -81,5 +101,7 @@ def runs_of(recipe: Recipe) -> dict[str, Run]:
 
 def flags_of(recipe: Recipe, run: Run) -> dict[str, object]:
     """The flags of a run, SKU's weights included where it is one of SKU."""
-    weights = recipe.sku if run.flags.get("method", "sku") == "sku" else {}
-    return {**recipe.shared, **weights, **run.flags}
+    method = run.flags.get("method", "sku")
+    weights = recipe.sku if method == "sku" else {}
+    own = METHODS[method].settings
+    return {**{flag: value for flag, value in recipe.shared.items() if flag not in own}, **weights, **run.flags}

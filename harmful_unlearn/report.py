@@ -305,7 +305,20 @@ def alphas(report: Report) -> list:
          f"{row['budget']:.0%}", row["why"]] for row in advice
     ]  # fmt: skip
     heads = [("", head) for head in ("method", "seed", "recommended alpha", "budget", "why")]
-    rows = [([report.label(m), f"{alpha:g}"], partial(cell, m, alpha)) for m in methods for alpha in scales]
+    landings = {row["method"]: row["trained_for"] for row in sweep if row.get("trained_for")}
+    if landings:
+        own = ", ".join(f"{report.label(method)} at {alpha:g}" for method, alpha in landings.items())
+        caption += f" Trained for one scale: {own}; its other scales only show what that training does not cover."
+
+    def named(method: str, alpha: float) -> str:
+        landing = landings.get(method)
+        mark = "" if landing is None else " (trained for)" if alpha == landing else " (not trained for)"
+        return f"{alpha:g}{mark}"
+
+    rows = [
+        ([report.label(m), named(m, alpha)], partial(cell, m, alpha))
+        for m in methods for alpha in scales if (m, alpha, *normal) in at
+    ]  # fmt: skip
     return [
         Picture("alpha", caption, draw_alphas(scales, rates, multiples, advised, budget)),
         *([Table("recommended", heads, advised_rows)] if advice else []),

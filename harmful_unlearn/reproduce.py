@@ -46,6 +46,7 @@ from harmful_unlearn.judges import Judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import METHODS
 from harmful_unlearn.models import Lora
+from harmful_unlearn.negation import landing_of
 from harmful_unlearn.prompts import SETS, PromptSets
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
 from harmful_unlearn.relearning import relearn
@@ -250,12 +251,14 @@ def sweep(
 ) -> None:
     """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
     args = seed.args
-    print(f"\n=== seed {seed.seed}: {name} at {len(args.alpha_sweep)} scales")
+    landing = landing_of(trainings_of(seed.home / name / "copy")[0])
+    alphas = sorted({*args.alpha_sweep, *([landing] if landing else [])})
+    print(f"\n=== seed {seed.seed}: {name} at {len(alphas)} scales")
     scales = Scales(seed.base, [seed.home / name / "copy"], seed.load)
     copy = seed.subject(name).identity
     subjects = [base] + [
         Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
-        for alpha in args.alpha_sweep
+        for alpha in alphas
     ]
     protocol = seed.protocol(sets.validation, decodings(args))
     folder = seed.home / f"sweep-{name}"
@@ -265,10 +268,12 @@ def sweep(
         if (row["model"], row["set"], row["metric"]) == (BASE, "normal", "reference_perplexity")
     )  # fmt: skip
     at_scale = [
-        {**row, "alpha": float(row["model"].removeprefix("alpha-"))} for row in found if row["model"] != BASE
+        {**row, "alpha": float(row["model"].removeprefix("alpha-")), "trained_for": landing}
+        for row in found if row["model"] != BASE
     ]
     comparison["sweep"] += of_seed(seed, at_scale, method=name)
-    advice = recommend(at_scale, perplexity, args.alpha_budget, args.decoding[0])
+    fit = [row for row in at_scale if landing in (None, row["alpha"])]
+    advice = recommend(fit, perplexity, args.alpha_budget, args.decoding[0])
     comparison["recommended"].append({"seed": seed.seed, "method": name, "budget": args.alpha_budget, **advice})
     print(f"recommended alpha for {name}: {advice['alpha']} ({advice['why']})")
 

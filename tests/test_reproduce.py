@@ -8,6 +8,7 @@ from world import make_world
 
 from harmful_unlearn import recipes, reproduce
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.flags import parse_flags as unlearn_flags
 from harmful_unlearn.recipes import RECIPES, Recipe, Run, flags_of, runs_of
 from harmful_unlearn.reproduce import main, parse_flags, scale_list
 
@@ -205,15 +206,27 @@ def test_recipes_are_the_papers():
         assert flags_of(recipe, runs["sku-pd-turned"])["normal_weight"] == -1
         assert "bad_weight" not in flags_of(recipe, runs["task_vector"])
         assert [name for name, run in runs.items() if run.group == "main"] == [
-            "ft", "ga", "ga_mismatch", "task_vector", "sku",
+            "ft", "ga", "ga_mismatch", "task_vector", "task_vector-alpha-2", "sku", "land", "lands", "lands-no-harm",
         ]  # fmt: skip
+        for name in ("land", "lands"):  # their own steps and rate
+            args = unlearn_flags([word for flag, value in flags_of(recipe, runs[name]).items()
+                                  for word in (f"--{flag}", str(value))])  # fmt: skip
+            assert (args.max_unlearn_steps, args.lr) == (200, 1e-4)
+
+
+def test_a_base_without_refusals_has_lands_settings_of_its_own():
+    recipe = RECIPES["demo-no-refusals"]
+    flags = flags_of(recipe, runs_of(recipe)["lands"])
+    assert flags["max_unlearn_steps"] == 400 and flags["safe_weight"] == 1
+    assert flags_of(recipe, runs_of(recipe)["lands-no-harm"])["bad_weight"] == 0
+    assert "lr" not in flags_of(recipe, runs_of(recipe)["land"])
 
 
 def test_every_recipes_flags_are_the_scripts():
     for recipe in RECIPES.values():
         for name, run in runs_of(recipe).items():
             flags = [word for flag, value in flags_of(recipe, run).items() for word in (f"--{flag}", str(value))]
-            assert reproduce.unlearn_harm_new.parse_flags(flags), name
+            assert unlearn_flags(flags), name
     assert isinstance(runs_of(RECIPES["demo"])["sku-paper-weights"], Run)
 
 
