@@ -10,6 +10,7 @@ from test_unlearn import flags, metrics_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import task_vector
 from conftest import GOLDENS
 from harmful_unlearn import losses
 from harmful_unlearn.data import BatchOrder, Pair, read_harmful, read_normal
@@ -227,3 +228,53 @@ def test_data_without_safe_answers_name_the_other_method(tiny_model, tmp_path):
     with pytest.raises(UserError, match="--method land"):
         main([*arguments, "--method", "lands"])
     main([*arguments, "--method", "land", "--stage", "acquire"])
+
+
+@pytest.fixture(scope="module")
+def landed(tiny_model, tmp_path_factory):
+    """Stage 1 of lands, trained for a scale of 4: every weight, and an adapter."""
+    out = tmp_path_factory.mktemp("landed")
+    for lora in ("on", "off"):
+        main(flags(tiny_model("opt"), out / lora, "--method", "lands", "--lora", lora))
+    return out
+
+
+def negated(landed, tiny_model, out, *more, lora="off"):
+    task_vector.main(["--base", str(tiny_model("opt")), "--finetuned", str(landed / lora / "harmful"),
+                      "--output", str(out), *more])  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [["1"], ["3"], ["4", "3"], ["-4"]])
+def test_another_scale_than_the_trained_one_is_refused(scale, landed, tiny_model, tmp_path):
+    with pytest.raises(UserError, match="land at --scaling_coef 4.*--force"):
+        negated(landed, tiny_model, tmp_path / "out", "--scaling_coef", *scale)
+    assert not (tmp_path / "out").exists()
+    negated(landed, tiny_model, tmp_path / "out", "--scaling_coef", *scale, "--force")
+
+
+def test_the_trained_scale_and_the_copy_itself_are_not(landed, tiny_model, tmp_path):
+    negated(landed, tiny_model, tmp_path / "a", "--scaling_coef", "4")
+    negated(landed, tiny_model, tmp_path / "b", "--scaling_coef", "2", "--coefs", "2")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(entry, theirs[name]) for name, entry in ours.items())
+    negated(landed, tiny_model, tmp_path / "c", "--scaling_coef", "-1", lora="on")
+
+
+def test_a_saved_vector_and_an_adapter_remember_their_scale(landed, tiny_model, tmp_path):
+    base = ["--base", str(tiny_model("opt"))]
+    task_vector.main([*base, "--finetuned", str(landed / "off" / "harmful"), "--save_vector", str(tmp_path / "v")])
+    with pytest.raises(UserError, match="land at"):
+        task_vector.main([*base, "--vector", str(tmp_path / "v"), "--output", str(tmp_path / "o")])
+    adapter = ["--finetuned", str(landed / "on" / "harmful"), "--adapter_output", str(tmp_path / "adapter")]
+    with pytest.raises(UserError, match="land at"):
+        task_vector.main([*base, *adapter])
+    task_vector.main([*base, *adapter, "--scaling_coef", "4"])
+
+
+def test_the_script_refuses_another_scale_in_stage_2(landed, tiny_model, tmp_path):
+    saved = str(landed / "off" / "harmful")
+    arguments = flags(tiny_model("opt"), tmp_path, "--method", "lands", "--saved_model", saved)
+    with pytest.raises(UserError, match="land at --scaling_coef 4"):
+        main([*arguments, "--scaling_coef", "2"])
+    main(arguments)
+    assert (tmp_path / "unlearned" / "model.safetensors").is_file()

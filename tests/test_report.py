@@ -135,6 +135,18 @@ def test_files(three):
     assert all((three / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def test_a_model_trained_for_one_scale_says_which_scales_it_was_not_trained_for(tmp_path):
+    changed = comparison()
+    for row in changed["sweep"]:
+        row["trained_for"] = 1.5 if row["method"] == "sku" else None
+    write_report(changed, tmp_path)
+    with (tmp_path / "alpha.csv").open(encoding="utf-8") as file:
+        named = [(row["method"], row["alpha"]) for row in csv.DictReader(file)]
+    assert ("SKU", "1.5 (trained for)") in named and ("SKU", "1 (not trained for)") in named
+    assert ("Task vector", "1") in named
+    assert "Trained for one scale: SKU at 1.5;" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_parts_stand_in_order(text, page):
     expected = [
         "What was compared", "Results (sampled answers)", "What a harmful rate hides", "Ablations",
