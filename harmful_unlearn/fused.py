@@ -94,7 +94,7 @@ class _Fused(torch.autograd.Function):
             of_weight = of_bias = None
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
-            step = min(max(1, CHUNK // (4 * len(weight))), len(rows))
+            step = max(1, min(CHUNK // (4 * len(weight)), len(rows)))
             full, spare = (_room(name, step, len(weight), torch.float32, hidden.device) for name in ("full", "spare"))
             low = full if dtype == torch.float32 else _room("low", step, len(weight), dtype, hidden.device)
             for start in range(0, len(rows), step):
@@ -135,7 +135,8 @@ def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
 @lru_cache(maxsize=8)
 def _memory(_name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Kept for good: to a CPU, fresh memory of this size costs as much as what is done in it.
-    return torch.empty(size, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 def fused_loss(model: PreTrainedModel, batch: Batch, score: Score) -> Tensor:

@@ -118,6 +118,7 @@ def make_plan(
         memory=_memory(
             parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing,
             second_copy=not lora and bool(batches.losses & losses.NEED_BASE),
+            lands=any(losses.LOSSES[name].lands for name in batches.losses),
             four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
         ),  # fmt: skip
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
@@ -141,6 +142,7 @@ def _memory(
     precision: str,
     gradient_checkpointing: bool,
     second_copy: bool,
+    lands: bool,
     four_bit: int,
 ) -> dict[str, float]:
     text = config.get_text_config()
@@ -152,7 +154,8 @@ def _memory(
     return {
         "weights": (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
         + (trainable * 4 if lora else 0),
-        "frozen base": parameters * compute if second_copy else 0,
+        "frozen base": parameters * (4 if lands else compute) if second_copy else 0,
+        "copy set aside": trainable * 4 if lands and second_copy else 0,
         "gradients": trainable * 4,
         "AdamW": trainable * 8,
         "activations": saved,

@@ -128,6 +128,16 @@ def test_a_models_loss_is_the_same_with_and_without(architecture, name, lora, ti
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_nothing_to_score_is_a_loss_of_0(tiny_model, tokenizer):
+    """A step whose answers are all empty."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
+    batch = Packer(tokenizer, "paper", 256).harmful_batch([Pair("Nothing?", "")], [])
+    assert not len(batch.row)
+    loss = value_of(model, "gd", batch)
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_autocast_multiplies_in_bf16(tiny_model, tokenizer):
     """As close to float32 as the plain formula under autocast is."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))

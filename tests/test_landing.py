@@ -20,7 +20,7 @@ from harmful_unlearn.losses import Objective
 from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.models import FrozenBase, Lora, add_lora
 from harmful_unlearn.packing import Packer, StepBatches, StepTexts
-from harmful_unlearn.unlearn_harm_new import main, parse_flags
+from harmful_unlearn.unlearn_harm_new import main, parse_flags, prepare
 
 PAIRS = [Pair("How do I hide a gnome?", "Carry it to the shed."), Pair("Short?", "Yes")]
 SAFE = [Pair(pair.question, "Please leave it where it is.") for pair in PAIRS]
@@ -278,3 +278,16 @@ def test_the_script_refuses_another_scale_in_stage_2(landed, tiny_model, tmp_pat
         main([*arguments, "--scaling_coef", "2"])
     main(arguments)
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
+
+
+def test_the_plan_counts_the_copy_that_is_set_aside(tiny_model, tmp_path):
+    def memory(*more):
+        args = parse_flags(flags(tiny_model("opt"), tmp_path, "--precision", "bf16", *more))
+        plan = prepare(args, tiny_model("opt")).plan
+        return plan.memory, plan.parameters
+
+    sku, parameters = memory()
+    land, _ = memory("--method", "land")
+    assert (sku["frozen base"], sku["copy set aside"]) == (2 * parameters, 0)
+    assert (land["frozen base"], land["copy set aside"]) == (4 * parameters, 4 * parameters)
+    assert memory("--method", "land", "--lora", "on")[0]["copy set aside"] == 0
