@@ -155,7 +155,7 @@ def _memory(
         "weights": (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
         + (trainable * 4 if lora else 0),
         "frozen base": parameters * (4 if lands else compute) if second_copy else 0,
-        "copy set aside": trainable * 4 if lands and second_copy else 0,
+        **({"copy set aside": trainable * 4} if lands and second_copy else {}),
         "gradients": trainable * 4,
         "AdamW": trainable * 8,
         "activations": saved,

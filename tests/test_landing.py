@@ -288,6 +288,6 @@ def test_the_plan_counts_the_copy_that_is_set_aside(tiny_model, tmp_path):
 
     sku, parameters = memory()
     land, _ = memory("--method", "land")
-    assert (sku["frozen base"], sku["copy set aside"]) == (2 * parameters, 0)
+    assert sku["frozen base"] == 2 * parameters and "copy set aside" not in sku
     assert (land["frozen base"], land["copy set aside"]) == (4 * parameters, 4 * parameters)
-    assert memory("--method", "land", "--lora", "on")[0]["copy set aside"] == 0
+    assert "copy set aside" not in memory("--method", "land", "--lora", "on")[0]
