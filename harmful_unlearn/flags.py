@@ -51,8 +51,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          "where negation by --scaling_coef will land (plus KL) (default: copy)", choices=("copy", "landing"))
     flag(method, "--safe_weight", "of the cross-entropy, at the landing point, of safe answers to the same harmful "
          "prompts (default: 0)", type=not_negative)
-    flag(method, "--variant", "losses as the released code computes them, or as the paper writes them",
-         choices=VARIANTS, default="released")
+    flag(method, "--variant", "losses as the released code computes them, or as the paper writes them "
+         "(default: released)", choices=VARIANTS)
     flag(method, "--k_random", "K, the answers that RD draws a step", type=positive_int, default=5)
     flag(method, "--scaling_coef", "alpha, the scale of the negated task vector (default: 1)", type=number)
     flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)

@@ -24,11 +24,12 @@ class Method:
 # The released script's defaults, and those of the flags that it does not have.
 SETTINGS = {
     "bad_weight": 0.5, "random_weight": 1.0, "normal_weight": 1.0, "safe_weight": 0.0,
-    "lr": 2e-5, "max_unlearn_steps": 1000, "scaling_coef": 1.0, "preserve_at": "copy",
+    "lr": 2e-5, "max_unlearn_steps": 1000, "scaling_coef": 1.0, "preserve_at": "copy", "variant": "released",
 }  # fmt: skip
-# Ours, beside SKU (README, Landing): preserved is the model that negation leads to, not the copy.
+# Ours, beside SKU (README, Landing): preserved is the model that negation leads to, not the copy. The released
+# variant does not score an answer's first token, where a model decides between harm and refusal.
 LAND = {"bad_weight": 1.0, "random_weight": 0.0, "normal_weight": 0.3, "lr": 1e-4, "max_unlearn_steps": 200,
-        "preserve_at": "landing"}  # fmt: skip
+        "preserve_at": "landing", "variant": "paper"}  # fmt: skip
 
 METHODS = {
     "sku": Method("gd", "rd", "pd", negates=True),
