@@ -206,7 +206,7 @@ def test_recipes_are_the_papers():
         assert flags_of(recipe, runs["sku-pd-turned"])["normal_weight"] == -1
         assert "bad_weight" not in flags_of(recipe, runs["task_vector"])
         assert [name for name, run in runs.items() if run.group == "main"] == [
-            "ft", "ga", "ga_mismatch", "task_vector", "task_vector-alpha-2", "sku", "land", "lands", "lands-no-harm",
+            "ft", "ga", "ga_mismatch", "task_vector", "sku", "land", "lands", "lands-no-harm", "task_vector-alpha-2",
         ]  # fmt: skip
         for name in ("land", "lands"):  # their own steps and rate
             args = unlearn_flags([word for flag, value in flags_of(recipe, runs[name]).items()
