@@ -2,7 +2,8 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --hidden 512 --layers 8 --precision bf16
-    python benchmarks/step.py --model facebook/opt-2.7b --lora --precision bf16 --repeat 10    # on a GPU
+    python benchmarks/step.py --ways packed "at the landing point" lands --lora    # what landing costs
+    python benchmarks/step.py --model facebook/opt-2.7b --lora --precision bf16 --ways "plain rows" packed    # on a GPU
 
 Random weights of an OPT of that shape (or of --model's configuration) and random texts: PKU-SafeRLHF itself is not
 needed. The released computation is in float32, as the authors' runs were; --precision is that of the others. All
@@ -35,6 +36,11 @@ from harmful_unlearn.models import FrozenBase, Lora, add_lora
 from harmful_unlearn.packing import Packer, StepTexts
 
 WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
+OURS = {  # of packed rows: SKU; the same batch with PD at the landing point; and --method lands
+    "packed": (WEIGHTS, 1.0),
+    "at the landing point": ({"gd": 2.5, "rd": 2.5, "lp": 1.0}, 3.0),
+    "lands": ({"gd": 1.0, "lp": 0.3, "sa": 0.1}, 4.0),
+}
 LONGEST = 400  # tokens of an answer
 
 
@@ -46,11 +52,12 @@ def main() -> None:
         return
     setting = Setting(args)
     times: dict[str, list[float]] = {name: [] for name in args.ways}
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, dict[str, float]] = {}
     for name in args.ways:  # warm up, and check that all compute the same
         losses[name] = setting.run(name, setting.texts(0))[1]
     close = 1e-3 if args.precision == "fp32" else 3e-2
-    compared = [pair for found in losses.values() for pair in zip(losses[args.ways[0]], found, strict=True)]
+    first = losses[args.ways[0]]
+    compared = [(first[loss], value) for found in losses.values() for loss, value in found.items() if loss in first]
     if any(abs(one - other) > close * max(1, abs(one)) for one, other in compared):
         sys.exit(f"the losses differ, so no time is worth printing: {losses}")
     for step in range(args.repeat):
@@ -75,7 +82,8 @@ class Setting:
         self.vocabulary = config.vocab_size
         self.tokenizer = word_tokenizer(self.vocabulary)
         self.packer = Packer(self.tokenizer, "released", 2048)
-        frozen = torch.bfloat16 if args.precision == "bf16" and (args.lora or self.device.type == "cuda") else None
+        half = args.precision == "bf16" and (args.lora or self.device.type == "cuda" and not LANDING & {*args.ways})
+        frozen = torch.bfloat16 if half else None
         torch.manual_seed(0)
         with self.device:
             self.model = AutoModelForCausalLM.from_config(config, dtype=frozen if args.lora else torch.float32)
@@ -91,10 +99,12 @@ class Setting:
                     parameter.add_(1e-3 * torch.randn_like(parameter))
             self.base = FrozenBase(copy)
         self.model.train()
-        self.objective = Objective(self.model, WEIGHTS, self.base)
+        self.objectives = {
+            name: Objective(self.model, weights, self.base, alpha) for name, (weights, alpha) in OURS.items()
+        }
 
-    def texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair]]:
-        """Harmful pairs, random answers and normal texts of a step: words drawn at random, lengths log-normal."""
+    def texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair], list[Pair]]:
+        """Harmful pairs, random answers, normal texts and safe answers: words drawn at random, lengths log-normal."""
         draw = np.random.default_rng([1, step])
 
         def words(mean: float) -> str:
@@ -106,20 +116,25 @@ class Setting:
         pairs = [Pair(words(args.question_tokens), words(args.answer_tokens)) for _ in range(args.batch_size)]
         answers = [words(args.answer_tokens) for _ in range(args.k_random)]
         normal = [Pair(words(15), words(15)) for _ in range(args.batch_size)]
-        return pairs, answers, normal
+        return pairs, answers, normal, [Pair(pair.question, words(30)) for pair in pairs]
 
-    def run(self, name: str, texts: tuple) -> tuple[float, list[float]]:
-        """Seconds of one step in one of the WAYS, and the three losses."""
+    def run(self, name: str, texts: tuple) -> tuple[float, dict[str, float]]:
+        """Seconds of one step in one of the WAYS, and its losses."""
         self.model.zero_grad()
         synchronize(self.device)
         started = time.perf_counter()
         autocast = self.args.precision == "bf16" and name != "released"
-        with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
-            total, each = WAYS[name](self, *texts)
-        total.backward()
+        parts, each = WAYS[name](self, *texts), {}
+        while True:
+            with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
+                part = next(parts, None)
+            if part is None:
+                break
+            part[0].backward()
+            each |= part[1]
         synchronize(self.device)
         seconds = time.perf_counter() - started
-        return seconds, [each[loss].item() for loss in WEIGHTS]
+        return seconds, {loss: value.item() for loss, value in each.items()}
 
     def own_process(self, name: str) -> dict:
         """What `peak_memory` measures in a fresh process."""
@@ -140,7 +155,7 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 # --- The released computation, straightforwardly: all rows padded together, all logits, one row after another -----
 
 
-def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair]):
+def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], _safe: list[Pair]):
     """GD, RD and PD as README's implementation details 3 and 9 to 12 have them."""
     model, tokenizer, device = setting.model, setting.tokenizer, setting.device
 
@@ -173,22 +188,25 @@ def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: li
         p = base(**inputs).logits.float().softmax(-1)
     pd = -(p * ((p + 1e-12) / q).log()).sum(-1).mean()
     each = {"gd": gd, "rd": rd, "pd": pd}
-    return sum(WEIGHTS[name] * loss for name, loss in each.items()), each
+    yield sum(WEIGHTS[name] * loss for name, loss in each.items()), each
 
 
-def ours(packed_up_to: float):
+def ours(objective: str, packed_up_to: float = math.inf):
     """Our step, in plain rows (0) or packed (infinity), tokenisation included."""
+    weights, _ = OURS[objective]
 
-    def step(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair]):
-        harmful = setting.packer.harmful_batch(pairs, answers, packed_up_to=packed_up_to).to(setting.device)
-        texts = StepTexts(harmful, setting.packer.normal_batch(normal).to(setting.device))
-        ((total, each),) = setting.objective(setting.model, texts)
-        return total, each
+    def step(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], safe: list[Pair]):
+        packer = setting.packer
+        harmful = packer.harmful_batch(pairs, answers if "rd" in weights else [], packed_up_to=packed_up_to)
+        texts = [harmful, packer.normal_batch(normal), packer.harmful_batch(safe, []) if "sa" in weights else None]
+        texts = StepTexts(*(batch and batch.to(setting.device) for batch in texts))
+        yield from setting.objectives[objective](setting.model, texts)
 
     return step
 
 
-WAYS = {"released": released, "plain rows": ours(0), "packed": ours(math.inf)}
+WAYS = {"released": released, "plain rows": ours("packed", 0), **{name: ours(name) for name in OURS}}
+LANDING = {*OURS} - {"packed"}
 
 
 def synchronize(device: torch.device) -> None:
@@ -231,7 +249,7 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     layouts = {"plain rows": 0, "packed": math.inf}
     computed, needed = {}, None
     for name, up_to in layouts.items():
-        batches = [(packer.harmful_batch(p, a, packed_up_to=up_to), packer.normal_batch(n)) for p, a, n in texts]
+        batches = [(packer.harmful_batch(p, a, packed_up_to=up_to), packer.normal_batch(n)) for p, a, n, _ in texts]
         computed[name] = statistics.mean(h.input_ids.numel() + n.input_ids.numel() for h, n in batches)
         scored = statistics.mean(len(h.row) + len(n.row) for h, n in batches)
         if name == "packed":
@@ -255,10 +273,13 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     first = statistics.median(times[args.ways[0]])
     for name in args.ways:
         seconds = statistics.median(times[name])
+        tokens, share = "–", "–"
+        if name not in LANDING:
+            tokens, share = f"{computed[name]:.0f}", f"{flops / seconds / peak:.0%}"
         above = memory[name]["above"]
         lines.append(
             f"| {name} | {seconds:.3f} | 1/{first / seconds:.2f} | {above / 2**20:.0f} | "
-            f"1/{memory[args.ways[0]]['above'] / above:.2f} | {computed[name]:.0f} | {flops / seconds / peak:.0%} |"
+            f"1/{memory[args.ways[0]]['above'] / above:.2f} | {tokens} | {share} |"
         )
     return "\n".join(lines)
 
@@ -298,7 +319,8 @@ def parse_flags() -> argparse.Namespace:
                         help="of lengths: standard deviation of their logarithm (default: %(default)s)")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="(default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["released", "plain rows", "packed"],
+                        help="(default: released, plain rows and packed)")  # fmt: skip
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
