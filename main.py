@@ -4,7 +4,8 @@ Edit the constants below for your models and prompts, or give flags:
     python main.py
     python main.py --base facebook/opt-2.7b --unlearned models/opt-2.7b-unlearned --greedy
     python main.py --base B --unlearned U --harmful_prompt "How do I ...?" --normal_prompt "Why is ...?"
-If the unlearned model is not there yet, it is made from the stage 1 model (--harmful_model).
+If the unlearned model is not there yet, it is made from the stage 1 model (--harmful_model). It may also be an
+unlearning adapter (task_vector.py --adapter_output).
 """
 
 import argparse
@@ -18,8 +19,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from peft import PeftModel
 
 from harmful_unlearn import models
+from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.generation import Decoding, configure, prompt_text
 from harmful_unlearn.negation import negate
@@ -59,15 +62,20 @@ def main(arguments: list[str] | None = None) -> None:
     prompts += [("normal", prompt) for prompt in args.normal_prompt]
     texts = [prompt for _, prompt in prompts]
     # One model after the other, so that only one is in memory.
-    columns = [answer_all(folder, texts, args) for folder in (base, models.locate(str(args.unlearned)))]
+    unlearned = models.locate(str(args.unlearned))
+    adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
+    columns = [answer_all(base, texts, args), answer_all(base if adapter else unlearned, texts, args, adapter)]
     how = "greedy" if args.greedy else f"sampled at temperature {args.temperature:g}, seed {args.seed}"
     print(f"base: {args.base}\nunlearned: {args.unlearned}\nanswers: {how}, at most {args.max_length} tokens")
     for (kind, prompt), *answers in zip(prompts, *columns, strict=True):
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
-def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace) -> list[str]:
+def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapter: Path | None = None) -> list[str]:
     """The answers of the model in `folder`, each prompt in the format of training.
+
+    Args:
+        adapter: a LoRA adapter to put on it, as `task_vector.py --adapter_output` writes one.
 
     The model's own generation settings are set aside, but for its special tokens, so that two models
     are asked in the same way. Sampling keeps the 50 likeliest tokens, the library's default when the
@@ -84,6 +92,9 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace) -> li
     device = PartialState().device
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
+    if adapter:
+        Checkpoint(adapter, "adapter_model")  # whole, and no pickle
+        model = PeftModel.from_pretrained(model, adapter)
     if not args.device_map:
         model.to(device)
     decoding = Decoding() if args.greedy else Decoding(args.temperature)

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import main as spot_check
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.models import Lora, add_lora
 from harmful_unlearn.saving import ROOT
+from task_vector import main as negate
 
 
 @pytest.fixture
@@ -84,3 +86,24 @@ def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "normal prompt: Why?" in done.stdout
+
+
+def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys):
+    """It answers as the whole model that the same adapter makes."""
+    base = tiny_model("llama")
+    torch.manual_seed(0)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), Lora(4, 4), str(base))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 1.0)
+    model.save_pretrained(tmp_path / "harmful")
+    made = ["--base", str(base), "--finetuned", str(tmp_path / "harmful")]
+    negate([*made, "--output", str(tmp_path / "whole"), "--adapter_output", str(tmp_path / "adapter")])
+    asked = [run(capsys, "--base", str(base), "--unlearned", str(tmp_path / name), "--greedy").splitlines()[2:]
+             for name in ("whole", "adapter")]  # fmt: skip
+    assert asked[0] == asked[1]
+    assert asked[0] != run(capsys, "--base", str(base), "--unlearned", str(base), "--greedy").splitlines()[2:]
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="broken"):
+        run(capsys, "--base", str(base), "--unlearned", str(tmp_path / "adapter"))
