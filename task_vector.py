@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     description, _, examples = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog="task_vector.py", description=description, epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -97,7 +97,7 @@ class Setting:
             with torch.no_grad():  # away from the base, so that PD has something to measure
                 for parameter in self.model.parameters():
                     parameter.add_(1e-3 * torch.randn_like(parameter))
-            self.base = FrozenBase(copy)
+            self.base = FrozenBase(copy, autocast=args.precision == "bf16" and not half)
         self.model.train()
         self.objectives = {
             name: Objective(self.model, weights, self.base, alpha) for name, (weights, alpha) in OURS.items()

@@ -318,7 +318,7 @@ def copy_small_files(base: Checkpoint, target: Path) -> None:
     """Configuration, tokenizer, licence: all that lies beside the weights but the base's own record."""
     for file in sorted(base.folder.iterdir()):
         weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        record = file.name in ("README.md", "run.json") or file.name.startswith(".")
+        record = file.name in ("README.md", "run.json", "metrics.jsonl") or file.name.startswith(".")
         if file.is_file() and not weights and not record and file.stat().st_size <= SMALL:
             shutil.copyfile(file, target / file.name)
     if f"{base.stem}.safetensors" not in base.shards:

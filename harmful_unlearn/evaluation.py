@@ -184,7 +184,7 @@ class Data:
         losses = {name for name, weight in loss_weights(flags).items() if weight}
         order = BatchOrder(
             len(harmful.pairs), self.normal.train, len(answer_pool(losses, harmful, self.normal)),
-            flags.batch_size, flags.k_random, flags.seed, flags.all_harmful,
+            flags.batch_size, flags.k_random if losses & {"rd", "rm"} else 0, flags.seed, flags.all_harmful,
         )  # fmt: skip
         return StepBatches(None, order, harmful, self.normal, losses).touched(flags.max_unlearn_steps)
 

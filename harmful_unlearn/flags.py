@@ -26,7 +26,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
 
     def flag(group, name: str, help: str, **settings) -> None:
         default = settings.get("default")
-        shown = "" if default in (None, (), False) else f" (default: {default})"
+        shown = "" if default in (None, (), [], False) else f" (default: {default})"
         group.add_argument(name, help=help + shown, **settings)
 
     # fmt: off

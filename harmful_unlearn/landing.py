@@ -57,7 +57,8 @@ class LandingPoint:
             for (theta, origin), kept in zip(self._trained, self._aside, strict=True):
                 kept.copy_(theta)
                 # As stage 2 computes it, so that what is preserved is the model that is shipped.
-                theta.sub_(origin.to(theta.device)).mul_(-self._alpha).add_(origin.to(theta.device))
+                origin = origin.to(theta.device)
+                theta.sub_(origin).mul_(-self._alpha).add_(origin)
         try:
             yield -self._alpha
         finally:

@@ -3,7 +3,7 @@
     L = e1 * L_GD + e2 * L_RD + e3 * L_PD
 
 Each is a sum over positions, weighted by the batch (packing.py), of one of two things: the cross-entropy of the
-next token, or the KL divergence from the base. Which of them a method minimises is in unlearn_harm_new.py.
+next token, or the KL divergence from the base. Which of them a method minimises is in methods.py.
 """
 
 from collections.abc import Iterator

@@ -61,8 +61,8 @@ def settle(args: Namespace) -> str | None:
         if getattr(method, flag) is None and getattr(args, flag):
             return f"--{flag} weighs nothing in --method {args.method}: leave it out"
     if not method.negates:
-        for flag in ("scaling_coef", "preserve_at", "safe_weight"):
-            if getattr(args, flag) not in (None, 0):
+        for flag, nothing in (("scaling_coef", None), ("preserve_at", "copy"), ("safe_weight", 0)):
+            if getattr(args, flag) not in (None, nothing):
                 return f"--{flag} belongs to a negation, and --method {args.method} has none: leave it out"
     unused = {flag: 0.0 for flag in WEIGHTS if getattr(method, flag) is None}
     for flag, value in {**SETTINGS, **method.settings, **unused}.items():
@@ -79,4 +79,4 @@ def settle(args: Namespace) -> str | None:
 
 def lands(args: Namespace) -> bool:
     """Whether a loss was minimised at the landing point, so that the model is made for one scaling_coef."""
-    return args.preserve_at == "landing" or bool(args.safe_weight)
+    return bool((args.preserve_at == "landing" and args.normal_weight) or args.safe_weight)

@@ -305,6 +305,8 @@ class FrozenBase:
     def __init__(self, model: PreTrainedModel, autocast: bool = False):
         self.model = model
         self._autocast = autocast
+        placed = (parameter.device.type for parameter in model.parameters() if not parameter.is_meta)
+        self._device_type = next(placed, "cpu")  # all is on disk
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)
@@ -313,7 +315,7 @@ class FrozenBase:
     def active(self) -> Iterator[PreTrainedModel]:
         """The base model, for one forward pass."""
         if not self.shared:
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
                 yield self.model
             return
         training = self.model.training

@@ -27,7 +27,7 @@ from harmful_unlearn.checkpoints import (
     work_dtype,
 )
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.methods import lands
+from harmful_unlearn.methods import METHODS, lands
 from harmful_unlearn.saving import check_apart, check_target, new_folder, revision_of, write_file, write_record
 from harmful_unlearn.sources import open_matched, vector_metadata
 
@@ -141,7 +141,7 @@ def negate(
     """
     alphas = scaling_coefs or (1.0,)
     if output and not force:
-        _check_landing(finetuned, alphas)
+        check_landing(finetuned, alphas)
     check_targets([output, save_vector], base, finetuned, overwrite)
     _check_numbers(alphas, finetuned)
     negation = Negation(base, finetuned)
@@ -227,7 +227,7 @@ def negate_adapter(
     """
     alphas = scaling_coefs or (1.0,)
     if not force:
-        _check_landing(finetuned, alphas)
+        check_landing(finetuned, alphas)
     check_targets([output], base, finetuned, overwrite)
     _check_numbers(alphas, finetuned)
     if len(finetuned) != 1:
@@ -263,22 +263,37 @@ def check_targets(targets: list[Path | None], base: Path, finetuned: Terms, over
 
 def landing_of(record: dict) -> float | None:
     """The scaling_coef that a stage 1 model (its run.json) was trained for; None if for no one in particular."""
-    flags = record.get("flags") or {}
-    return flags.get("scaling_coef") if lands(Namespace(**{"preserve_at": None, "safe_weight": 0, **flags})) else None
+    flags = {"preserve_at": None, "safe_weight": 0, "normal_weight": 0, **(record.get("flags") or {})}
+    return flags.get("scaling_coef") if lands(Namespace(**flags)) else None
 
 
-def _check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
+def check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
+    """Raises UserError where a model that was trained to land at one scaling_coef is negated by another."""
     for folder, coef in finetuned:
-        record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-        stages = [record, *(value for key, value in record.items() if key.startswith("stage_1"))]
-        for landing in filter(None, map(landing_of, stages)):
+        for landing, inner in _landings(folder):
             # Adding it back, by -1, gives the stage 1 model itself.
-            others = [alpha for alpha in alphas if alpha * coef not in (landing, -1.0)]
+            others = [alpha * coef * inner for alpha in alphas if alpha * coef * inner not in (landing, -1.0)]
             if others:
                 raise UserError(
-                    f"{folder} was trained to land at --scaling_coef {landing:g}, and at {others[0] * coef:g} nothing "
-                    f"says that normal text is preserved: give {landing:g}, or explore with task_vector.py --force"
+                    f"{folder} was trained to land at --scaling_coef {landing:g}, and at {others[0]:g} nothing says "
+                    f"that normal text is preserved: give {landing / coef / inner:g}, or explore with "
+                    "task_vector.py --force"
                 )
+
+
+def _landings(folder: Path) -> Iterator[tuple[float, float]]:
+    """What a stage 1 model, or the models in a saved vector, were trained for, and their coefficients in it."""
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    terms = [(record, 1.0)]
+    if any(folder.glob(f"{VECTOR}*.safetensors")):
+        coefs = list(record.get("finetuned", {}).values())
+        names = [f"stage_1_of_model_{number}" for number in range(1, len(coefs) + 1)]
+        names = ["stage_1"] if len(coefs) == 1 else names
+        terms = [(record.get(name, {}), coef) for name, coef in zip(names, coefs, strict=True)]
+    for stage, coef in terms:
+        landing = landing_of(stage)
+        if landing is not None and coef:
+            yield landing, coef
 
 
 def _check_numbers(alphas: Sequence[float], finetuned: Terms) -> None:
@@ -343,6 +358,9 @@ def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequenc
             tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")
         if kept:
             learned["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
+    methods = {(stage_1.get("flags") or {}).get("method") for stage_1 in stages_1}
+    kept = [name for name in methods if name in METHODS and not METHODS[name].negates]
+    trained = f"trained by {kept[0]}" if len(kept) == len(methods) == 1 else None  # and not negated
     records = {}
     for alpha in alphas:
         scales = [alpha * coef for _, coef in finetuned]
@@ -352,7 +370,7 @@ def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequenc
             for stage_1, scale in zip(stages_1, scales, strict=True) if scale > 0
         ]  # fmt: skip
         records[alpha] = {
-            "title": f"{base_name}, {'with a task vector added' if added else 'unlearned'}",
+            "title": f"{base_name}, {'unlearned' if not added else trained or 'with a task vector added'}",
             "harmful": any(added + turned),
             **made_from,
             "scaling_coef": alpha,

@@ -93,6 +93,11 @@ def make_plan(
         one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
     ):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")
+    if "sa" in batches.losses and not any(harmful.safe_answers[row] for row in seen):
+        raise UserError(
+            f"no unsafe answer that is trained on, in {harmful.source['name']}, has a safe one beside it: use --method "
+            "land (--safe_weight 0)"
+        )
     chosen = range(0, steps, max(1, steps // STEPS_SAMPLED))
     sampled = [[batch for batch in batches(step, torch.device("cpu")) if batch] for step in chosen]
     cut_in_rd = 0

@@ -113,7 +113,7 @@ class Seed:
     def train(self, name: str, flags: dict) -> str:
         """Train a run as far as it is not there yet, into NAME/copy and NAME/unlearned; returns its command.
 
-        A run whose losses stop being finite is noted in `failed`, and stays so.
+        A run whose losses stop being finite, or whose data lack safe answers, is noted in `failed`, and stays so.
 
         Raises:
             UserError: the folder holds a run with other flags, or training cannot start.
@@ -137,9 +137,9 @@ class Seed:
             try:
                 unlearn_harm_new.main(words)
             except UserError as error:
-                if "is not finite" not in str(error):
+                if not any(said in str(error) for said in ("is not finite", "a safe one beside it")):
                     raise
-                write_file(failure, f"training broke off: {error}\n{command}\n")
+                write_file(failure, f"not trained: {error}\n{command}\n")
             gc.collect()  # the copy and its optimizer refer to each other; the next training needs their memory
             torch.cuda.empty_cache()
         if failure.exists():
@@ -165,7 +165,7 @@ NO_MATTER = {"model_save_dir", "task_vector_saving_path", "log_file", "overwrite
 
 def check_same(folder: Path, wanted: dict) -> None:
     """Raises UserError where the run in `folder` had other flags than `wanted`."""
-    had = trainings_of(folder / "copy")[0]["flags"]
+    had = {**vars(training_flags([])), **trainings_of(folder / "copy")[0]["flags"]}
     for flag, value in wanted.items():
         if flag not in NO_MATTER and json.dumps(value) != json.dumps(had.get(flag)):
             raise UserError(

@@ -84,14 +84,15 @@ class RunLog:
         self._bar.update()
         if metrics["step"] == self._steps:
             self._bar.close()
-        measured = (metrics.get(name) for name in ("pd_loss", "kl_loss", "lp_loss"))
-        divergence = next((value for value in measured if value is not None), 0)
-        if not self._warned and abs(divergence) > KL_WARNING:
+        measured = {name: metrics.get(name) or 0 for name in ("pd_loss", "kl_loss", "lp_loss")}
+        worst = max(measured, key=lambda name: abs(measured[name]))
+        if not self._warned and abs(measured[worst]) > KL_WARNING:
             self._warned = True
             self.warn(
                 f"step {metrics['step']}: the KL from the base on normal text has passed "
                 f"{KL_WARNING:g} nat; the unlearned model will have that damage on normal prompts "
-                "(README, what the demo shows): lower --lr, or PD's --normal_weight"
+                f"(README, what the demo shows): lower --lr, or {'lower' if worst == 'pd_loss' else 'raise'} "
+                "--normal_weight"
             )
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flags import parse_flags
 from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
-from harmful_unlearn.negation import negate
+from harmful_unlearn.negation import check_landing, negate
 from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
     if "acquire" not in stages and any(folder.glob("*.safetensors")):
         open_matched(folder, [finetuned])
+        check_landing([(finetuned, 1.0)], [args.scaling_coef])
     if args.check:
         print("check passed: nothing was loaded or written")
         return
@@ -246,16 +247,11 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
-    if args.safe_weight and not any(harmful.safe_answers):
-        raise UserError(
-            f"no unsafe answer of {args.harmful_dataset} has a safe one beside it: use --method land "
-            "(--safe_weight 0)"
-        )
     normal = read_normal(args.normal_dataset, args.seed)
     active = {name for name, weight in loss_weights(args).items() if weight}
     order = BatchOrder(
         len(harmful.pairs), normal.train, len(answer_pool(active, harmful, normal)),
-        args.batch_size, args.k_random, args.seed, args.all_harmful,
+        args.batch_size, args.k_random if active & {"rd", "rm"} else 0, args.seed, args.all_harmful,
     )  # fmt: skip
     limit = models.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
@@ -323,6 +319,8 @@ def load_copy_and_base(
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
     dtype = frozen if job.lora else torch.float32
     model = models.load_model(base_folder, dtype, args.device_map, bool(args.quantize))
+    if not (args.device_map or args.quantize):
+        model.to(device)
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         base = FrozenBase(model)
@@ -339,6 +337,11 @@ def load_copy_and_base(
         raise UserError(
             "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
             "use --lora on, --precision bf16 or more GPUs"
+        )
+    if lands(args) and any(parameter.is_meta for parameter in base.model.parameters()):
+        raise UserError(
+            "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
+            "use --lora on, or more GPUs"
         )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
