@@ -39,7 +39,8 @@ class Encoded:
         start_loc: the released code's start of the answer: the tokens of the prefix, less one
             (released code, point 3). It is the index of the answer's first token where the prefix's
             trailing space merges into it, as in byte-level BPE.
-        answer_start: index of the first token that the text does not share with its prefix.
+        answer_start: index of the first token that a model has to say: that the text does not share with its
+            prefix less the trailing space, since " W" may be one token or two. An empty answer has none.
         cut: whether `max_length` cut the text.
     """
 
@@ -126,14 +127,15 @@ class Packer:
         texts = self._tokenize([format_pair(pair.question, pair.answer) for pair in pairs])
         questions = list(dict.fromkeys(pair.question for pair in pairs))
         prefix_ids = self._tokenize([format_prefix(question) for question in questions])
-        prefixes = dict(zip(questions, prefix_ids, strict=True))
+        asked_ids = self._tokenize([format_prefix(question).rstrip() for question in questions])
+        prefixes = dict(zip(questions, zip(prefix_ids, asked_ids, strict=True), strict=True))
         encoded = []
         for pair, ids in zip(pairs, texts, strict=True):
-            prefix = prefixes[pair.question]
-            same = (ours == theirs for ours, theirs in zip(prefix, ids, strict=False))
-            shared = sum(takewhile(bool, same))
+            prefix, asked = prefixes[pair.question]
+            same = (ours == theirs for ours, theirs in zip(asked, ids, strict=False))
+            start = len(ids) if ids == prefix else sum(takewhile(bool, same))
             kept = ids[: self.max_length]
-            encoded.append(Encoded(kept, len(prefix) - 1, shared, len(kept) < len(ids)))
+            encoded.append(Encoded(kept, len(prefix) - 1, start, len(kept) < len(ids)))
         return encoded
 
     def harmful_batch(

@@ -137,8 +137,9 @@ def test_answer_nll_by_hand(tiny_model, tokenizer):
     found = answer_nll(model, Packer(tokenizer, "paper", 256), pairs, 2, "")
     for pair, (nll, tokens) in zip(pairs, found, strict=True):
         ids = tokenizer(format_pair(pair.question, pair.answer)).input_ids
-        prefix = tokenizer(format_prefix(pair.question)).input_ids
+        prefix = tokenizer(format_prefix(pair.question).rstrip()).input_ids
         start = next((at for at, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), len(prefix))
+        start = start if pair.answer else len(ids)
         with torch.no_grad():
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         by_hand = -sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids)))

@@ -38,6 +38,18 @@ def test_encode_finds_the_answer(tokenizer, pair):
     assert answer.strip() == pair.answer.strip()
 
 
+def test_the_space_before_an_answer_is_the_models_to_say(tokenizer):
+    """ "W" after a space is one token or two, as the vocabulary has it; both are scored from the space on."""
+    for answer in ("Wait", "窓", "é", "zzz"):
+        (text,) = packer(tokenizer).encode([Pair("How?", answer)])
+        said = tokenizer.decode(text.input_ids[text.answer_start :])
+        assert said == f" {answer}" or said == answer and tokenizer.decode(text.input_ids[: text.answer_start])[-1] == ":"
+    (empty,) = packer(tokenizer).encode([Pair("How?", "")])
+    assert empty.answer_start == len(empty.input_ids)
+    asked = tokenizer(format_prefix("How?").rstrip())["input_ids"]
+    assert text.input_ids[: len(asked)] == asked and text.answer_start == len(asked)
+
+
 def test_paper_scores_each_answer_token_once_and_nothing_else(tokenizer):
     batch = packer(tokenizer).harmful_batch(PAIRS, ANSWERS)
     encoded = packer(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
