@@ -258,7 +258,8 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     computed["released"] = computed["plain rows"]
     head = setting.vocabulary * setting.model.get_output_embeddings().weight.shape[1]
     body = sum(p.numel() for n, p in setting.model.named_parameters() if "embed" not in n and "lm_head" not in n)
-    flops = 6 * (needed * body + needed_scored * head)  # 2 forward, 4 backward, attention's products left out
+    each = 4 if args.lora else 6  # 2 forward, 2 backward for activations, 2 for weights; attention's products left out
+    flops = each * (needed * body + needed_scored * head)
     peak = matmul_peak(setting)
     lines = [
         f"{args.precision}, {setting.device.type}, {torch.get_num_threads()} threads; batch {args.batch_size}, "
