@@ -193,6 +193,33 @@ def test_a_run_that_diverges_is_a_row_that_says_so(world, tmp_path, monkeypatch)
     assert "not finite" in (tmp_path / "report.md").read_text()
 
 
+def test_data_without_safe_answers_leave_lands_out_with_a_note(world, tmp_path):
+    file = world / "0" / "data" / "harmful.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    unsafe = tmp_path / "unsafe.jsonl"
+    both = {"is_response_0_safe": False, "is_response_1_safe": False}
+    unsafe.write_text("".join(json.dumps({**row, **both} if at < 40 else row) + "\n" for at, row in enumerate(rows)))
+    arguments = flags(world, tmp_path / "out", "--seeds", "0", "--runs", "sku", "lands", "--relearn_steps", "0")
+    arguments = [part for part in arguments if part not in ("--harm_category", *KINDS, "--alpha_sweep", "0,1")]
+    arguments += ["--harmful_dataset", str(unsafe), "--train_flags=--max_unlearn_steps 3"]
+    main(arguments)
+    found = comparison_of(tmp_path / "out")
+    assert "a safe one beside it" in found["methods"]["lands"]["note"]
+    assert {row["model"] for row in found["figures"]} == {"base", "sku"}
+
+
+def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(world, tmp_path):
+    arguments = flags(world, tmp_path, "--seeds", "0", "--runs", "sku", "--relearn_steps", "0")
+    arguments = [part for part in arguments if part not in ("--harm_category", *KINDS, "--alpha_sweep", "0,1")]
+    main(arguments)
+    record = tmp_path / "seed-0" / "sku" / "copy" / "run.json"
+    run = json.loads(record.read_text())
+    for flag in ("preserve_at", "safe_weight", "quantize", "no_packing"):
+        run["flags"].pop(flag)
+    record.write_text(json.dumps(run))
+    main(arguments)
+
+
 def test_recipes_are_the_papers():
     for name in ("facebook/opt-2.7b", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"):
         recipe = RECIPES[name]
