@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from harmful_unlearn.packing import Batch
 
-CHUNK = 64 * 2**20  # bytes of float32 logits at a time
+CHUNK = 32 * 2**20  # bytes of float32 logits at a time
 
 
 class Score(Protocol):
@@ -86,12 +86,20 @@ class Divergence:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, score: Score, dtype: torch.dtype) -> Tensor:
-        """`score` summed over all positions; matrices are multiplied in `dtype`."""
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, score: Score, dtype: torch.dtype, sums: dict
+    ) -> Tensor:
+        """`score` summed over all positions; matrices are multiplied in `dtype`.
+
+        Args:
+            sums: the gradients of weight and bias of calls whose results are added up, in one tensor each: the
+                first call hands them to autograd, the others only add to them.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             needed = ctx.needs_input_grad[:3]
             of_hidden = torch.empty_like(hidden)
-            of_weight = of_bias = None
+            of_weight, of_bias = sums.get("weight"), sums.get("bias")
+            first = not sums
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             step = max(1, min(CHUNK // (4 * len(weight)), len(rows)))
@@ -120,12 +128,13 @@ class _Fused(torch.autograd.Function):
                 if needed[2]:
                     part = logits.sum(0).to(bias.dtype)
                     of_bias = part if of_bias is None else of_bias.add_(part)
-        ctx.sums = of_hidden if needed[0] else None, of_weight, of_bias
+            sums |= {"weight": of_weight, "bias": of_bias}
+        ctx.sums = of_hidden if needed[0] else None, of_weight if first else None, of_bias if first else None
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        return *(one if one is None else one.mul_(scale) for one in ctx.sums), None, None
+        return *(one if one is None else one.mul_(scale) for one in ctx.sums), None, None, None
 
 
 def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -139,10 +148,14 @@ def _memory(_name: str, size: int, dtype: torch.dtype, device: torch.device) -> 
         return torch.empty(size, dtype=dtype, device=device)
 
 
-def fused_loss(model: PreTrainedModel, batch: Batch, score: Score) -> Tensor:
+def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -> Tensor:
     """`score` over the scored positions of a batch, one forward pass. Returns a scalar, float32.
 
     Only for a model that `has_plain_head`.
+
+    Args:
+        sums: one empty dict for all losses that are added up before the backward pass: they share the gradient of
+            the output embeddings.
     """
     head = model.get_output_embeddings()
 
@@ -151,7 +164,7 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score) -> Tensor:
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype)
+        return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
 
     with _head_does(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits

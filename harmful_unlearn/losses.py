@@ -106,7 +106,7 @@ class Objective:
                     yield factor * part, each
 
     def _part(self, model: PreTrainedModel, texts: StepTexts, lands: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        total, each = 0.0, {}
+        total, each, sums = 0.0, {}, {}
         for field, batch in texts._asdict().items():
             losses = {name: LOSSES[name] for name in self.weights}
             losses = {name: loss for name, loss in losses.items() if (loss.reads, loss.lands) == (field, lands)}
@@ -116,26 +116,30 @@ class Objective:
                 self.weights[name] * loss.sign * batch.weights[loss.module] for name, loss in losses.items()
             )
             diverges = any(loss.diverges for loss in losses.values())
-            part, values = (self._divergence if diverges else self._cross_entropy)(model, batch, coefficient)
+            part, values = (self._divergence if diverges else self._cross_entropy)(model, batch, coefficient, sums)
             total = total + part
             values = values.detach().to(coefficient.device)
             for name, loss in losses.items():
                 each[name] = loss.sign * (batch.weights[loss.module] @ values)
         return total, each
 
-    def _cross_entropy(self, model: PreTrainedModel, batch: Batch, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(
+        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, sums: dict
+    ) -> tuple[Tensor, Tensor]:
         if self.fused:
             score = CrossEntropy(*(one.to(_place(model)) for one in (batch.index, batch.target, coefficient)))
-            return fused_loss(model, batch, score), score.values
+            return fused_loss(model, batch, score, sums), score.values
         values = cross_entropy(model, batch).to(coefficient.device)
         return coefficient @ values, values
 
-    def _divergence(self, model: PreTrainedModel, batch: Batch, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    def _divergence(
+        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, sums: dict
+    ) -> tuple[Tensor, Tensor]:
         if self.fused:
             with torch.inference_mode(), self.base.active() as frozen:
                 hidden = scored_hidden(frozen, batch)
             score = Divergence(hidden, frozen.get_output_embeddings(), coefficient.to(_place(model)))
-            return fused_loss(model, batch, score), score.values
+            return fused_loss(model, batch, score, sums), score.values
         with torch.inference_mode(), self.base.active() as frozen:
             log_p = scored_logits(frozen, batch).log_softmax(-1)
         log_q = scored_logits(model, batch).log_softmax(-1)

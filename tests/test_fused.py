@@ -41,7 +41,7 @@ def test_cross_entropy_and_gradient(dtype, chunk, shape, with_bias, monkeypatch)
     monkeypatch.setattr(fused, "CHUNK", 4 * shape[2] * chunk)
     states, weight, bias, index, target, coefficient = tensors(*shape, with_bias)
     score = CrossEntropy(index, target, coefficient)
-    total = _Fused.apply(states, weight, bias, score, dtype)
+    total = _Fused.apply(states, weight, bias, score, dtype, {})
     (3 * total).backward()  # the backward pass scales
     ours = [one.grad for one in (states, weight, bias) if one is not None]
     for one in (states, weight, bias):
@@ -67,7 +67,7 @@ def test_divergence_and_gradient(dtype, chunk, monkeypatch):
     base = torch.nn.Linear(hidden, vocabulary).requires_grad_(False)
     theirs = torch.randn(positions, hidden)
     score = Divergence(theirs, base, coefficient)
-    total = _Fused.apply(states, weight, bias, score, dtype)
+    total = _Fused.apply(states, weight, bias, score, dtype, {})
     total.backward()
     ours = [one.grad for one in (states, weight, bias)]
     for one in (states, weight, bias):
@@ -83,15 +83,27 @@ def test_gradcheck_in_small():
     """Against finite differences, in float32's own accuracy."""
     states, weight, bias, index, target, coefficient = tensors(4, 3, 6, 5, True)
     score = CrossEntropy(index, target, coefficient)
-    assert torch.autograd.gradcheck(
-        lambda *args: _Fused.apply(*args, score, torch.float32), (states, weight, bias), eps=1e-2, atol=1e-2, rtol=1e-2
-    )
+    fused_sum = lambda *args: _Fused.apply(*args, score, torch.float32, {})  # noqa: E731
+    assert torch.autograd.gradcheck(fused_sum, (states, weight, bias), eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+def test_losses_that_are_added_up_share_the_heads_gradient():
+    """One tensor for both, and the same sum as from two."""
+    states, weight, bias, index, target, coefficient = tensors(4, 3, 6, 5, True)
+    base, theirs = torch.nn.Linear(3, 6).requires_grad_(False), torch.randn(4, 3)
+    found = []
+    for shared in (True, False):
+        sums, scores = {}, (CrossEntropy(index, target, coefficient), Divergence(theirs, base, torch.ones(4)))
+        parts = [_Fused.apply(states, weight, bias, one, torch.float32, sums if shared else {}) for one in scores]
+        found.append(torch.autograd.grad(2 * sum(parts), (states, weight, bias)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_frozen_head_gets_no_gradient():
     states, weight, _, index, target, coefficient = tensors(4, 3, 6, 5, False)
     weight.requires_grad_(False)
-    _Fused.apply(states, weight, None, CrossEntropy(index, target, coefficient), torch.float32).backward()
+    _Fused.apply(states, weight, None, CrossEntropy(index, target, coefficient), torch.float32, {}).backward()
     assert states.grad is not None and weight.grad is None
 
 
