@@ -1,14 +1,27 @@
-"""What a user can mend, said in one sentence, and the exit codes of every command."""
+"""How a command ends: what a user can mend, said in one sentence; being stopped; and the exit codes."""
 
 import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one sentence that names the fix."""
 
 
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, with what became of the work; the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int, message: str):
+        self.number = number
+        super().__init__(message)
+
+
+NOTHING_HALF_WRITTEN = "no folder was left half-written"
 OUT_OF_MEMORY = (
     "out of memory: use a smaller --batch_size or --max_length, --lora on, "
     "--gradient_checkpointing, or a GPU with bf16 (--check prints an estimate first)"
@@ -21,6 +34,11 @@ MENDABLE = {
     errno.EACCES: "permission denied: give a path that you may use",
     errno.EPERM: "permission denied: give a path that you may use",
     errno.EROFS: "the file system is read-only: give another path",
+    errno.EFBIG: "the file is larger than this disk or account may hold: give another path",
+    errno.EIO: "the disk does not answer: check it, or give another path",
+    errno.ESTALE: "the disk is gone: mount it again, or give another path",
+    errno.ENOTCONN: "the disk is gone: mount it again, or give another path",
+    errno.ENODEV: "the disk is gone: mount it again, or give another path",
 }
 
 
@@ -29,16 +47,23 @@ def exit_code(main: Callable[[], None]) -> int:
 
     Returns:
         0 when `main` returns, 2 for what the user can mend (`UserError`, no memory, a full disk, no permission),
-        130 after Ctrl-C. Anything else is a bug and keeps its traceback.
+        130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
     """
+    process = int(os.environ.get("RANK", 0))
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         main()
         return 0
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        print("\ninterrupted: no folder was left half-written", file=sys.stderr)
-        return 130
+        print(f"\ninterrupted: {NOTHING_HALF_WRITTEN}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Stopped as stop:
+        if process == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        return 128 + stop.number
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
@@ -47,8 +72,37 @@ def exit_code(main: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error{f' (process {process})' * (process > 0)}: {message}", file=sys.stderr)
     return 2
+
+
+def _terminate(number: int, _frame) -> None:
+    raise Stopped(number, f"terminated: {NOTHING_HALF_WRITTEN}")
+
+
+@contextmanager
+def stop_asked() -> Iterator[Callable[[], int]]:
+    """Within the block a first Ctrl-C or SIGTERM is only noted, for work to come to a good end; a second one stops it.
+
+    Yields:
+        The number of the signal that came, 0 before. Outside of the main thread none is noted.
+    """
+    came = []
+    usual = {}
+
+    def note(number: int, frame) -> None:
+        if came:
+            signal.default_int_handler(number, frame) if number == signal.SIGINT else _terminate(number, frame)
+        came.append(number)
+        print("\nstopping after this step, and a checkpoint; once more: at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

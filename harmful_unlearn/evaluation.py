@@ -166,6 +166,7 @@ class Data:
         learned, learned_of_a_kind, self._touched = [], [], set()
         for training in trainings:
             flags = Namespace(**{**vars(training_flags([])), **training["flags"]})
+            flags.batch_size *= training["training"].get("processes", 1)
             trained, touched = self._read_by(flags)
             self._touched |= touched
             if trained and not flags.harm_category:

@@ -6,7 +6,15 @@ from pathlib import Path
 from harmful_unlearn.flag_types import not_negative, number, positive_int, positive_number, whole_number
 from harmful_unlearn.methods import METHODS, settle
 from harmful_unlearn.packing import VARIANTS
+from harmful_unlearn.run_log import new_log
 from harmful_unlearn.saving import ROOT, user_path
+
+AUTO = "auto"  # --resume without a path
+
+
+def checkpoint(text: str) -> str | Path:
+    """What --resume takes."""
+    return AUTO if text == AUTO else user_path(text)
 
 
 def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namespace:
@@ -40,7 +48,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
     flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=user_path)
     flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=user_path)
-    flag(released, "--log_file", "the log; metrics and picture go beside it (default: logs/NAME.log)", type=user_path)
+    flag(released, "--log_file", "the log; flags, metrics and picture go beside it (default: logs/NAME/run.log, or "
+         "NAME-2 and so on)", type=user_path)
     flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=user_path)
 
     method = parser.add_argument_group("method")
@@ -89,16 +98,30 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
     flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
-    flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
+    running = parser.add_argument_group("a long run")
+    flag(running, "--save_every", "keep a checkpoint each so many steps, to go on from if the run is killed (default: "
+         "none but the one that Ctrl-C and SIGTERM leave)", type=positive_int)
+    flag(running, "--keep_checkpoints", "of the newest, in MODEL_SAVE_DIR.checkpoints; all go once the stage 1 model "
+         "is saved", type=positive_int, default=1)
+    flag(running, "--resume", "go on with a run that was stopped: at the newest checkpoint, or at this one; at step 1 "
+         "where there is none, and at stage 2 where stage 1 is done", nargs="?", const=AUTO, type=checkpoint,
+         metavar="CHECKPOINT")
+    flag(running, "--report_to", "send each step's metrics there, too (pip install it)",
+         choices=("none", "tensorboard", "wandb"), default="none")
+    flag(running, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
          action="store_true")
-    flag(machine, "--overwrite", "replace folders that are there", action="store_true")
+    flag(running, "--overwrite", "start again, and replace folders that are there", action="store_true")
     # fmt: on
 
     args = parser.parse_args(arguments)
     if wrong := settle(args):
         parser.error(wrong)
-    name = Path(args.model_name).resolve().name if Path(args.model_name).is_dir() else Path(args.model_name).name
+    path = Path(args.model_name)
+    name = path.resolve().name if path.is_dir() else path.name
     args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
     args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
-    args.log_file = args.log_file or ROOT / "logs" / f"{name}.log"
+    if not args.resume:  # which goes on with its own
+        args.log_file = args.log_file or new_log(ROOT / "logs", name)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on and --overwrite starts again: give one of them")
     return args

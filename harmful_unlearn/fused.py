@@ -63,20 +63,20 @@ class Divergence:
 
     Args:
         hidden: [positions, hidden] of the base.
-        head: the base's output embeddings.
+        weight, bias: of the base's output embeddings.
         coefficient: [positions].
 
     Attributes:
         values: [positions] float32, the divergences in nats once all positions have been scored.
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Linear, coefficient: Tensor):
-        self.hidden, self.head, self.coefficient = hidden, head, coefficient
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, coefficient: Tensor):
+        self.hidden, self.weight, self.bias, self.coefficient = hidden, weight, bias, coefficient
         self.values = torch.zeros_like(coefficient)
 
     def __call__(self, logits: Tensor, log_q: Tensor, start: int, gradient: bool) -> Tensor:
         here = slice(start, start + len(logits))
-        base = F.linear(self.hidden[here].to(self.head.weight), self.head.weight, self.head.bias)
+        base = F.linear(self.hidden[here].to(self.weight), self.weight, self.bias)
         log_p = base.to(logits).log_softmax(-1)  # the base may sit on another device
         self.values[here] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         if gradient:
@@ -128,6 +128,10 @@ class _Fused(torch.autograd.Function):
                 if needed[2]:
                     part = logits.sum(0).to(bias.dtype)
                     of_bias = part if of_bias is None else of_bias.add_(part)
+            if needed[1] and of_weight is None:  # no position here; other processes wait for a gradient
+                of_weight = torch.zeros_like(weight)
+            if needed[2] and of_bias is None:
+                of_bias = torch.zeros_like(bias)
             sums |= {"weight": of_weight, "bias": of_bias}
         ctx.sums = of_hidden if needed[0] else None, of_weight if first else None, of_bias if first else None
         return total
@@ -157,7 +161,7 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
         sums: one empty dict for all losses that are added up before the backward pass: they share the gradient of
             the output embeddings.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
 
     def scored(hidden: Tensor) -> Tensor:
         weight, bias = head.weight, head.bias
@@ -174,6 +178,11 @@ def scored_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states [scored, hidden] of the scored positions; the output embeddings are not used."""
     with _head_does(model, lambda hidden: _chosen(hidden, batch)):
         return model(**batch.model_inputs, use_cache=False).logits
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The output embeddings of a model, which a wrapper for several processes may hold as its `module`."""
+    return getattr(model, "module", model).get_output_embeddings()
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
@@ -205,7 +214,7 @@ def _head_does(model: PreTrainedModel, forward) -> Iterator[None]:
     """Within the block the output embeddings' forward is `forward`; inside the model's own forward pass, where
     parallel wrappers have their weights at hand.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     usual = head.__dict__.get("forward")  # a wrapper's, or the class's if there is none
     head.forward = forward
     try:

@@ -29,10 +29,7 @@ class LandingPoint:
     def __init__(self, model: PreTrainedModel, base: FrozenBase, scaling_coef: float):
         self._alpha = scaling_coef
         self._adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self._trained = []
-        if not base.shared:
-            of_base = dict(base.model.named_parameters())
-            self._trained = [(parameter, of_base[name]) for name, parameter in model.named_parameters()]
+        self._model, self._base = model, base
         self._aside: list[torch.Tensor] = []
 
     @contextmanager
@@ -53,8 +50,10 @@ class LandingPoint:
                     layer.scaling.update(kept)
             return
         with torch.no_grad():
-            self._aside = self._aside or [torch.empty_like(theta) for theta, _ in self._trained]
-            for (theta, origin), kept in zip(self._trained, self._aside, strict=True):
+            # Looked up each time: wrapping a model for several processes replaces its parameters.
+            trained = list(self._model.parameters())
+            self._aside = self._aside or [torch.empty_like(theta) for theta in trained]
+            for theta, origin, kept in zip(trained, self._base.model.parameters(), self._aside, strict=True):
                 kept.copy_(theta)
                 # As stage 2 computes it, so that what is preserved is the model that is shipped.
                 origin = origin.to(theta.device)
@@ -63,5 +62,5 @@ class LandingPoint:
             yield -self._alpha
         finally:
             with torch.no_grad():
-                for (theta, _), kept in zip(self._trained, self._aside, strict=True):
+                for theta, kept in zip(trained, self._aside, strict=True):
                     theta.copy_(kept)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, scored_hidden
+from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, head_of, scored_hidden
 from harmful_unlearn.landing import LandingPoint
 from harmful_unlearn.models import FrozenBase
 from harmful_unlearn.packing import Batch, StepTexts
@@ -136,11 +137,13 @@ class Objective:
         self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, sums: dict
     ) -> tuple[Tensor, Tensor]:
         if self.fused:
-            with torch.inference_mode(), self.base.active() as frozen:
+            with _no_gradient(), self.base.active() as frozen:
                 hidden = scored_hidden(frozen, batch)
-            score = Divergence(hidden, frozen.get_output_embeddings(), coefficient.to(_place(model)))
+            head = head_of(frozen)
+            weight, bias = (one if one is None else _at_hand(one, hidden) for one in (head.weight, head.bias))
+            score = Divergence(hidden, weight, bias, coefficient.to(_place(model)))
             return fused_loss(model, batch, score, sums), score.values
-        with torch.inference_mode(), self.base.active() as frozen:
+        with _no_gradient(), self.base.active() as frozen:
             log_p = scored_logits(frozen, batch).log_softmax(-1)
         log_q = scored_logits(model, batch).log_softmax(-1)
         # Outside of inference mode, since autograd keeps p; the base may sit on another device.
@@ -149,8 +152,18 @@ class Objective:
         return coefficient @ values, values
 
 
+def _no_gradient():
+    # Weights that are gathered from other processes in inference mode could not be trained with afterwards.
+    return torch.no_grad() if torch.distributed.is_initialized() else torch.inference_mode()
+
+
+def _at_hand(weight: Tensor, hidden: Tensor) -> Tensor:
+    """A weight outside of its model's forward pass, where FSDP has only a part of it here."""
+    return weight.full_tensor().to(hidden.dtype) if isinstance(weight, DTensor) else weight
+
+
 def _place(model: PreTrainedModel) -> torch.device:
-    return model.get_output_embeddings().weight.device
+    return head_of(model).weight.device
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -167,7 +180,7 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         hidden = args[0]  # [rows, length, hidden]
         return (hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
+    hook = head_of(model).register_forward_pre_hook(keep_scored)
     try:
         output = model(**batch.model_inputs, use_cache=False)
     finally:

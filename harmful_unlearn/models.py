@@ -1,5 +1,7 @@
 """Models and tokenizers: where they lie, how they are loaded and saved, LoRA, and the frozen base."""
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,9 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -271,20 +275,52 @@ def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     ]  # fmt: skip
 
 
-def save_model(model: PreTrainedModel, base_folder: Path, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the values of a saved adapter into the model's. Raises UserError: it is of another shape."""
+    found = load_file(folder / "adapter_model.safetensors")
+    try:
+        missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) ^ set(found)
+        set_peft_model_state_dict(model, found)
+    except RuntimeError as error:
+        raise UserError(f"the adapter in {folder} does not fit the model: {_first_line(error)}") from None
+    if missing:
+        raise UserError(f"the adapter in {folder} does not fit the model: {min(missing)} is not in both")
+
+
+def save_model(
+    model: PreTrainedModel, base_folder: Path, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the trained weights as safetensors, or, with LoRA, the adapter alone.
 
     The base's generation_config.json comes along as it is: some published ones (LLaMA2's among them)
     do not pass the library's own check on saving.
+
+    Args:
+        state: an adapter's weights, where the model holds only parts of them.
+
+    Raises:
+        OSError: no space, or whatever else the system says of the disk.
     """
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
-    else:
-        published, model.generation_config = model.generation_config, GenerationConfig()
-        try:
-            model.save_pretrained(folder, max_shard_size="5GB")
-        finally:
-            model.generation_config = published
+    try:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+        else:
+            published, model.generation_config = model.generation_config, GenerationConfig()
+            try:
+                model.save_pretrained(folder, max_shard_size="5GB")
+            finally:
+                model.generation_config = published
+    except SafetensorError as error:
+        code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+        if code is None:
+            raise
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    copy_generation_config(base_folder, folder)
+
+
+def copy_generation_config(base_folder: Path, folder: Path) -> None:
+    """Take the base's generation_config.json as it is published, or none."""
     generation = base_folder / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)

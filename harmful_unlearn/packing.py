@@ -12,6 +12,7 @@ in which each answer sees the question and itself, at the positions that it has 
 gives every loss and gradient of separate rows from one forward pass over each question.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -88,6 +89,37 @@ class Batch:
         seeing, seen = self.branch[:, :, None], self.branch[:, None, :]
         mask = ((seen == 0) | (seen == seeing)).tril()
         return {"input_ids": self.input_ids, "attention_mask": mask[:, None], "position_ids": self.position_ids}
+
+    def share(self, process: int, processes: int) -> "Batch":
+        """The rows of one of several processes, whose losses and gradients add up to the batch's.
+
+        Where there are fewer rows than processes, the first row stands in with weights of 0: all take part in
+        every forward pass.
+        """
+        if processes == 1:
+            return self
+        rows = torch.arange(len(self.input_ids))[process::processes]
+        idle = not len(rows)
+        rows = torch.zeros(1, dtype=torch.long) if idle else rows
+        scored = torch.isin(self.row, rows)
+        entries = scored[self.index]
+        position = self.position[scored]
+        length = max([int(self.attention_mask[rows].sum(1).max()), *(position + 1).tolist()])
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows, :length]
+
+        return Batch(
+            input_ids=cut(self.input_ids),
+            attention_mask=cut(self.attention_mask),
+            row=torch.searchsorted(rows, self.row[scored]),
+            position=position,
+            index=(scored.cumsum(0) - 1)[self.index[entries]],
+            target=self.target[entries],
+            weights={module: weight[entries] * (not idle) for module, weight in self.weights.items()},
+            branch=cut(self.branch),
+            position_ids=cut(self.position_ids),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
@@ -288,6 +320,7 @@ class StepBatches:
     Attributes:
         losses: names in losses.py; a loss that is left out (its weight is 0) costs nothing.
         packed_up_to: tokens; steps whose texts are no longer have a row for each harmful question. 0: plain rows.
+        share: which of how many processes this is. The batches are its part of each step's.
     """
 
     packer: Packer
@@ -296,6 +329,7 @@ class StepBatches:
     normal: NormalData
     losses: set[str]
     packed_up_to: float = 0
+    share: tuple[int, int] = (0, 1)
 
     @cached_property
     def pool(self) -> list[str]:
@@ -326,27 +360,31 @@ class StepBatches:
     def ahead(self, steps: range, device: torch.device) -> Iterator["StepTexts"]:
         """Each step's batches, made in a thread while the step before is computed."""
         with ThreadPoolExecutor(1, "batches") as worker:
-            coming = worker.submit(self, steps[0], device)
+            coming = deque(worker.submit(self, step, device) for step in steps[:1])
             for step in steps[1:]:
-                ready, coming = coming, worker.submit(self, step, device)
-                yield ready.result()
-            yield coming.result()
+                coming.append(worker.submit(self, step, device))
+                yield coming.popleft().result()
+            yield from (last.result() for last in coming)
 
     def __call__(self, step: int, device: torch.device) -> "StepTexts":
         """The batches of a step (from 0)."""
         draw, harmful, normal, safe = self.order[step], None, None, None
+
+        def mine(batch: Batch) -> Batch:
+            return batch.share(*self.share).to(device)
+
         own, random = self.losses & {"gd", "ga"}, self.losses & {"rd", "rm"}
         if own or random:
             pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
             answers = [self.pool[row] for row in draw.answer_rows] if random else []
-            harmful = self.packer.harmful_batch(pairs, answers, bool(own), self.packed_up_to).to(device)
+            harmful = mine(self.packer.harmful_batch(pairs, answers, bool(own), self.packed_up_to))
         texts = [self.normal.texts[row] for row in draw.normal_rows]
         if self.losses & {"pd", "kl", "lp"}:
-            normal = self.packer.normal_batch(texts).to(device)
+            normal = mine(self.packer.normal_batch(texts))
         if "ft" in self.losses:  # laid out as GD: the answer counts
-            normal = self.packer.harmful_batch(texts, []).to(device)
+            normal = mine(self.packer.harmful_batch(texts, []))
         if "sa" in self.losses:
             asked = [(self.harmful.pairs[row].question, self.harmful.safe_answers[row]) for row in draw.harmful_rows]
             answered = [Pair(question, answer) for question, answer in asked if answer]
-            safe = self.packer.harmful_batch(answered, []).to(device) if answered else None
+            safe = mine(self.packer.harmful_batch(answered, [])) if answered else None
         return StepTexts(harmful, normal, safe)

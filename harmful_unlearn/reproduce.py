@@ -51,6 +51,7 @@ from harmful_unlearn.prompts import SETS, PromptSets
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
 from harmful_unlearn.relearning import relearn
 from harmful_unlearn.report import write_report
+from harmful_unlearn.resuming import FREE
 from harmful_unlearn.saving import check_target, provenance, user_path, write_file
 from harmful_unlearn.scales import Scales, recommend
 
@@ -160,7 +161,7 @@ class Seed:
 
 
 TRAINING_DATA = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset")
-NO_MATTER = {"model_save_dir", "task_vector_saving_path", "log_file", "overwrite", "stage", "check", "saved_model"}
+NO_MATTER = FREE - {"gradient_checkpointing", "device_map"}
 
 
 def check_same(folder: Path, wanted: dict) -> None:

@@ -19,8 +19,11 @@ One of the methods that the paper compares with (the tables in methods.py):
 
 import argparse
 import math
+import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
@@ -31,23 +34,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn import losses, models
+from harmful_unlearn import losses, models, processes
 from harmful_unlearn.checkpoints import Checkpoint, read_json
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flags import parse_flags
+from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked
+from harmful_unlearn.flags import AUTO, parse_flags
 from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.negation import check_landing, negate
 from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
-from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
+from harmful_unlearn.processes import is_main_process, say
+from harmful_unlearn.resuming import (
+    Checkpoints,
+    check_same_run,
+    check_whole,
+    history_of,
+    is_done,
+    load_state,
+    save_state,
+)
+from harmful_unlearn.run_log import LOSSES, RunLog, Summary, new_log, not_finite
 from harmful_unlearn.saving import (
+    ROOT,
     check_apart,
     check_file,
     check_target,
@@ -73,8 +87,6 @@ MODELS: dict[str, Lora | None] = {
     "mistralai/Mistral-7B-v0.3": Lora(r=32, alpha=16),
     "google/gemma-2-9b": Lora(r=32, alpha=16),
 }
-# The trained weights are copied to the computer's memory now and then, to go back to if a loss becomes NaN.
-SNAPSHOT_EVERY = 50  # steps
 OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
 
 
@@ -86,50 +98,60 @@ def main(arguments: list[str] | None = None) -> None:
     stages = check_stages(args)
     folder = models.locate(args.model_name, weights=False)
     finetuned = args.saved_model or args.model_save_dir
-    check_apart([folder, finetuned, args.task_vector_saving_path])
+    checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
+    check_apart([folder, finetuned, args.task_vector_saving_path, checkpoints.folder])
     job = prepare(args, folder) if "acquire" in stages else None
     if not args.check:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
-    if "acquire" not in stages and any(folder.glob("*.safetensors")):
+        job = job and job._replace(base_folder=folder)  # they may be another revision's
+    at_hand = any(folder.glob("*.safetensors"))
+    resumed = None
+    if args.resume and at_hand:
+        stages, resumed = what_is_left(args, job, folder, stages, checkpoints)
+    args.log_file = args.log_file or new_log(ROOT / "logs", args.model_save_dir.name)
+    if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
-    if args.check:
-        print("check passed: nothing was loaded or written")
+    if args.check or not stages:
+        say("check passed: nothing was loaded or written" if args.check else "all is there: nothing is left to do")
         return
 
-    log = RunLog(args.log_file, args.max_unlearn_steps)
+    history = history_of(resumed) if resumed else []
+    log = RunLog(args.log_file, args.max_unlearn_steps, is_main_process(), history)
+    summary = Summary(args, len(history))
     try:
-        if job:
+        log.record_flags(args)
+        if "acquire" in stages:
             log.record(str(job.plan))
-            what = "harmful knowledge acquisition" if METHODS[args.method].negates else f"training by {args.method}"
+            negates = METHODS[args.method].negates
+            what = "harmful knowledge acquisition" if negates else f"training by {args.method}"
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
-            set_seed(args.seed)
-            accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
-            model, base = load_copy_and_base(args, job, folder, accelerator.device)
-            try:
-                acquire(model, base, job.batches, args, accelerator, log)
-            except NotFinite as stop:
-                log.warn(str(stop))
-                kept = "no weights were worth keeping"
-                if stop.good:
-                    target = free_name(args.model_save_dir, f".step-{stop.good}")
-                    save_copy(model, job, folder, target, args, log, steps=stop.good)
-                    kept = f"the weights after step {stop.good} are in {target}"
-                raise UserError(f"{stop}; {kept}: lower --lr or a weight") from None
-            if finetuned.exists() and any(finetuned.iterdir()) and not args.overwrite:
-                log.warn(f"{finetuned} was filled by something else meanwhile")
-                finetuned = free_name(finetuned, ".new")
-            save_copy(model, job, folder, finetuned, args, log, steps=args.max_unlearn_steps)
+            if args.overwrite and is_main_process():
+                checkpoints.remove()
+            set_seed(args.seed)  # of the adapter
+            processes.start_tracker(job.accelerator, args)
+            with stop_asked() as asked, summary.timing("stage 1"):
+                model, base = load_copy_and_base(args, job, resumed)
+                model = acquire(model, base, job, args, log, checkpoints, asked, resumed)
+                finetuned = save_copy(model, job, args, log, free_target(args, log), args.overwrite)
+            log.say(f"stage 1 model saved: {finetuned}" + " (deliberately harmful)" * negates)
             del model, base
-        if "negate" in stages:
+            job.accelerator.end_training()
+            if is_main_process():
+                checkpoints.remove()
+            if asked():
+                raise Stopped(asked(), f"stopped before stage 2: {GO_ON}")
+        if "negate" in stages and is_main_process():
             negates = METHODS[args.method].negates
             what = "knowledge negation" if negates else "no negation, the copy in the base's dtype"
             log.say(f"stage 2, {what}: {finetuned} -> {args.task_vector_saving_path}")
-            negate(
-                folder, [(finetuned, 1.0)], args.task_vector_saving_path,
-                args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
-            )  # fmt: skip
+            with summary.timing("stage 2"):
+                negate(
+                    folder, [(finetuned, 1.0)], args.task_vector_saving_path,
+                    args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
+                )  # fmt: skip
             log.say(f"unlearned model saved: {args.task_vector_saving_path}")
+        log.say(summary.text(log, stages, finetuned))
     finally:
         log.close()
 
@@ -137,102 +159,119 @@ def main(arguments: list[str] | None = None) -> None:
 def acquire(
     model: PreTrainedModel,
     base: FrozenBase | None,
-    batches: StepBatches,
+    job: "Job",
     args: argparse.Namespace,
-    accelerator: Accelerator,
     log: RunLog,
-) -> None:
+    checkpoints: Checkpoints,
+    asked: Callable[[], int],
+    resumed: Path | None = None,
+) -> torch.nn.Module:
     """Stage 1: train `model` in place for --max_unlearn_steps (released code, points 7 to 15).
 
     Args:
         base: theta_o; None where no loss of the method needs it.
+        asked: whether to stop (`stop_asked`).
+        resumed: the checkpoint that `model` has been loaded from.
+
+    Returns:
+        The model, in the wrapper that the engine has put around it.
 
     Raises:
-        NotFinite: a loss or the gradient is NaN or infinite; `model` has its last good weights again.
+        UserError: a loss or the gradient is NaN or infinite.
+        Stopped: Ctrl-C or SIGTERM, after a checkpoint.
     """
+    accelerator, batches = job.accelerator, job.batches
     if batches.packed_up_to:
         up_to, why = packs_up_to(model, batches.packer)
         if why:
             log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
         batches = replace(batches, packed_up_to=up_to)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     weights = loss_weights(args)
     objective = losses.Objective(model, weights, base, args.scaling_coef)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps)
-    good, good_weights = 0, []  # the last step kept, whose weights gave finite losses
+    done = len(log.history)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, fused=True)
+    model, optimizer = processes.prepare(accelerator, model, base, optimizer)
+    inner = accelerator.unwrap_model(model)
+    trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    set_seed(args.seed + done, device_specific=True)  # of dropout; the draws of data are their own
+    if resumed:
+        log.say(f"stage 1 goes on after step {done}, from {resumed}")
+        if not load_state(resumed, optimizer, trained, accelerator):
+            log.say("on other devices or processes than before: dropout draws anew")
+    scheduler = transformers.get_linear_schedule_with_warmup(
+        optimizer, 0, args.max_unlearn_steps, last_epoch=done - 1
+    )
+
+    def keep() -> None:
+        if processes.engine_of(accelerator) != "DeepSpeed":
+            target = checkpoints.at(len(log.history))
+            save_copy(model, job, args, log, target, overwrite=True, optimizer=optimizer, trained=trained)
+            checkpoints.prune()
+
     model.train()
     started = time.perf_counter()
-    for step, texts in enumerate(batches.ahead(range(args.max_unlearn_steps), accelerator.device)):
+    for step, texts in enumerate(batches.ahead(range(done, args.max_unlearn_steps), accelerator.device), done):
         loss = {}
         for part, each in objective(model, texts):
-            accelerator.backward(part)
+            accelerator.backward(part * accelerator.num_processes)  # engines average over processes
             loss |= each
-        total = sum((weights[name] * value for name, value in loss.items()), torch.zeros((), device=accelerator.device))
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        measured = {"total": total, "grad": grad_norm.to(total.device), **loss}
-        measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
+        grad_norm = processes.gradient_norm(accelerator, trained.values())
+        tokens = sum(batch.tokens for batch in texts if batch)
+        measured = torch.stack([*loss.values(), *(torch.tensor(one).to(grad_norm) for one in (tokens, float(asked())))])
+        measured = [*accelerator.reduce(measured, "sum").tolist(), grad_norm.item()]
+        measured = dict(zip([*loss, "tokens", "asked", "grad_norm"], measured, strict=True))
         metrics = {
             "step": step + 1,
             **{f"{name}_loss": measured[name] + 0.0 if name in loss else None for name in weights},  # no -0.0
-            "total_loss": measured["total"],
+            "total_loss": sum(weights[name] * measured[name] for name in loss),
             "lr": scheduler.get_last_lr()[0],
-            "grad_norm": measured["grad"],
-            "tokens": sum(batch.tokens for batch in texts if batch),
+            "grad_norm": measured["grad_norm"],
+            "tokens": int(measured["tokens"]),
         }
-        if not math.isfinite(metrics["total_loss"]):  # the last update spoilt the weights
-            for parameter, kept in zip(trained, good_weights, strict=False):
-                parameter.data.copy_(kept)
-            raise NotFinite(good, metrics)
-        if not is_finite(metrics):
-            raise NotFinite(step, metrics)
-        if step and step % SNAPSHOT_EVERY == 0:
-            good, good_weights = step, [parameter.detach().to("cpu", copy=True) for parameter in trained]
+        if wrong := not_finite(metrics):
+            if math.isfinite(metrics["total_loss"]) and step:  # the weights are still good
+                keep()
+            found = checkpoints.newest()
+            kept = f"the last good weights are in {found}" if found else "no checkpoint was kept (--save_every N)"
+            log.warn(f"step {step + 1} is not finite ({wrong})")
+            raise UserError(f"step {step + 1} is not finite ({wrong}); {kept}: lower --lr or a weight, start again")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         now = time.perf_counter()
         log.step({**metrics, "seconds": round(now - started, 4)})
+        accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step + 1)
         started = now
+        if measured["asked"]:
+            keep()
+            kept = checkpoints.newest()
+            raise Stopped(
+                asked() or signal.SIGTERM,
+                f"stopped after step {step + 1}; " + (f"its checkpoint is {kept}: {GO_ON}" if kept else "start again"),
+            )
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.max_unlearn_steps:
+            keep()
+    return model
 
 
-class NotFinite(Exception):
-    """A loss or the gradient of a step is NaN or infinite.
-
-    Attributes:
-        good: the step whose weights the model has now; 0 where none is worth keeping.
-    """
-
-    def __init__(self, good: int, metrics: dict):
-        self.good = good
-        wrong = ", ".join(f"{name} {value}" for name, value in metrics.items() if not is_finite({name: value}))
-        super().__init__(f"step {metrics['step']} is not finite ({wrong})")
-
-
-def free_name(folder: Path, suffix: str) -> Path:
-    """`folder` with the suffix, and a number if that is taken."""
-    for tried in count(1):
-        found = folder.with_name(folder.name + suffix + (f"-{tried}" if tried > 1 else ""))
-        if not found.exists():
-            return found
+GO_ON = "go on with the same command and --resume"
 
 
 class Job(NamedTuple):
     """Everything about stage 1 that is known before weights are loaded."""
 
+    base_folder: Path
     tokenizer: PreTrainedTokenizerBase
     lora: Lora | None
     precision: str
+    accelerator: Accelerator
     batches: StepBatches
     plan: Plan
 
 
 def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     """Read and check all that stage 1 needs, and print the plan. Raises UserError."""
-    machine = PartialState()
-    if machine.num_processes > 1:
-        raise UserError("run one process: several are not supported yet (--device_map auto uses every GPU)")
     if any(base_folder.glob("*.safetensors")):
         Checkpoint(base_folder)  # reads the headers: is every shard there and whole
     config = models.load_config(base_folder)
@@ -241,33 +280,40 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     tokenizer = models.load_tokenizer(base_folder, config)
     structure = models.empty_model(config)
     lora = choose_lora(args, structure)
+    accelerator, precision = processes.start(args)
     if args.quantize:
-        check_four_bits(lora, machine.device)
-    precision = models.resolve_precision(args.precision, machine.device)
+        check_four_bits(lora, accelerator.device)
+    if lands(args) and processes.engine_of(accelerator) == "DeepSpeed":
+        raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
     normal = read_normal(args.normal_dataset, args.seed)
     active = {name for name, weight in loss_weights(args).items() if weight}
+    pool, batch_size = len(answer_pool(active, harmful, normal)), args.batch_size * accelerator.num_processes
     order = BatchOrder(
-        len(harmful.pairs), normal.train, len(answer_pool(active, harmful, normal)),
-        args.batch_size, args.k_random if active & {"rd", "rm"} else 0, args.seed, args.all_harmful,
+        len(harmful.pairs), normal.train, pool, batch_size,
+        args.k_random if active & {"rd", "rm"} else 0, args.seed, args.all_harmful,
     )  # fmt: skip
     limit = models.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded.
     trees = bool(active & {"rd", "rm"}) and not args.no_packing
-    batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0)
+    share = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0, share)
     plan = make_plan(
         batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize)
     )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     how += " on a 4-bit base" * bool(args.quantize)
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
-    print(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
-          f"model          {args.model_name}: trains {how} in {precision} on {machine.device}\n{plan}")
+    where = f"{accelerator.device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+    if accelerator.num_processes > 1:
+        where += f" ({processes.engine_of(accelerator)})"
+    say(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
+        f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}")
     check_disk(args.model_save_dir, plan.disk)
-    return Job(tokenizer, lora, precision, batches, plan)
+    return Job(base_folder, tokenizer, lora, precision, accelerator, batches, plan)
 
 
 def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | None:
@@ -308,28 +354,36 @@ def check_four_bits(lora: Lora | None, device: torch.device) -> None:
 
 
 def load_copy_and_base(
-    args: argparse.Namespace, job: Job, base_folder: Path, device: torch.device
+    args: argparse.Namespace, job: Job, resumed: Path | None = None
 ) -> tuple[PreTrainedModel, FrozenBase | None]:
     """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
 
     theta_o is None in full fine-tuning by losses that do not need it.
 
     Trained weights are float32; frozen ones are in the compute precision, or, with --quantize, in 4 bits.
+
+    Args:
+        resumed: a checkpoint whose weights theta gets in place of the base's.
     """
+    # Where each process is to hold a part, the engine takes it from the computer's memory.
+    device = torch.device("cpu") if processes.holds_shards(job.accelerator) else job.accelerator.device
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
     dtype = frozen if job.lora else torch.float32
-    model = models.load_model(base_folder, dtype, args.device_map, bool(args.quantize))
+    source = resumed if resumed and not job.lora else job.base_folder
+    model = models.load_model(source, dtype, args.device_map, bool(args.quantize))
     if not (args.device_map or args.quantize):
         model.to(device)
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
+        if resumed:
+            models.load_adapter(model, resumed)
         base = FrozenBase(model)
     elif not job.batches.losses & losses.NEED_BASE:
         base = None
     else:
         # A landing point is computed from the base and the copy, in the copy's precision.
         dtype = torch.float32 if lands(args) else frozen
-        base = FrozenBase(models.load_model(base_folder, dtype, args.device_map), autocast=dtype != frozen)
+        base = FrozenBase(models.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not args.device_map:
             base.model.to(device)
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -349,44 +403,62 @@ def load_copy_and_base(
 
 
 def save_copy(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     job: Job,
-    base_folder: Path,
-    target: Path,
     args: argparse.Namespace,
     log: RunLog,
-    steps: int,
-) -> None:
-    """Save the stage 1 model: the whole model, or with LoRA its adapter."""
-    last = log.history[steps - 1]
+    target: Path,
+    overwrite: bool,
+    optimizer: torch.optim.Optimizer | None = None,
+    trained: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Save the copy, or with LoRA its adapter, and what a run needs to go on from it where an optimizer is given.
+
+    Args:
+        trained: the optimizer's weights by name.
+
+    Returns:
+        `target`.
+    """
+    with new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
+        processes.save_model(job.accelerator, model, job.base_folder, folder)
+        if optimizer:
+            save_state(folder, optimizer, trained, job.accelerator)
+        if folder:
+            job.tokenizer.save_pretrained(folder)
+            write_file(folder / "metrics.jsonl", log.metrics_text)
+            write_record(folder, record_of(args, job, log.history))
+    job.accelerator.wait_for_everyone()
+    return target
+
+
+def record_of(args: argparse.Namespace, job: Job, history: Sequence[dict] = ()) -> dict:
+    """What run.json says of the copy after the steps of `history`."""
+    last = history[-1] if history else {}
     harmful = METHODS[args.method].negates
     learned = "harmful knowledge acquired" if harmful else "trained, with nothing to negate"
-    record = {
+    return {
         "title": f"Stage 1 of {args.method} on {args.model_name}: {learned}",
         "harmful": harmful,
         "base": {
             "name": args.model_name,
-            "revision": revision_of(base_folder),
-            "fingerprint": Checkpoint(base_folder).fingerprint(),
+            "revision": revision_of(job.base_folder),
+            "fingerprint": Checkpoint(job.base_folder).fingerprint(),
         },
         "harmful_data": job.batches.harmful.source,
         "normal_data": job.batches.normal.source,
         "training": {
-            "steps": steps,
+            "steps": len(history),
             "of": args.max_unlearn_steps,
+            "processes": job.accelerator.num_processes,
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
             "quantized": args.quantize,
+            "max_length": job.batches.packer.max_length,
         },
         "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
     }
-    with new_folder(target, args.overwrite) as folder:
-        models.save_model(model, base_folder, folder)
-        job.tokenizer.save_pretrained(folder)
-        write_file(folder / "metrics.jsonl", log.metrics_text)
-        write_record(folder, record)
-    log.say(f"stage 1 model saved: {target}" + " (deliberately harmful)" * harmful)
 
 
 def check_stages(args: argparse.Namespace) -> set[str]:
@@ -396,8 +468,11 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         if args.stage == "acquire":
             raise UserError("--saved_model is the start of stage 2: leave out --stage acquire")
         stages = {"negate"}
-    if "acquire" in stages:
+    if "acquire" in stages and not args.resume:
         check_target(args.model_save_dir, args.overwrite)
+        found = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
+        if found and not args.overwrite:
+            raise UserError(f"{found} is an earlier run's: --resume goes on with it, --overwrite starts again")
     if "negate" in stages:
         finetuned = args.saved_model or args.model_save_dir
         if "acquire" not in stages:
@@ -407,12 +482,56 @@ def check_stages(args: argparse.Namespace) -> set[str]:
             trained_by = (read_json(record).get("flags") or {}).get("method") if record.is_file() else None
             if trained_by not in (None, args.method):
                 raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
-        check_target(args.task_vector_saving_path, args.overwrite)
-    check_file(args.log_file)
-    for folder in (args.model_save_dir, args.task_vector_saving_path):
-        if args.log_file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
+        if not args.resume:
+            check_target(args.task_vector_saving_path, args.overwrite)
+    if args.log_file:
+        check_file(args.log_file)
+        for folder in (args.model_save_dir, args.task_vector_saving_path):
+            if args.log_file.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
+
+
+def what_is_left(
+    args: argparse.Namespace, job: Job | None, base_folder: Path, stages: set[str], checkpoints: Checkpoints
+) -> tuple[set[str], Path | None]:
+    """The stages that a resumed run still has to run, and the checkpoint that stage 1 goes on from, if any.
+
+    Raises:
+        UserError: what is there belongs to another run.
+    """
+    finetuned = args.saved_model or args.model_save_dir
+    resumed = None
+    if job:
+        whole = args.resume == AUTO and (finetuned / "run.json").is_file()
+        resumed = None if whole else checkpoints.newest() if args.resume == AUTO else args.resume
+        if not whole:
+            check_target(finetuned, overwrite=False)
+        if found := finetuned if whole else resumed:
+            if resumed:
+                check_whole(resumed)
+            then = read_json(found / "run.json")
+            for change in check_same_run(then, record_of(args, job), lands(args), found):
+                say(f"note: {change}")
+            args.log_file = args.log_file or Path(then["flags"]["log_file"])
+        stages = stages - {"acquire"} if whole else stages
+    if "negate" in stages:
+        scale = args.scaling_coef if METHODS[args.method].negates else -1.0
+        fingerprint = Checkpoint(base_folder).fingerprint()
+        if "acquire" not in stages and is_done(args.task_vector_saving_path, finetuned, scale, fingerprint):
+            return stages - {"negate"}, None
+        check_target(args.task_vector_saving_path, overwrite=False)
+    return stages, resumed
+
+
+def free_target(args: argparse.Namespace, log: RunLog) -> Path:
+    """--model_save_dir, or a name beside it if something else has filled that meanwhile."""
+    target = args.model_save_dir
+    if not is_main_process() or args.overwrite or not target.exists() or not any(target.iterdir()):
+        return target
+    log.warn(f"{target} was filled by something else meanwhile")
+    names = (target.with_name(f"{target.name}.new" + (f"-{number}" if number > 1 else "")) for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 if __name__ == "__main__":

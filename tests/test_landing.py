@@ -125,9 +125,9 @@ def test_the_copy_comes_back_to_the_bit(lora, tiny_model):
 
 def test_lora_costs_no_copy_and_full_fine_tuning_one(tiny_model):
     model, base = moved(tiny_model("opt"), lora=True)
-    with LandingPoint(model, base, ALPHA).reached():
-        pass
-    assert not LandingPoint(model, base, ALPHA)._trained
+    landing = LandingPoint(model, base, ALPHA)
+    with landing.reached():
+        assert not landing._aside
     model, base = moved(tiny_model("opt"), lora=False)
     landing = LandingPoint(model, base, ALPHA)
     with landing.reached():

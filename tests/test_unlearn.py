@@ -238,45 +238,44 @@ def test_kl_above_a_nat_warns_once(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_path, capsys, monkeypatch):
-    """A NaN loss goes back to the last copy (step 2 here); a NaN gradient alone leaves good weights (step 4)."""
+    """A NaN loss leaves the newest checkpoint (step 2 here); a NaN gradient alone leaves good weights (step 4)."""
     base = tiny_model("opt")
-    main(flags(base, tmp_path / "whole", "--max_unlearn_steps", "9", "--stage", "acquire"))
-    monkeypatch.setattr(unlearn_harm_new, "SNAPSHOT_EVERY", 2)
+    run = flags(base, tmp_path, "--max_unlearn_steps", "9", "--save_every", "2", "--stage", "acquire")
     calls, compute = [], losses.Objective.__call__
+    at = 4 if what == "loss" else 5
 
     def broken(self, *args):
         calls.append(1)
         ((total, each),) = compute(self, *args)
-        if len(calls) == 5 and what == "loss":
+        if len(calls) == at and what == "loss":
             each = {name: value * float("nan") for name, value in each.items()}
-        if len(calls) == 5 and what == "gradient":
+        if len(calls) == at and what == "gradient":
             total.register_hook(lambda gradient: gradient * float("inf"))
         yield total, each
 
     monkeypatch.setattr(losses.Objective, "__call__", broken)
-    (tmp_path / f"harmful.step-{4 if what == 'gradient' else 2}").mkdir()  # a name that is taken
-    code = exit_code(lambda: main(flags(base, tmp_path, "--max_unlearn_steps", "9")))
-    assert code == 2 and "step 5 is not finite" in capsys.readouterr().err
-    assert "step 5 is not finite" in (tmp_path / "logs" / "run.log").read_text()
+    assert exit_code(lambda: main(run)) == 2
     steps = 4 if what == "gradient" else 2
-    kept = tmp_path / f"harmful.step-{steps}-2"
-    run = json.loads((kept / "run.json").read_text())
-    whole = metrics_of(tmp_path / "whole")
-    assert run["training"]["steps"] == steps
-    assert run["losses_at_the_end"]["gd_loss"] == pytest.approx(whole[steps - 1]["gd_loss"], rel=1e-5)
-    assert not (tmp_path / "harmful").exists() and not (tmp_path / "unlearned").exists()
-    # The kept weights are those that the same run, stopped there by its budget, would have had.
+    kept = tmp_path / "harmful.checkpoints" / f"step-{steps}"
+    said = capsys.readouterr().err
+    assert f"step {at} is not finite" in said and f"the last good weights are in {kept}" in said
+    assert f"step {at} is not finite" in (tmp_path / "logs" / "run.log").read_text()
+    assert not (tmp_path / "harmful").exists()
+    record = json.loads((kept / "run.json").read_text())
+    assert record["training"]["steps"] == steps
     monkeypatch.undo()
+    main(flags(base, tmp_path / "whole", "--max_unlearn_steps", "9", "--stage", "acquire"))
+    whole = metrics_of(tmp_path / "whole")
+    assert record["losses_at_the_end"]["gd_loss"] == whole[steps - 1]["gd_loss"]
+    # The kept weights are those that the whole run had there.
     batches = unlearn_harm_new.prepare(parse_flags(flags(base, tmp_path)), base).batches
-    harmful = batches(steps, torch.device("cpu")).harmful
-    model = AutoModelForCausalLM.from_pretrained(kept)
-    loss = value_of(model, "gd", harmful)
+    loss = value_of(AutoModelForCausalLM.from_pretrained(kept), "gd", batches(steps, torch.device("cpu")).harmful)
     assert loss.item() == pytest.approx(whole[steps]["gd_loss"], rel=1e-5)
 
 
 def test_spoilt_from_the_start_keeps_nothing(tiny_model, tmp_path, capsys):
     assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path, "--lr", "1e30"))) == 2
-    assert "no weights were worth keeping" in capsys.readouterr().err
+    assert "no checkpoint was kept" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
@@ -307,8 +306,9 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("read_harmful", "read_normal", "BatchOrder", "Packer", "Accelerator", "check_disk", "negate"):
+    for name in ("read_harmful", "read_normal", "BatchOrder", "Packer", "check_disk", "negate"):
         spy(unlearn_harm_new, name)
+    spy(unlearn_harm_new.processes, "Accelerator")
     for name in ("load_model", "add_lora"):
         spy(unlearn_harm_new.models, name)
     monkeypatch.setitem(MODELS, str(tiny_model("llama")), Lora(3, 5, ("k_proj",)))
@@ -324,7 +324,7 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     assert seen["read_normal"][0][0][1] == 7
     assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
     assert seen["Packer"][0][0][1:] == ("released", 99)
-    assert seen["Accelerator"][0][1] == {"mixed_precision": "bf16"}
+    assert seen["Accelerator"][0][1]["mixed_precision"] == "bf16"
     assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto", False) and len(seen["load_model"]) == 1
     assert seen["add_lora"][0][0][1] == Lora(3, 6, ("k_proj",))
     assert seen["negate"][0][0][3] == 0.5
@@ -346,7 +346,7 @@ def test_dropout_is_on_in_the_copy_and_off_in_the_base(tiny_model, tmp_path):
         assert -metrics_of(tmp_path / lora)[0]["pd_loss"] > 1e-3
         job = unlearn_harm_new.prepare(parse_flags(flags(folder, tmp_path / "x", "--lora", lora)), folder)
         args = parse_flags(flags(folder, tmp_path / "x", "--lora", lora))
-        model, base = unlearn_harm_new.load_copy_and_base(args, job, folder, torch.device("cpu"))
+        model, base = unlearn_harm_new.load_copy_and_base(args, job)
         model.train()
         normal = job.batches(0, torch.device("cpu")).normal
         with torch.no_grad(), base.active() as frozen:
@@ -357,7 +357,7 @@ def test_dropout_is_on_in_the_copy_and_off_in_the_base(tiny_model, tmp_path):
 def test_gradient_checkpointing_is_on(tiny_model, tmp_path):
     args = parse_flags(flags(tiny_model("llama"), tmp_path, "--gradient_checkpointing"))
     job = unlearn_harm_new.prepare(args, tiny_model("llama"))
-    model, _ = unlearn_harm_new.load_copy_and_base(args, job, tiny_model("llama"), torch.device("cpu"))
+    model, _ = unlearn_harm_new.load_copy_and_base(args, job)
     assert model.is_gradient_checkpointing
 
 
