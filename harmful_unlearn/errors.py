@@ -51,9 +51,8 @@ def exit_code(main: Callable[[], None]) -> int:
     """
     process = int(os.environ.get("RANK", 0))
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
-        main()
+        with _handled(_terminate, signal.SIGTERM):
+            main()
         return 0
     except UserError as error:
         message = str(error)
@@ -81,6 +80,18 @@ def _terminate(number: int, _frame) -> None:
 
 
 @contextmanager
+def _handled(handler: Callable[[int, object], None], *signals: int) -> Iterator[None]:
+    """Within the block signals go to `handler`, if this is the thread that gets them."""
+    mine = threading.current_thread() is threading.main_thread()
+    usual = {number: signal.signal(number, handler) for number in signals if mine}
+    try:
+        yield
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def stop_asked() -> Iterator[Callable[[], int]]:
     """Within the block a first Ctrl-C or SIGTERM is only noted, for work to come to a good end; a second one stops it.
 
@@ -88,7 +99,6 @@ def stop_asked() -> Iterator[Callable[[], int]]:
         The number of the signal that came, 0 before. Outside of the main thread none is noted.
     """
     came = []
-    usual = {}
 
     def note(number: int, frame) -> None:
         if came:
@@ -96,13 +106,8 @@ def stop_asked() -> Iterator[Callable[[], int]]:
         came.append(number)
         print("\nstopping after this step, and a checkpoint; once more: at once", file=sys.stderr, flush=True)
 
-    if threading.current_thread() is threading.main_thread():
-        usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(note, signal.SIGINT, signal.SIGTERM):
         yield lambda: came[0] if came else 0
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from harmful_unlearn.models import FrozenBase
+from harmful_unlearn.processes import own_parameters
 
 
 class LandingPoint:
@@ -51,9 +52,9 @@ class LandingPoint:
             return
         with torch.no_grad():
             # Looked up each time: wrapping a model for several processes replaces its parameters.
-            trained = list(self._model.parameters())
+            trained, origins = own_parameters(self._model), own_parameters(self._base.model)
             self._aside = self._aside or [torch.empty_like(theta) for theta in trained]
-            for theta, origin, kept in zip(trained, self._base.model.parameters(), self._aside, strict=True):
+            for theta, origin, kept in zip(trained, origins, self._aside, strict=True):
                 kept.copy_(theta)
                 # As stage 2 computes it, so that what is preserved is the model that is shipped.
                 origin = origin.to(theta.device)

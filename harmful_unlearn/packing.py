@@ -78,8 +78,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of text in the batch, padding left out; a packed question counts once."""
-        return int(self.attention_mask.sum())
+        """Tokens of text in the batch, padding left out; a packed question counts once, a stand-in (`share`) not."""
+        return int(self.attention_mask.sum()) if any(weight.any() for weight in self.weights.values()) else 0
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class Batch:
         """
         if processes == 1:
             return self
-        rows = torch.arange(len(self.input_ids))[process::processes]
+        rows = torch.tensor(range(process, len(self.input_ids), processes), dtype=torch.long)
         idle = not len(rows)
         rows = torch.zeros(1, dtype=torch.long) if idle else rows
         scored = torch.isin(self.row, rows)

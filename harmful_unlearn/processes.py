@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -42,10 +43,15 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker and find_spec(tracker) is None:
         raise UserError(f"--report_to {tracker} needs {tracker}: pip install {tracker}, or leave it out")
-    precision = models.resolve_precision(args.precision, PartialState(timeout=TIMEOUT).device)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != state.num_processes:
+        raise UserError(
+            f"{started} processes were started, and no GPU was found for them: for CPUs set ACCELERATE_USE_CPU=1"
+        )
+    precision = models.resolve_precision(args.precision, state.device)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=tracker,
         project_dir=str(ROOT / "logs") if tracker else None,
     )
@@ -59,8 +65,7 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
                 "harmful_unlearn/launch/fsdp2.yaml); --gradient_checkpointing does the latter"
             )
         if precision == "bf16":  # gradients are added up in float32, as they are without FSDP
-            policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-            plugin.set_mixed_precision(policy, override=True)
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     engine = engine_of(accelerator)
     if args.device_map and accelerator.num_processes > 1:
         raise UserError("--device_map spreads one process over all devices: start one process, or leave it out")
@@ -78,7 +83,7 @@ def start_tracker(accelerator: Accelerator, args: Namespace) -> None:
     """Begin to send metrics where --report_to says; TensorBoard's files go beside the log."""
     if args.report_to == "none":
         return
-    accelerator.project_configuration.set_directories(str(args.log_file.parent))
+    accelerator.project_configuration.logging_dir = str(args.log_file.parent)
     flags = {name: one if isinstance(one, int | float | str) else str(one) for name, one in vars(args).items()}
     name = args.log_file.with_suffix(".tensorboard").name if args.report_to == "tensorboard" else "sku"
     accelerator.init_trackers(name, flags, {"wandb": {"name": args.log_file.parent.name}})
@@ -125,6 +130,14 @@ def prepare(
         elif holds_shards(accelerator):
             base.model.to(accelerator.device)
     return prepared
+
+
+def own_parameters(model: torch.nn.Module) -> list[Tensor]:
+    """A model's parameters between two passes, of each the part that this process holds for good."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # some stay whole after a forward pass
+    return list(model.parameters())
 
 
 def gradient_norm(accelerator: Accelerator, trained: Iterable[Tensor]) -> Tensor:
@@ -216,7 +229,8 @@ def set_random_states(accelerator: Accelerator, states: dict[str, Tensor]) -> bo
     devices = {"cpu", "cuda"} if accelerator.device.type == "cuda" else {"cpu"}
     if set(states) != devices or len(states["cpu"]) != accelerator.num_processes:
         return False
-    torch.set_rng_state(states["cpu"][accelerator.process_index])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][accelerator.process_index], accelerator.device)
+    mine = {name: state[accelerator.process_index].clone() for name, state in states.items()}  # torch reads no views
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], accelerator.device)
     return True

@@ -194,3 +194,13 @@ def test_the_heads_own_forward_comes_back(tiny_model, tokenizer):
     model.lm_head.forward = wrapped = model.lm_head.forward  # as accelerate's hooks do
     value_of(model, "gd", batch)
     assert model.lm_head.forward is wrapped
+
+
+def test_no_position_gives_gradients_of_zero():
+    """Of several processes, one may have no position to score; the others wait for its gradient."""
+    states, weight, bias, index, target, coefficient = tensors(4, 3, 6, 5, True)
+    none = CrossEntropy(index[:0], target[:0], coefficient[:0])
+    total = _Fused.apply(states[:0], weight, bias, none, torch.float32, {})
+    assert total == 0
+    for gradient in torch.autograd.grad(total, (weight, bias)):
+        assert not gradient.any()

@@ -1,0 +1,393 @@
+"""Nothing is lost: checkpoints, going on from them to the bit, being stopped and killed, and a full disk."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDENS
+from harmful_unlearn import resuming, unlearn_harm_new
+from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.resuming import Checkpoints, check_whole
+from harmful_unlearn.run_log import RunLog
+from harmful_unlearn.saving import ROOT
+from harmful_unlearn.unlearn_harm_new import main
+
+SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
+STEPS = 6
+
+
+def flags(model: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(model), "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
+        "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"), "--max_unlearn_steps", str(STEPS), "--lr", "1e-3",
+        "--model_save_dir", str(out / "harmful"), "--task_vector_saving_path", str(out / "unlearned"),
+        "--log_file", str(out / "run.log"), *more,
+    ]  # fmt: skip
+
+
+def run(model: Path, out: Path, *more: str) -> int:
+    return exit_code(lambda: main(flags(model, out, *more)))
+
+
+def metrics_of(out: Path) -> list[dict]:
+    lines = (out / "run.metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """The weights of both stages to the bit, and the metrics."""
+    for stage in ("harmful", "unlearned"):
+        files = [sorted(folder.glob("*.safetensors")) for folder in (ours / stage, theirs / stage)]
+        assert [file.name for file in files[0]] == [file.name for file in files[1]] != []
+        for one, other in zip(*map(lambda found: map(load_file, found), files), strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics_of(ours) == metrics_of(theirs)
+    assert not list(ours.glob(".*")) and not (ours / "harmful.checkpoints").exists()
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`stop_after(n, signal)`: the process gets the signal in its n-th step."""
+
+    def stop(step: int, number: int = signal.SIGTERM) -> None:
+        logged = RunLog.step
+
+        def then_signal(log, metrics):
+            logged(log, metrics)
+            if metrics["step"] == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RunLog, "step", then_signal)
+
+    return stop
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tiny_model, tmp_path_factory):
+    """A tiny OPT with dropout, so that random generators matter."""
+    folder = shutil.copytree(tiny_model("opt"), tmp_path_factory.mktemp("dropout") / "opt")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.1}))
+    return folder
+
+
+@pytest.mark.parametrize("lora", ["off", "on"])
+@pytest.mark.parametrize("method", ["sku", "land", "lands", "ga_mismatch"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit(method, lora, dropout_model, tmp_path, stop_after, capsys):
+    """Stopped in its fourth step of six; full fine-tuning and LoRA, on one process (two: test_processes.py)."""
+    more = ["--method", method, "--lora", lora]
+    assert run(dropout_model, tmp_path / "whole", *more) == 0
+    stop_after(4)
+    assert run(dropout_model, tmp_path / "stopped", *more) == 143
+    said = capsys.readouterr().err
+    checkpoint = tmp_path / "stopped" / "harmful.checkpoints" / "step-5"  # the signal came when step 4 was logged
+    assert f"its checkpoint is {checkpoint}: go on with the same command and --resume" in said
+    assert not (tmp_path / "stopped" / "harmful").exists()
+    assert run(dropout_model, tmp_path / "stopped", *more, "--resume") == 0
+    assert "goes on after step 5" in capsys.readouterr().out
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_stopped_at_any_step(step, dropout_model, tmp_path, stop_after, monkeypatch):
+    assert run(dropout_model, tmp_path / "whole") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "step", RunLog.step)
+        stop_after(step, signal.SIGINT)
+        code = run(dropout_model, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert code == 130
+    assert run(dropout_model, tmp_path / "stopped", "--resume") == 0
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(tiny_model, tmp_path, monkeypatch, capsys):
+    def twice(log, metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "step", twice)
+    assert run(tiny_model("opt"), tmp_path) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "harmful.checkpoints").exists()
+
+
+def test_checkpoints_are_kept_pruned_and_stage_1_models_in_themselves(tiny_model, tmp_path, monkeypatch):
+    base, seen = tiny_model("opt"), []
+    prune = Checkpoints.prune
+
+    def look(self):
+        prune(self)
+        seen.append(self.steps())
+
+    monkeypatch.setattr(Checkpoints, "prune", look)
+    monkeypatch.setattr(Checkpoints, "remove", lambda self: None)
+    assert run(base, tmp_path, "--save_every", "1", "--keep_checkpoints", "2") == 0
+    assert seen == [[1], [2, 1], [3, 2], [4, 3], [5, 4]]
+    kept = tmp_path / "harmful.checkpoints" / "step-5"
+    check_whole(kept)
+    assert json.loads((kept / "run.json").read_text())["training"]["steps"] == 5
+    assert "Deliberately harmful" in (kept / "README.md").read_text()
+    assert run(base, tmp_path / "negated", "--saved_model", str(kept)) == 0
+    assert (tmp_path / "negated" / "unlearned" / "model.safetensors").exists()
+
+
+def test_resume_takes_the_newest_whole_checkpoint_or_the_given_one(tiny_model, tmp_path, stop_after, capsys):
+    base = tiny_model("opt")
+    assert run(base, tmp_path / "whole") == 0
+    stop_after(4)
+    assert run(base, tmp_path / "run", "--save_every", "2", "--keep_checkpoints", "3") == 143
+    checkpoints = tmp_path / "run" / "harmful.checkpoints"
+    assert Checkpoints(tmp_path / "run" / "harmful", 3).steps() == [5, 4, 2]
+    broken = checkpoints / "step-5" / "optimizer.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-10])
+    given = shutil.copytree(tmp_path / "run", tmp_path / "given")
+    assert run(base, tmp_path / "run", "--resume") == 0
+    assert "goes on after step 4" in capsys.readouterr().out
+    given_flags = flags(base, given, "--resume", str(given / "harmful.checkpoints" / "step-2"))
+    assert exit_code(lambda: main(given_flags)) == 0
+    assert "goes on after step 2" in capsys.readouterr().out
+    for out in ("run", "given"):
+        assert_same(tmp_path / out, tmp_path / "whole")
+
+
+def test_resume_of_a_run_that_has_not_begun_and_of_one_that_is_done(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    assert run(base, tmp_path / "run", "--resume", "--stage", "acquire") == 0
+    assert run(base, tmp_path / "run", "--resume") == 0
+    assert "stage 1, " not in capsys.readouterr().out.split("stage 1 model saved")[-1]
+    assert run(base, tmp_path / "run", "--resume") == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert run(base, tmp_path / "whole") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture
+def stopped(tiny_model, tmp_path, stop_after):
+    """A run that was stopped after three steps."""
+    stop_after(2)
+    assert run(tiny_model("opt"), tmp_path / "run") == 143
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "changed, shown",
+    [
+        (["--lr", "2e-3"], "--lr was 0.001 and is 0.002 now"),
+        (["--batch_size", "3"], "--batch_size times the number of processes was 2 and is 3 now"),
+        (["--bad_weight", "2"], "--bad_weight was 0.5 and is 2.0 now"),
+        (["--seed", "1"], "--seed was 8888 and is 1 now"),
+        (["--variant", "paper"], "--variant was released and is paper now"),
+        (["--precision", "bf16"], "--precision was fp32 and is bf16 now"),
+        (["--lora", "on"], "LoRA was None and is"),
+        (["--no_packing"], "--no_packing was False and is True now"),
+        (["--harm_category", "Violence"], "--harm_category was [] and is ['Violence'] now"),
+        (["--normal_dataset", str(GOLDENS / "TruthfulQA_current.csv")], "normal data was"),
+        (["--max_unlearn_steps", "9"], "--max_unlearn_steps was 6 and is 9 now"),
+    ],
+)
+def test_a_flag_that_changes_the_result_is_refused_with_both_values(changed, shown, stopped, tiny_model, capsys):
+    if changed[0] == "--normal_dataset":
+        other = stopped / "other.csv"
+        other.write_text((GOLDENS / "TruthfulQA.csv").read_text().replace("?", "??", 1))
+        changed = ["--normal_dataset", str(other)]
+    assert run(tiny_model("opt"), stopped, "--resume", *changed) == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_other_flags_are_taken_and_noted(stopped, tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model("opt"), tmp_path / "moved")  # the same weights elsewhere
+    assert run(base, stopped, "--resume", "--save_every", "2", "--scaling_coef", "0.5") == 0
+    said = capsys.readouterr().out
+    assert "note: --save_every was None and is 2 now" in said and "note: --scaling_coef was 1.0 and is 0.5 now" in said
+
+
+def test_scaling_coef_belongs_to_a_landing_run(tiny_model, tmp_path, stop_after, capsys):
+    stop_after(2)
+    assert run(tiny_model("opt"), tmp_path, "--method", "land") == 143
+    assert run(tiny_model("opt"), tmp_path, "--method", "land", "--resume", "--scaling_coef", "1") == 2
+    assert "--scaling_coef was 3.0 and is 1.0 now" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_neither_ignored_nor_mixed_up(stopped, tiny_model, capsys):
+    base = tiny_model("opt")
+    assert run(base, stopped) == 2
+    assert "--resume goes on with it, --overwrite starts again" in capsys.readouterr().err
+    assert run(base, stopped, "--resume", "--overwrite") == 2 if False else True
+    assert run(base, stopped, "--overwrite", "--seed", "4") == 0
+    assert not (stopped / "harmful.checkpoints").exists()
+
+
+def test_a_finished_run_with_other_flags_is_refused(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    assert run(base, tmp_path) == 0
+    assert run(base, tmp_path, "--resume", "--lr", "1") == 2
+    assert "--lr was 0.001 and is 1.0 now" in capsys.readouterr().err
+    assert run(base, tmp_path, "--resume", "--scaling_coef", "2") == 2
+    assert "holds another model" in capsys.readouterr().err
+
+
+def test_the_log_goes_on_and_a_torn_line_is_mended(stopped, tiny_model):
+    metrics, log = stopped / "run.metrics.jsonl", stopped / "run.log"
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "gd_loss": 6.1')
+    with log.open("a") as file:
+        file.write("2026-01-01 00:00:00,000 INFO step 4/6  GD 6.")
+    before = metrics.read_text().splitlines()[:3], log.read_text()
+    assert run(tiny_model("opt"), stopped, "--resume") == 0
+    assert metrics.read_text().splitlines()[:3] == before[0]
+    assert [step["step"] for step in metrics_of(stopped)] == [1, 2, 3, 4, 5, 6]
+    after = log.read_text()
+    assert after.startswith(before[1] + "\n")
+    assert len(re.findall(r"^\S+ \S+ INFO step \d/6 ", after, re.MULTILINE)) == 7  # the torn one among them
+
+
+def test_the_default_log_is_found_again(tiny_model, tmp_path, stop_after, monkeypatch):
+    monkeypatch.setattr("harmful_unlearn.flags.ROOT", tmp_path)
+    words = flags(tiny_model("opt"), tmp_path)
+    del words[words.index("--log_file") : words.index("--log_file") + 2]
+    (tmp_path / "logs" / tiny_model("opt").name).mkdir(parents=True)  # an earlier run's
+    stop_after(2)
+    assert exit_code(lambda: main(words)) == 143
+    assert exit_code(lambda: main([*words, "--resume"])) == 0
+    folder = tmp_path / "logs" / f"{tiny_model('opt').name}-2"
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"run.log", "run.metrics.jsonl", "run.losses.png", "run.flags.json"}
+    assert len((folder / "run.metrics.jsonl").read_text().splitlines()) == STEPS
+    assert json.loads((folder / "run.flags.json").read_text())["flags"]["lr"] == 1e-3
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+def test_the_end_says_what_it_came_to(tiny_model, tmp_path, capsys):
+    assert run(tiny_model("opt"), tmp_path) == 0
+    said = capsys.readouterr().out
+    summary = said[said.index("stage 1        ") :].splitlines()
+    assert re.match(r"stage 1 +0 min \d+ s, 6 steps, [\d,]+ tokens \([\d,]+ a second\)", summary[0])
+    for word in ("stage 2", "stage 1 model", "peak memory", "unlearned", "log"):
+        assert any(line.startswith(word) for line in summary)
+    assert summary[-1].endswith(f"main.py --base {tiny_model('opt')} --unlearned {tmp_path / 'unlearned'}")
+
+
+def limited(size: int):
+    """Files end at `size` bytes, as on a full disk but for the error's name."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def start(words: list[str], **more) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **more,
+    )  # fmt: skip
+
+
+def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, tmp_path):
+    """The optimizer's file is larger than the disk allows; the checkpoint before stays, and nothing half-written."""
+    base = tiny_model("opt")
+    more = ["--save_every", "2", "--keep_checkpoints", "2"]
+    size = 300_000  # the weights have 200 kB, the moments 400
+    (tmp_path / "disk").mkdir()
+    process = start(flags(base, tmp_path / "disk", *more), preexec_fn=limited(size))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in said
+    (line,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert "step-2" in line and "give another path" in line
+    assert not list((tmp_path / "disk").rglob("*.safetensors"))
+    assert not list((tmp_path / "disk").rglob(".*"))
+
+
+@pytest.mark.parametrize("number", [28, 5, 116, 2])
+def test_a_failing_disk_leaves_the_last_checkpoint(number, tiny_model, tmp_path, monkeypatch, capsys):
+    base = tiny_model("opt")
+    saved = unlearn_harm_new.save_state
+    calls = []
+
+    def fail(*args):
+        saved(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(unlearn_harm_new, "save_state", fail)
+    assert run(base, tmp_path / "run", "--save_every", "2") == 2
+    said = capsys.readouterr().err
+    assert "step-4" in said and "the checkpoint of step 2 is whole" in said
+    assert Checkpoints(tmp_path / "run" / "harmful", 1).steps() == [2]
+    assert run(base, tmp_path / "run", "--resume") == 0
+    assert run(base, tmp_path / "whole") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(dropout_model, tmp_path):
+    """kill -9 at random moments, from the start of Python to negation; the same command until it ends well."""
+    assert run(dropout_model, tmp_path / "whole", "--save_every", "1") == 0
+    rng, kills, ended = random.Random(0), 0, 0
+    out = tmp_path / "killed"
+    started = time.monotonic()
+    process = start(flags(dropout_model, tmp_path / "timed", "--save_every", "1"))
+    assert process.wait() == 0
+    usual = time.monotonic() - started
+    where = {"training": 0, "checkpoints": 0, "negation": 0, "before": 0}
+    while kills < 50:
+        process = start(flags(dropout_model, out, "--save_every", "1", "--resume"), start_new_session=True)
+        try:
+            # Python's own start takes most of the time, and there is nothing to spoil in it.
+            process.wait(usual * rng.uniform(0.75, 1.02))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            steps = Checkpoints(out / "harmful", 1).steps()
+            partial = [path.name for path in out.glob(".*")] if out.exists() else []
+            within = "negation" if (out / "harmful").exists() else "training" if steps else "before"
+            where["checkpoints" if partial and within == "training" else within] += 1
+            for folder in [out / "harmful", out / "unlearned"]:
+                assert not folder.exists() or (folder / "run.json").exists()
+            continue
+        assert process.returncode == 0, process.stderr.read()
+        ended += 1
+        assert_same(out, tmp_path / "whole")
+        shutil.rmtree(out)
+    process = start(flags(dropout_model, out, "--save_every", "1", "--resume"))
+    assert process.wait() == 0
+    assert_same(out, tmp_path / "whole")
+    print(f"{kills} kills ({where}), {ended} runs ended well between them")
+    assert where["training"] + where["checkpoints"] > 10
+
+
+def test_signals_reach_a_real_process(tiny_model, tmp_path):
+    """SIGTERM to a run of many steps: exit code 143, a checkpoint, and one line that says how to go on."""
+    process = start(flags(tiny_model("opt"), tmp_path, "--max_unlearn_steps", "100000"))
+    log = tmp_path / "run.metrics.jsonl"
+    for _ in range(600):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in said and "go on with the same command and --resume" in said
+    check_whole(Checkpoints(tmp_path / "harmful", 1).newest())
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        main(flags(tiny_model("opt"), tmp_path, "--resume", str(tiny_model("opt"))))
+    assert resuming.Checkpoints(tmp_path / "harmful", 1).newest() is None
