@@ -419,15 +419,26 @@ def save_copy(
 
     Returns:
         `target`.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    with new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
-        processes.save_model(job.accelerator, model, job.base_folder, folder)
-        if optimizer:
-            save_state(folder, optimizer, trained, job.accelerator)
-        if folder:
-            job.tokenizer.save_pretrained(folder)
-            write_file(folder / "metrics.jsonl", log.metrics_text)
-            write_record(folder, record_of(args, job, log.history))
+    try:
+        with new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
+            processes.save_model(job.accelerator, model, job.base_folder, folder)
+            if optimizer:
+                save_state(folder, optimizer, trained, job.accelerator)
+            if folder:
+                job.tokenizer.save_pretrained(folder)
+                write_file(folder / "metrics.jsonl", log.metrics_text)
+                write_record(folder, record_of(args, job, log.history))
+    except OSError as error:
+        newest = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
+        after = f"goes on with {newest}, which is whole" if newest else "starts stage 1 again"
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk, then the same "
+            f"command with --resume {after}"
+        ) from error
     job.accelerator.wait_for_everyone()
     return target
 
