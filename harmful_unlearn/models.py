@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -128,7 +129,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # which, depends on the release
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # as the release has it
         raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
     except KeyError:
         raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None

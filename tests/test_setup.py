@@ -60,5 +60,5 @@ def test_nothing_is_pickled_or_evaluated():
 def test_make_names_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for target in ("demo", "reproduce-demo", "test", "test-slow", "data", "setup", "clean"):
+    for target in ("demo", "reproduce-demo", "test", "test-slow", "fuzz", "data", "setup", "clean"):
         assert f"make {target}" in done.stdout
