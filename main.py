@@ -93,7 +93,8 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if adapter:
-        Checkpoint(adapter, "adapter_model")  # whole, and no pickle
+        if "adapter_model.safetensors" not in Checkpoint(adapter, "adapter_model").shards:  # PEFT would take a pickle
+            raise UserError(f"{adapter} has its adapter in shards: save it as one adapter_model.safetensors")
         model = PeftModel.from_pretrained(model, adapter)
     if not args.device_map:
         model.to(device)
