@@ -600,14 +600,14 @@ def test_an_error_is_one_line_without_control_characters(message):
 
 NUMBERS = st.one_of(
     TEXT, st.integers().map(str), st.floats().map(repr),
-    st.sampled_from(["9" * 5000, "1_0", "１", "1e999", "-0.0", "%s", "0x10", "1e-400", "nan", " 1 "]),
+    st.sampled_from(["9" * 5000, "1_0", "１", "1e999", "-0.0", "%s", str(2**32), "0x10", "1e-400", "nan", " 1 "]),
 )  # fmt: skip
 RANGES = {
     flag_types.number: math.isfinite,
     flag_types.positive_number: lambda value: math.isfinite(value) and value > 0,
     flag_types.not_negative: lambda value: math.isfinite(value) and value >= 0,
-    flag_types.whole_number: lambda value: isinstance(value, int) and value >= 0,
-    flag_types.positive_int: lambda value: isinstance(value, int) and value > 0,
+    flag_types.whole_number: lambda value: isinstance(value, int) and 0 <= value < 2**32,
+    flag_types.positive_int: lambda value: isinstance(value, int) and 0 < value < 2**32,
 }
 
 

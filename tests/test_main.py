@@ -122,3 +122,12 @@ def test_an_adapter_in_shards_is_refused(tiny_model, tmp_path, capsys):
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match="shards"):
         run(capsys, "--base", str(tiny_model("opt")), "--unlearned", str(folder))
+
+
+@pytest.mark.parametrize("bad", [
+    "--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296",
+])  # fmt: skip
+def test_numbers_out_of_range_exit_2(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spot_check.main(bad.split())
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
