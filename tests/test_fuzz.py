@@ -26,8 +26,8 @@ from pairs import CONFIGS
 from safetensors import safe_open
 from safetensors.torch import save as serialized
 
-from harmful_unlearn import checkpoints, flag_types
-from harmful_unlearn.checkpoints import CODES, Checkpoint
+from harmful_unlearn import checkpoints, flag_types, models
+from harmful_unlearn.checkpoints import CODES, Checkpoint, class_names
 from harmful_unlearn.data import (
     HARMFUL_COLUMNS,
     INCORRECT_COLUMN,
@@ -281,6 +281,28 @@ def test_negation_is_whole_or_not_at_all(place, content, run, config, stem):
     for file in out.iterdir():
         file.unlink()
     out.rmdir()
+
+
+ODD_SETTINGS = st.sampled_from([None, True, -1, 0, 1, 3, 0.5, 2**63, "", "x", [], [1], {}, {"a": 1}, "\ud800"])
+FIELDS = sorted({field for config in CONFIGS.values() for field in config.to_dict()} - {"num_hidden_layers", "n_layer"})
+
+
+@given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(FIELDS), ODD_SETTINGS | JSON, max_size=2))
+@example("opt", {"num_attention_heads": 3})
+@example("qwen2", {"hidden_act": "x"})
+@example("gpt2", {"architectures": []})
+@example("llama", {"hidden_size": "x"})
+def test_a_configuration(place, architecture, changes):
+    """Numbers of layers are left alone: a model of 2**31 layers is made for hours."""
+    folder = place / "configuration"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIGS[architecture].to_dict(), **changes}))
+    try:
+        models.empty_model(models.load_config(folder))
+    except UserError:
+        return
+    synonyms, is_constant = class_names(folder)
+    assert synonyms("a")[0] == "a" and not is_constant("a")
 
 
 # --- streaming negation ---------------------------------------------------------------------------
