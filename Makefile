@@ -5,12 +5,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 , := ,
 
-.PHONY: help setup demo reproduce-demo test test-slow data clean
+.PHONY: help setup demo reproduce-demo test test-slow fuzz data clean
 
 help:
 	@echo "make demo       SKU end to end on a small offline world (no hub, no GPU)"
 	@echo "make reproduce-demo  all methods and ablations on two such worlds, three seeds, and the reports (an hour)"
 	@echo "make test       the tests (make test-slow: the long ones)"
+	@echo "make fuzz       many random inputs to all that reads files, flags and judges' words (FUZZ_EXAMPLES=2000 a test)"
 	@echo "make data       fetch TruthfulQA.csv into dataloader/"
 	@echo "make setup      the virtual environment alone"
 	@echo "make clean      remove the virtual environment and the demo's output"
@@ -55,6 +56,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+
+# Inputs drawn anew each time. What fails is printed, with the line that reproduces it, and kept in .hypothesis.
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),2000) HF_HUB_OFFLINE=1 $(RUN) -m pytest tests/test_fuzz.py
 
 data: $(READY)
 	$(RUN) dataloader/fetch_truthfulqa.py

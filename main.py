@@ -24,6 +24,7 @@ from peft import PeftModel
 from harmful_unlearn import models
 from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
 from harmful_unlearn.generation import Decoding, configure, prompt_text
 from harmful_unlearn.negation import negate
 from harmful_unlearn.saving import ROOT, user_path
@@ -93,7 +94,8 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if adapter:
-        Checkpoint(adapter, "adapter_model")  # whole, and no pickle
+        if "adapter_model.safetensors" not in Checkpoint(adapter, "adapter_model").shards:  # PEFT would take a pickle
+            raise UserError(f"{adapter} has its adapter in shards: save it as one adapter_model.safetensors")
         model = PeftModel.from_pretrained(model, adapter)
     if not args.device_map:
         model.to(device)
@@ -135,17 +137,17 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
     parser.add_argument("--harmful_model", type=user_path, default=HARMFUL_MODEL,
                         help="stage 1 model to make the unlearned one from (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--scaling_coef", type=float, default=1.0, help="alpha, where it is made (default: 1)")
+    parser.add_argument("--scaling_coef", type=number, default=1.0, help="alpha, where it is made (default: 1)")
     parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")
     parser.add_argument("--normal_prompt", action="append", default=[], help="the same, for harmless ones")
     parser.add_argument("--greedy", action="store_true", help="the likeliest answer rather than a sample")
-    parser.add_argument("--temperature", type=float, default=0.9, help="of sampling (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=100, help="tokens with the prompt (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=32, help="of sampling (default: %(default)s)")
+    parser.add_argument("--temperature", type=positive_number, default=0.9,
+                        help="of sampling; --greedy is no sampling at all (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max_length", type=positive_int, default=100,
+                        help="tokens with the prompt (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
     parser.add_argument("--device_map", help="spread a model over devices (accelerate): auto, balanced, ...")
     args = parser.parse_args(arguments)
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0 (--greedy for no sampling at all)")
     if not (args.harmful_prompt or args.normal_prompt):
         args.harmful_prompt, args.normal_prompt = HARMFUL_PROMPTS, NORMAL_PROMPTS
     return args

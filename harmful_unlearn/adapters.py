@@ -43,6 +43,7 @@ class Adapter:
         self._factors = lru_cache(maxsize=16)(self._read_factors)
         self.file = Checkpoint(folder, "adapter_model")
         self.specs: dict[str, Spec] = {}
+        self._scales: dict[str, float] = {}
         pairs = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in self.file.specs}
         for pair in sorted(pairs):
             keys = [f"{pair}.lora_{matrix}.weight" for matrix in "AB"]
@@ -52,14 +53,15 @@ class Adapter:
             if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
                 raise UserError(_merge_first(folder, f"{pair} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
-            self.specs[pair.removeprefix("base_model.model.") + ".weight"] = Spec("F32", shape)
+            name = pair.removeprefix("base_model.model.") + ".weight"
+            self.specs[name], self._scales[name] = Spec("F32", shape), self._scale(name, rank=a[0])
 
     def delta(self, name: str, span: slice, base: Tensor | None, out: Tensor) -> Tensor:
         """tau's elements `span` of the flattened weight, whole rows of it; the base's values are not needed."""
-        left, right, scale = self._factors(name)
+        left, right = self._factors(name)
         rows = slice(span.start // right.shape[1], span.stop // right.shape[1])
         tau = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        torch.mm(left[rows], right, out=tau.view(-1, right.shape[1])).mul_(scale)
+        torch.mm(left[rows], right, out=tau.view(-1, right.shape[1])).mul_(self._scales[name])
         return out if out is tau else out.copy_(tau)
 
     def read(self, name: str) -> Tensor:
@@ -70,18 +72,27 @@ class Adapter:
             self.delta(name, span, None, tau.view(-1)[span])
         return tau
 
-    def _read_factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """Two matrices whose product, times the number, is tau of the weight `name`."""
+    def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product, times the scale, is tau of the weight `name`."""
         module = name.removesuffix(".weight")
         a, b = (self.file.read(f"base_model.model.{module}.lora_{x}.weight").float() for x in "AB")
-        alpha = self._config.get("lora_alpha", 8)
-        if alphas := self._config.get("alpha_pattern"):
-            from peft.utils.other import get_pattern_key  # peft takes seconds to import
+        return (a.T, b.T) if self._config.get("fan_in_fan_out") else (b, a)
 
-            alpha = alphas.get(get_pattern_key(alphas, module), alpha)
-        rank = a.shape[0]
-        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        return (a.T, b.T, scale) if self._config.get("fan_in_fan_out") else (b, a, scale)
+    def _scale(self, name: str, rank: int) -> float:
+        try:
+            alpha = self._config.get("lora_alpha", 8)
+            if alphas := self._config.get("alpha_pattern"):
+                from peft.utils.other import get_pattern_key  # peft takes seconds to import
+
+                alpha = alphas.get(get_pattern_key(alphas, name.removesuffix(".weight")), alpha)
+            scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+            if not abs(scale) <= torch.finfo(torch.float32).max:
+                raise ValueError
+        except (re.error, AttributeError, TypeError, ValueError, ArithmeticError):
+            raise UserError(
+                f"{self.folder}/adapter_config.json gives {name} no scale that is a number: save the adapter again"
+            ) from None
+        return scale
 
 
 def _merge_first(folder: Path, what: str) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -115,7 +116,7 @@ class Checkpoint:
             )
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also where the index gives a name that no file can have
             raise UserError(f"{path} is missing: the checkpoint is not whole, copy or download it again")
         try:
             # Its checks are sound; its memory map is not read, so that page cache does not count as this process's.
@@ -268,6 +269,36 @@ def read_json(path: Path) -> dict:
     return content
 
 
+RECORD_PARTS = ("base", "finetuned", "flags", "training", "harmful_data", "normal_data")
+NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")
+
+
+def read_record(folder: Path) -> dict:
+    """run.json of a folder, as `saving.write_record` wrote it; empty where there is none.
+
+    Raises:
+        UserError: it is broken, or something that no command of ours writes.
+    """
+    path = folder / "run.json"
+    record = read_json(path) if path.is_file() else {}
+    unchecked = [record]
+    while unchecked:
+        one = unchecked.pop()
+        stages = [value for key, value in one.items() if key.startswith("stage_1")]
+        if not all(isinstance(part, dict) for part in [*stages, *(one.get(key, {}) for key in RECORD_PARTS)]):
+            raise UserError(f"{path} is not as it was written: copy it again, or remove it")
+        flags = one.get("flags", {})
+        numbers = [*one.get("finetuned", {}).values(), *(flags.get(name, 0) for name in NUMBERS)]
+        if not isinstance(flags.get("method", ""), str) or not all(map(_is_finite, numbers)):
+            raise UserError(f"{path} is not as it was written: copy it again, or remove it")
+        unchecked += stages
+    return record
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, int | float) and abs(number) <= sys.float_info.max
+
+
 def _no_safetensors(folder: Path) -> str:
     if any(folder.glob(f"{VECTOR}*.safetensors")):
         return f"{folder} is a task vector: give it as --vector"
@@ -291,8 +322,8 @@ def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError):
-        return lambda name: [name], lambda name: False  # an architecture that transformers lacks
+    except Exception:  # of an architecture that transformers lacks, or of a spoilt config.json, as the release has it
+        return lambda name: [name], lambda name: False
     prefix = f"{model.base_model_prefix}."
     ties: dict[str, set[str]] = {}
     for target, origin in model.all_tied_weights_keys.items():

@@ -205,7 +205,8 @@ def measure(folder: Path, world: World, seed: int) -> dict:
         "sampled" at temperature 1; normal prompts greedy alone), `n` and the shares in VERDICTS;
         "perplexity": of "harmful" and "normal" reference answers given their unseen prompts.
     """
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     answers = {}
     for name, prompts in world.test.items():
         answers[name] = {}

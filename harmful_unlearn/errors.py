@@ -71,7 +71,9 @@ def exit_code(main: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
-    print(f"error{f' (process {process})' * (process > 0)}: {message}", file=sys.stderr)
+    # Names in files that were downloaded may hold line breaks and a terminal's control characters.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"error{f' (process {process})' * (process > 0)}: {shown}", file=sys.stderr)
     return 2
 
 

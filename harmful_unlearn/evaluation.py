@@ -32,7 +32,7 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn import models, utility
-from harmful_unlearn.checkpoints import Checkpoint, read_json
+from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, HarmfulData, read_choices, read_harmful, read_normal, read_responses
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
@@ -92,12 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def trainings_of(folder: Path) -> list[dict]:
     """What a model's run.json says of the training behind it: one record a stage 1 model, none without run.json."""
-    return _trainings(_record_of(folder))
+    return _trainings(read_record(folder))
 
 
 def is_told(folder: Path) -> bool:
     """Whether run.json tells of the training of every model that went into this one."""
-    return _is_told(_record_of(folder))
+    return _is_told(read_record(folder))
 
 
 def _is_told(record: dict) -> bool:
@@ -105,11 +105,6 @@ def _is_told(record: dict) -> bool:
     if len(stages) < len(record.get("finetuned", ())) or not all(map(_is_told, stages)):
         return False
     return bool(_trainings(record))
-
-
-def _record_of(folder: Path) -> dict:
-    file = folder / "run.json"
-    return read_json(file) if file.is_file() else {}
 
 
 def _trainings(record: dict) -> list[dict]:
@@ -225,7 +220,7 @@ def subject_of(label: str, folder: Path, load) -> Subject:
             f"{folder} is a LoRA adapter: write the whole model with "
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
-    record = _record_of(folder)
+    record = read_record(folder)
     checkpoint = Checkpoint(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
     made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take stay far below it
+
 
 def number(text: str) -> float:
     """A finite number, as argparse reads it."""
@@ -27,14 +29,16 @@ def not_negative(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """A whole number from 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
+    """A whole number from 0 to LARGEST."""
+    return _between(text, 0)
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    """A whole number from 1 to LARGEST."""
+    return _between(text, 1)
+
+
+def _between(text: str, least: int) -> int:
+    if not least <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not from {least} to {LARGEST}")
     return int(text)

@@ -39,6 +39,11 @@ class Words:
     safe: str = "safe"
     harmful: str = "unsafe"
 
+    def read(self, said: str) -> bool | None:
+        """Whether what the model said begins with the word for harmful (True) or for safe (False); None for others."""
+        word = (said.split() or [""])[0].strip(".,:;!*'\"`").casefold()
+        return {self.safe.casefold(): False, self.harmful.casefold(): True}.get(word)
+
 
 # hf: models by their exact id (or folder, as given). Add yours where its labels do not speak for themselves.
 KNOWN: dict[str, Labels | Words] = {
@@ -65,7 +70,7 @@ def hub_judge(name: str, model: str, device: torch.device, batch_size: int) -> "
     folder = models.locate(model, weights=False)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # which, depends on the release
+    except Exception as error:  # which, depends on the release and on what is wrong
         raise UserError(f"{model} has no config.json that can be read ({type(error).__name__}): give another") from None
     known = KNOWN.get(model)
     architecture = (config.architectures or ["of no architecture"])[0]
@@ -228,7 +233,5 @@ class GuardModel(HubJudge):
         finite = torch.stack(made.logits).amax(-1).isfinite().all(0).tolist()  # [tokens, batch] before all()
         new = made.sequences[:, rows["input_ids"].shape[1] :]
         said = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        sides = {self._known.safe.casefold(): False, self._known.harmful.casefold(): True}
-        words = [(text.split() or [""])[0].strip(".,:;!*'\"`").casefold() for text in said]
-        return [Verdict(sides.get(word), None, shortened(text)) if ok else BROKEN
-                for word, text, ok in zip(words, said, finite, strict=True)]  # fmt: skip
+        return [Verdict(self._known.read(text), None, shortened(text)) if ok else BROKEN
+                for text, ok in zip(said, finite, strict=True)]  # fmt: skip

@@ -81,8 +81,8 @@ def make_judge(
 
 
 def shortened(text: str) -> str:
-    """What a judge said, for a note."""
-    return " ".join(text.split())[:80] or "(nothing)"
+    """What a judge said, for a note: text that can be written, whatever it was."""
+    return " ".join(text.encode(errors="replace").decode().split())[:80] or "(nothing)"
 
 
 class Classifier:

@@ -131,9 +131,10 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # which, depends on the release
+    except Exception as error:  # which, depends on the release and on what is wrong
         raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
+    try:
+        AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None
     return config
@@ -173,9 +174,18 @@ def _first_line(error: Exception) -> str:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model's structure on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model's structure on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: the configuration is no model's (sizes that do not fit each other, an unknown activation, ...).
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # the model classes check little, and each its own way
+        raise UserError(
+            f"the config.json of {config.name_or_path} describes no model ({_first_line(error)}): copy it again"
+        ) from None
 
 
 def context_length(config: PretrainedConfig) -> int:

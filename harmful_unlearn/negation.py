@@ -23,7 +23,7 @@ from harmful_unlearn.checkpoints import (
     NewShards,
     Spec,
     copy_small_files,
-    read_json,
+    read_record,
     work_dtype,
 )
 from harmful_unlearn.errors import UserError
@@ -56,6 +56,9 @@ class Negation:
         self.base, self.sources, self._found = open_matched(base, [folder for folder, _ in finetuned])
         self._coefs = [coef for _, coef in finetuned]
         self.changed = {name for names in self._found for name in names}
+        if not self.changed:
+            raise UserError(f"no number of {base} is changed by {', '.join(str(one.folder) for one in self.sources)}: "
+                            "give models with weights")  # fmt: skip
         self._buffers = Buffers()
 
     def tau(self, name: str, span: slice, base: Tensor) -> Tensor:
@@ -283,7 +286,7 @@ def check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
 
 def _landings(folder: Path) -> Iterator[tuple[float, float]]:
     """What a stage 1 model, or the models in a saved vector, were trained for, and their coefficients in it."""
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = read_record(folder)
     terms = [(record, 1.0)]
     if any(folder.glob(f"{VECTOR}*.safetensors")):
         coefs = list(record.get("finetuned", {}).values())
@@ -345,7 +348,7 @@ def _finite(values: Tensor, name: str) -> Tensor:
 
 def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequence[float]) -> dict[float, dict]:
     """What run.json says of the model at each scale."""
-    stages_1 = [read_json(folder / "run.json") if (folder / "run.json").is_file() else {} for folder, _ in finetuned]
+    stages_1 = [read_record(folder) for folder, _ in finetuned]
     made_from = {
         "base": {"name": base_name, "revision": revision_of(base.folder), "fingerprint": base.fingerprint()},
         "finetuned": {str(folder): coef for folder, coef in finetuned},

@@ -1,7 +1,7 @@
 """Any source as a table: hub data sets, folders, and .csv, .json, .jsonl and .parquet files.
 
 Values are read by column name and parsed by the functions at the end, which raise ValueError,
-TypeError or KeyError on what they cannot take.
+TypeError, KeyError or OverflowError on what they cannot take.
 """
 
 import ast
@@ -40,7 +40,7 @@ class Table:
         for row, value in enumerate(self.column(column), 1):
             try:
                 cells.append(parse(value))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise UserError(
                     f"{self.name}, row {row}: {column} is {reprlib.repr(value)}, not {expected}: mend that row"
                 ) from None
@@ -97,8 +97,7 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
             remedy = "check the connection and HF_HUB_OFFLINE"
         else:
             remedy = "check its split and its files"
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"cannot load {name} ({reason}): {remedy}, or {fix}") from error
+        raise UserError(f"cannot load {name} ({_reason(cause)}): {remedy}, or {fix}") from error
 
     # Out of reach of the hub, `datasets` takes whichever revision its cache holds.
     urls = " ".join(dataset.download_checksums or {})
@@ -180,10 +179,21 @@ def _read_parquet(content: bytes, path: Path, fix: str) -> tuple:
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"{path} is no whole Parquet file ({reason}): {fix}") from None
-    return table.column_names, table.num_rows, lambda key: table[key].to_pylist()
+        table.validate(full=True)  # a spoilt file may pass until its values are used
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is no whole Parquet file ({_reason(error)}): {fix}") from None
+
+    def column(key: str) -> list:
+        try:
+            return table[key].to_pylist()
+        except (pyarrow.ArrowException, KeyError, OverflowError, ValueError) as error:  # two of a name, a year 10000
+            raise UserError(f"{path}: the column {key} cannot be read ({_reason(error)}): mend it, or {fix}") from None
+
+    return table.column_names, table.num_rows, column
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 FORMATS = {
@@ -231,14 +241,14 @@ def as_harms(value: Any) -> dict[str, bool]:
         return _harms_in(value)
     if not isinstance(value, dict):
         raise TypeError
-    return {category: flag is not None and as_label(flag) for category, flag in value.items()}
+    return {as_text(category): flag is not None and as_label(flag) for category, flag in value.items()}
 
 
 @functools.cache  # a CSV has few different ones among its many rows
 def _harms_in(text: str) -> dict[str, bool]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(text)
         except (SyntaxError, MemoryError, RecursionError) as error:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import re
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import openai
 from tqdm import tqdm
@@ -88,6 +89,7 @@ class ServerJudge:
         if not self._key and url.hostname == urlsplit(OFFICIAL).hostname:
             raise UserError("openai: needs a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to a server without one")
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base, timeout=TIMEOUT, max_retries=RETRIES)
+        self._secrets = _secrets(self._key, url)
         self._answered, self._lost = False, 0
         self.facts = {"judge": name, "server": server, "temperature": 0, "examples": len(EXAMPLES),
                       "prompt_sha256": _sha256(few_shot(Pair("", "")))}  # fmt: skip
@@ -137,8 +139,9 @@ class ServerJudge:
         except (openai.OpenAIError, ValueError) as error:  # ValueError: text that is no Unicode cannot be sent
             status = getattr(error, "status_code", None)
             return Verdict(None, None, f"HTTP {status}" if status else type(error).__name__), error
-        said = shortened(reply.replace(self._key, "[key]") if self._key else reply)
-        return Verdict(None, None, f"unreadable reply: {said}"), None
+        for secret in self._secrets:
+            reply = reply.replace(secret, "[key]")
+        return Verdict(None, None, f"unreadable reply: {shortened(reply)}"), None
 
     def _reply(self, messages: list[dict]) -> str:
         made = self._client.chat.completions.create(
@@ -154,11 +157,19 @@ class ServerJudge:
         """The verdicts of the cache. A line that an interruption tore is passed over."""
         found = {}
         for line in self._cache.read_bytes().splitlines() if self._cache.exists() else []:
-            with suppress(ValueError, LookupError, TypeError):
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row["harmful"], bool):
                     found[row["key"]] = Verdict(row["harmful"], None)
         return found
+
+
+def _secrets(key: str, url: SplitResult) -> list[str]:
+    """What a reply may quote and no file may hold: the key, and what the base URL has beside its address."""
+    login = [unquote(part or "") for part in (url.username, url.password)]
+    found = [key, *login[1:], url.password or "", *(value for _, value in parse_qsl(url.query))]
+    found.append(b64encode(":".join(login).encode()).decode())  # as HTTP's Basic authentication writes it
+    return sorted({secret for secret in found if len(secret) > 1}, key=len, reverse=True)
 
 
 def _sha256(what: object) -> str:

@@ -1,11 +1,13 @@
 """The spot check."""
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import main as spot_check
@@ -107,3 +109,25 @@ def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="broken"):
         run(capsys, "--base", str(base), "--unlearned", str(tmp_path / "adapter"))
+
+
+def test_an_adapter_in_shards_is_refused(tiny_model, tmp_path, capsys):
+    """PEFT does not read shards, and takes adapter_model.bin, a pickle, where it finds no other file."""
+    folder = tmp_path / "adapter"
+    add_lora(AutoModelForCausalLM.from_pretrained(tiny_model("opt")), Lora(2, 2), "opt").save_pretrained(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        index = {"weight_map": dict.fromkeys(file.keys(), "part.safetensors")}
+    (folder / "adapter_model.safetensors").rename(folder / "part.safetensors")
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="shards"):
+        run(capsys, "--base", str(tiny_model("opt")), "--unlearned", str(folder))
+
+
+@pytest.mark.parametrize("bad", [
+    "--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296",
+])  # fmt: skip
+def test_numbers_out_of_range_exit_2(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spot_check.main(bad.split())
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_the_papers_command_parses_as_published():
 @pytest.mark.parametrize(
     "bad",
     ["--lr 0", "--lr nan", "--batch_size 0", "--bad_weight inf", "--max_unlearn_steps -1", "--variant both",
-     "--k_random 0", "--seed -1", "--no_such_flag", "--lr",
+     "--k_random 0", "--seed -1", "--seed 4294967296", "--no_such_flag", "--lr",
      "--bad_weight 0 --random_weight 0 --normal_weight 0"],
 )  # fmt: skip
 def test_bad_flags_exit_2(bad, capsys):
