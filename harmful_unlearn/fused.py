@@ -12,9 +12,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.packing import Batch
 
 CHUNK = 32 * 2**20  # bytes of float32 logits at a time
@@ -160,11 +162,12 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
     head = model.get_output_embeddings()
 
     def scored(hidden: Tensor) -> Tensor:
-        weight, bias = head.weight, head.bias
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
+        with align_module_device(head):  # which may be offloaded
+            weight, bias = head.weight, head.bias
+            dtype = weight.dtype
+            if torch.is_autocast_enabled(weight.device.type):
+                dtype = torch.get_autocast_dtype(weight.device.type)
+            return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
 
     with _head_does(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits
@@ -179,7 +182,7 @@ def scored_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether the model's logits are its output embeddings' product and nothing else (no softcap, no scale)."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.is_meta:  # quantized, adapted, or kept on disk
+    if type(head) is not nn.Linear:  # quantized or adapted
         return False
     found = []
 
@@ -187,7 +190,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         found.append(torch.linspace(-1000, 1000, hidden.numel(), device=hidden.device).to(hidden).view_as(hidden))
         return found[-1]
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=runs_on(model))
     training = model.training
     model.eval()
     with _head_does(model, large), torch.inference_mode():

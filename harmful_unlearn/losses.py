@@ -7,13 +7,16 @@ next token, or the KL divergence from the base. Which of them a method minimises
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, scored_hidden
 from harmful_unlearn.landing import LandingPoint
 from harmful_unlearn.models import FrozenBase
@@ -138,8 +141,11 @@ class Objective:
         if self.fused:
             with torch.inference_mode(), self.base.active() as frozen:
                 hidden = scored_hidden(frozen, batch)
-            score = Divergence(hidden, frozen.get_output_embeddings(), coefficient.to(_place(model)))
-            return fused_loss(model, batch, score, sums), score.values
+            head = frozen.get_output_embeddings()
+            score = Divergence(hidden, head, coefficient.to(_place(model)))
+            # Offloaded weights of a second copy are not brought by the first one's forward pass.
+            with nullcontext() if self.base.shared else align_module_device(head):
+                return fused_loss(model, batch, score, sums), score.values
         with torch.inference_mode(), self.base.active() as frozen:
             log_p = scored_logits(frozen, batch).log_softmax(-1)
         log_q = scored_logits(model, batch).log_softmax(-1)
@@ -150,7 +156,7 @@ class Objective:
 
 
 def _place(model: PreTrainedModel) -> torch.device:
-    return model.get_output_embeddings().weight.device
+    return runs_on(model.get_output_embeddings())
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -104,8 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
             what = "harmful knowledge acquisition" if METHODS[args.method].negates else f"training by {args.method}"
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
             set_seed(args.seed)
-            accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
+            # Models are put in their places as they are loaded.
+            precision = "bf16" if job.precision == "bf16" else "no"
+            accelerator = Accelerator(device_placement=False, mixed_precision=precision)
             model, base = load_copy_and_base(args, job, folder, accelerator.device)
+            if model.is_gradient_checkpointing and not args.gradient_checkpointing:
+                log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
             try:
                 acquire(model, base, job.batches, args, accelerator, log)
             except NotFinite as stop:
@@ -332,19 +336,12 @@ def load_copy_and_base(
         base = FrozenBase(models.load_model(base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not args.device_map:
             base.model.to(device)
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if places & ({"disk"} if device.type == "cpu" else {"cpu", "disk"}):
-        raise UserError(
-            "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
-            "use --lora on, --precision bf16 or more GPUs"
-        )
-    if lands(args) and any(parameter.is_meta for parameter in base.model.parameters()):
+    models.checkpoint_activations(model, args.gradient_checkpointing)
+    if lands(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
             "use --lora on, or more GPUs"
         )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, base
 
 
