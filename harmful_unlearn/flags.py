@@ -88,7 +88,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          "same losses, slower", action="store_true")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
-    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
+    flag(machine, "--device_map", "spread the model over GPUs, CPU and disk (accelerate): auto, balanced, ...; on the "
+         "last two only what is frozen, with LoRA")
     flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
          action="store_true")
     flag(machine, "--overwrite", "replace folders that are there", action="store_true")

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from harmful_unlearn.checkpoints import Checkpoint
-from harmful_unlearn.dispatched import Scratch, stand_ins
+from harmful_unlearn.dispatched import Scratch, runs_on, stand_ins
 from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -361,8 +361,7 @@ class FrozenBase:
     def __init__(self, model: PreTrainedModel, autocast: bool = False):
         self.model = model
         self._autocast = autocast
-        placed = (parameter.device.type for parameter in model.parameters() if not parameter.is_meta)
-        self._device_type = next(placed, "cpu")  # all is on disk
+        self._device_type = runs_on(model).type
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
             precision = "bf16" if job.precision == "bf16" else "no"
             accelerator = Accelerator(device_placement=False, mixed_precision=precision)
             model, base = load_copy_and_base(args, job, folder, accelerator.device)
-            if model.is_gradient_checkpointing and not args.gradient_checkpointing:
+            if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
                 log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
             try:
                 acquire(model, base, job.batches, args, accelerator, log)
@@ -323,7 +323,7 @@ def load_copy_and_base(
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
     dtype = frozen if job.lora else torch.float32
     model = models.load_model(base_folder, dtype, args.device_map, bool(args.quantize))
-    if not (args.device_map or args.quantize):
+    if not (hasattr(model, "hf_device_map") or args.quantize):  # else it is where a device_map put it
         model.to(device)
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
@@ -334,7 +334,7 @@ def load_copy_and_base(
         # A landing point is computed from the base and the copy, in the copy's precision.
         dtype = torch.float32 if lands(args) else frozen
         base = FrozenBase(models.load_model(base_folder, dtype, args.device_map), autocast=dtype != frozen)
-        if not args.device_map:
+        if not hasattr(base.model, "hf_device_map"):
             base.model.to(device)
     models.checkpoint_activations(model, args.gradient_checkpointing)
     if lands(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):

@@ -92,7 +92,9 @@ def spread(how, monkeypatch, calls=(1,)):
         if device_map != "auto" or len(made) not in calls:
             return load(folder, dtype, None, *more)
         if how == "memory":  # as the CPU's is beside a GPU
-            return cpu_offload(load(folder, dtype, None, *more), execution_device=torch.device("cpu"))
+            model = cpu_offload(load(folder, dtype, None, *more), execution_device=torch.device("cpu"))
+            model.hf_device_map = {"model": "cpu", "lm_head": "cpu"}
+            return model
         return load(folder, dtype, {"": "disk"} if how == "all" else places(folder, *how), *more)
 
     monkeypatch.setattr(unlearn_harm_new.models, "load_model", loaded)
