@@ -281,7 +281,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(
             f"the adapter in {folder} does not fit the model ({_first_line(error)}): give its base"
         ) from None
-    return adapted
+    return adapted.eval()
 
 
 def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_unlearn import flags, metrics_of
@@ -283,6 +284,17 @@ def test_the_spot_check_prints_the_same(what, base_of, tmp_path, monkeypatch, ca
         assert capsys.readouterr().out == here
     assert set(tmp_path.rglob("*")) == before
     assert {file: file.read_bytes() for file in base.iterdir()} == files
+
+
+def test_an_adapter_is_loaded_as_peft_would(base_of, tmp_path):
+    """Its dropout, which is for training, off."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(load_model(base_of("llama"), torch.float32), settings).save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(load_model(base_of("llama"), torch.float32), tmp_path / "adapter")
+    for device_map in (None, places(base_of("llama"), *MOST)):
+        ours = models.load_adapter(load_model(base_of("llama"), torch.float32, device_map), tmp_path / "adapter")
+        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
 
 def test_an_adapter_of_another_base_is_refused(base_of, tmp_path):
