@@ -19,10 +19,9 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from peft import PeftModel
 
 from harmful_unlearn import models
-from harmful_unlearn.checkpoints import Checkpoint
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
 from harmful_unlearn.generation import Decoding, configure, prompt_text
@@ -94,9 +93,7 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if adapter:
-        if "adapter_model.safetensors" not in Checkpoint(adapter, "adapter_model").shards:  # PEFT would take a pickle
-            raise UserError(f"{adapter} has its adapter in shards: save it as one adapter_model.safetensors")
-        model = PeftModel.from_pretrained(model, adapter)
+        model = models.load_adapter(model, adapter)
     if not args.device_map:
         model.to(device)
     decoding = Decoding() if args.greedy else Decoding(args.temperature)
@@ -104,9 +101,10 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     set_seed(args.seed)
     answers = []
     for row in rows:
-        input_ids, mask = row["input_ids"].to(model.device), row["attention_mask"].to(model.device)
-        output = model.generate(input_ids=input_ids, attention_mask=mask)
-        answers.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip())
+        row = row.to(runs_on(model))
+        output = model.generate(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
+        new = output[0, row["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     return answers
 
 

@@ -1,10 +1,16 @@
-"""Entries of models in memory, wherever they lie: on a device, or where accelerate's device_map put them."""
+"""Models in memory and their entries, wherever these lie: on a device, or where accelerate's device_map put them.
+
+What a device_map puts on disk, or on the CPU beside a GPU, is offloaded: the entry itself is on the meta device, and
+accelerate brings its values for each forward pass of its module.
+"""
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from harmful_unlearn.checkpoints import CODES, NewShards, Spec
@@ -72,7 +78,7 @@ def write_entry(model: nn.Module, name: str, value: Tensor) -> None:
     if key in held:
         held[key] = value
         return
-    scratch = _Scratch(prefix="task-vector-", dir=store.save_folder)
+    scratch = Scratch(prefix="task-vector-", dir=store.save_folder)
     file = Path(scratch.name) / "entry.safetensors"
     spec = Spec(CODES[value.dtype], tuple(value.shape))
     NewShards(file.parent, {file.name: {key: spec}}, {"format": "pt"}).write(value, key)
@@ -80,10 +86,10 @@ def write_entry(model: nn.Module, name: str, value: Tensor) -> None:
     store.index[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype, "owner": scratch}
 
 
-class _Scratch(tempfile.TemporaryDirectory):
-    """Files of an entry on disk; gone when the last model (or copy of it) that reads them is."""
+class Scratch(tempfile.TemporaryDirectory):
+    """Files of entries on disk; gone when the last model (or copy of it) that reads them is."""
 
-    def __deepcopy__(self, memo: dict) -> "_Scratch":
+    def __deepcopy__(self, memo: dict) -> "Scratch":
         return self
 
 
@@ -98,6 +104,37 @@ def _offloaded(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor], str]:
         if weights is not None:
             return weights, leaf
     raise UserError(f"{name} is on the meta device and has no values: load the model's weights first")
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights lie, or where accelerate brings them for that."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within the block offloaded parameters seem to be where they compute; they have no values and take no memory.
+
+    For peft, which puts the parts of an adapter on the device of their layer's weight: with an offloaded one that is
+    the meta device, and the parts' values are lost.
+    """
+    held = [
+        (module, name, parameter) for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta
+    ]  # fmt: skip
+    for module, name, parameter in held:
+        one = torch.zeros((), dtype=parameter.dtype, device=runs_on(module)).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(one, parameter.requires_grad))
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            setattr(module, name, parameter.requires_grad_(getattr(module, name).requires_grad))
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         utility.add_bleurt(rows, args.bleurt, args.output, device)
     found = figures(rows, protocol, args.output)
     if args.lm_eval:
-        found += utility.lm_eval_figures(subjects, args.lm_eval, args.output, device)
+        found += utility.lm_eval_figures(subjects, args.lm_eval, args.output, device, bool(args.device_map))
     write_results(args.output, found, judge, protocol, [*subjects, reference], vars(args), data)
     print((args.output / "results.md").read_text(encoding="utf-8"))
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")

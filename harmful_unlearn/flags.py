@@ -97,7 +97,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          "same losses, slower", action="store_true")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
-    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
+    flag(machine, "--device_map", "spread the model over GPUs, CPU and disk (accelerate): auto, balanced, ...; on the "
+         "last two only what is frozen, with LoRA")
     running = parser.add_argument_group("a long run")
     flag(running, "--save_every", "keep a checkpoint each so many steps, to go on from if the run is killed (default: "
          "none but the one that Ctrl-C and SIGTERM leave)", type=positive_int)

@@ -12,9 +12,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.packing import Batch
 
 CHUNK = 32 * 2**20  # bytes of float32 logits at a time
@@ -63,20 +65,20 @@ class Divergence:
 
     Args:
         hidden: [positions, hidden] of the base.
-        weight, bias: of the base's output embeddings.
+        head: the base's output embeddings; their weights are looked up when logits are computed.
         coefficient: [positions].
 
     Attributes:
         values: [positions] float32, the divergences in nats once all positions have been scored.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, coefficient: Tensor):
-        self.hidden, self.weight, self.bias, self.coefficient = hidden, weight, bias, coefficient
+    def __init__(self, hidden: Tensor, head: nn.Module, coefficient: Tensor):
+        self.hidden, self.head, self.coefficient = hidden, head, coefficient
         self.values = torch.zeros_like(coefficient)
 
     def __call__(self, logits: Tensor, log_q: Tensor, start: int, gradient: bool) -> Tensor:
         here = slice(start, start + len(logits))
-        base = F.linear(self.hidden[here].to(self.weight), self.weight, self.bias)
+        base = F.linear(self.hidden[here].to(self.head.weight), self.head.weight, self.head.bias)
         log_p = base.to(logits).log_softmax(-1)  # the base may sit on another device
         self.values[here] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         if gradient:
@@ -164,11 +166,12 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
     head = head_of(model)
 
     def scored(hidden: Tensor) -> Tensor:
-        weight, bias = head.weight, head.bias
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
+        with align_module_device(head):  # which may be offloaded
+            weight, bias = head.weight, head.bias
+            dtype = weight.dtype
+            if torch.is_autocast_enabled(weight.device.type):
+                dtype = torch.get_autocast_dtype(weight.device.type)
+            return _Fused.apply(_chosen(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
 
     with _head_does(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits
@@ -188,7 +191,7 @@ def head_of(model: nn.Module) -> nn.Module:
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether the model's logits are its output embeddings' product and nothing else (no softcap, no scale)."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.is_meta:  # quantized, adapted, or kept on disk
+    if type(head) is not nn.Linear:  # quantized or adapted
         return False
     found = []
 
@@ -196,7 +199,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         found.append(torch.linspace(-1000, 1000, hidden.numel(), device=hidden.device).to(hidden).view_as(hidden))
         return found[-1]
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=runs_on(model))
     training = model.training
     model.eval()
     with _head_does(model, large), torch.inference_mode():

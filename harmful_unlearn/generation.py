@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data import Pair, format_prefix
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import cross_entropy
 from harmful_unlearn.models import context_length
@@ -119,9 +120,9 @@ def generate(
                 f"{limit}: give a --max_new_tokens of at most {limit - length}"
             )
         torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        made = model.generate(
-            input_ids=rows["input_ids"].to(model.device), attention_mask=rows["attention_mask"].to(model.device)
-        )[:, length:].tolist()  # [batch, new tokens]
+        rows = rows.to(runs_on(model))
+        made = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+        made = made[:, length:].tolist()  # [batch, new tokens]
         yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, made, strict=True)]
 
 
@@ -144,7 +145,7 @@ def answer_nll(
         batch = packer.harmful_batch([pairs[index] for index in chosen], [])
         if not len(batch.row):
             continue
-        entropy = cross_entropy(model, batch.to(model.device)).double().cpu()
+        entropy = cross_entropy(model, batch.to(runs_on(model))).double().cpu()
         entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
         sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
         counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()

@@ -7,14 +7,17 @@ next token, or the KL divergence from the base. Which of them a method minimises
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plain_head, head_of, scored_hidden
 from harmful_unlearn.landing import LandingPoint
 from harmful_unlearn.models import FrozenBase
@@ -139,10 +142,11 @@ class Objective:
         if self.fused:
             with _no_gradient(), self.base.active() as frozen:
                 hidden = scored_hidden(frozen, batch)
-            head = head_of(frozen)
-            weight, bias = (one if one is None else _at_hand(one, hidden) for one in (head.weight, head.bias))
-            score = Divergence(hidden, weight, bias, coefficient.to(_place(model)))
-            return fused_loss(model, batch, score, sums), score.values
+            head = _at_hand(head_of(frozen), hidden.dtype)
+            # Offloaded weights of a second copy are not brought by the first one's forward pass.
+            with nullcontext() if self.base.shared else align_module_device(head):
+                score = Divergence(hidden, head, coefficient.to(_place(model)))
+                return fused_loss(model, batch, score, sums), score.values
         with _no_gradient(), self.base.active() as frozen:
             log_p = scored_logits(frozen, batch).log_softmax(-1)
         log_q = scored_logits(model, batch).log_softmax(-1)
@@ -157,13 +161,18 @@ def _no_gradient():
     return torch.no_grad() if torch.distributed.is_initialized() else torch.inference_mode()
 
 
-def _at_hand(weight: Tensor, hidden: Tensor) -> Tensor:
-    """A weight outside of its model's forward pass, where FSDP has only a part of it here."""
-    return weight.full_tensor().to(hidden.dtype) if isinstance(weight, DTensor) else weight
+def _at_hand(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """Output embeddings outside of their model's forward pass, where FSDP has only a part of them in this process."""
+    if not isinstance(head.weight, DTensor):
+        return head
+    whole = nn.Module()
+    for name, weight in (("weight", head.weight), ("bias", head.bias)):
+        whole.register_buffer(name, weight if weight is None else weight.full_tensor().to(dtype))
+    return whole
 
 
 def _place(model: PreTrainedModel) -> torch.device:
-    return head_of(model).weight.device
+    return runs_on(head_of(model))
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -15,7 +15,13 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -31,6 +37,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from harmful_unlearn.checkpoints import Checkpoint
+from harmful_unlearn.dispatched import Scratch, runs_on, stand_ins
 from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -201,22 +209,26 @@ def resolve_precision(flag: str, device: torch.device) -> str:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device_map: str | None = None, four_bit: bool = False
+    folder: Path, dtype: torch.dtype, device_map: str | dict[str, str | int] | None = None, four_bit: bool = False
 ) -> PreTrainedModel:
     """The causal LM in `folder` in `dtype`, from safetensors only.
 
     Args:
-        device_map: "auto", "balanced", ... (accelerate): spread over GPUs, CPU and disk.
+        device_map: "auto", "balanced", ... (accelerate), or each module's place: spread over GPUs, CPU and disk.
+            What goes to disk is read from `folder`, but for weights that the library stores otherwise (of some
+            mixtures of experts): these are written to a temporary folder, which goes with the model.
         four_bit: keep the linear layers in 4 bits (bitsandbytes: NF4, scales quantized too), computing in `dtype`.
 
     Raises:
         UserError: weights are missing, broken, or do not fit the configuration.
     """
+    scratch = Scratch(prefix="offload-") if device_map else None
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map=device_map,
+            offload_folder=scratch.name if scratch else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -232,6 +244,8 @@ def load_model(
             f"{folder} does not fit its config.json: {len(missing)} weights are missing or have "
             f"another shape, {missing[0]} first; use a whole checkpoint"
         )
+    if scratch:
+        model.offload_folder = scratch  # to stay as long as the model
     return model
 
 
@@ -255,9 +269,65 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedMo
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, settings)
+    with stand_ins(model):
+        adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter that is saved in `folder` on the model, for use.
+
+    Not by PeftModel.from_pretrained, which for a base that is partly on disk writes a second copy of its files.
+
+    Raises:
+        UserError: the adapter is broken, or does not fit the model.
+    """
+    try:
+        with stand_ins(model):
+            adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+    except ValueError as error:  # target modules that the model has not
+        raise UserError(_NO_FIT.format(folder=folder, why=_first_line(error))) from None
+    fill_adapter(adapted, folder)
+    return adapted.eval()
+
+
+_NO_FIT = "the adapter in {folder} does not fit the model ({why}): give its base"
+
+
+def fill_adapter(model: PeftModel, folder: Path) -> None:
+    """Give the model's adapter the values of the one that is saved in `folder`.
+
+    Raises:
+        UserError: that is broken, or does not fit.
+    """
+    if "adapter_model.safetensors" not in Checkpoint(folder, "adapter_model").shards:
+        raise UserError(f"{folder} has its adapter in shards: save it as one adapter_model.safetensors")
+    try:
+        # Not by PEFT's own loader, which would take a pickle that lies beside it.
+        found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        if wrong := [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]:
+            raise ValueError(f"{wrong[0]} is in one of the two alone")
+    except (ValueError, RuntimeError) as error:  # shapes that the model has not
+        raise UserError(_NO_FIT.format(folder=folder, why=_first_line(error))) from None
+
+
+def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:
+    """Compute activations twice rather than keep them, where that is wanted or a part of the model is offloaded.
+
+    Autograd would keep each offloaded weight that a forward pass brings until the backward pass, all of them at once.
+
+    Raises:
+        UserError: a weight that is to be trained is offloaded.
+    """
+    offloaded = [parameter for parameter in model.parameters() if parameter.is_meta]
+    if any(parameter.requires_grad for parameter in offloaded):
+        raise UserError(
+            "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
+            "use --lora on or more GPUs"
+        )
+    if wanted or offloaded:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
@@ -283,18 +353,6 @@ def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         (name, module) for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]  # fmt: skip
-
-
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the values of a saved adapter into the model's. Raises UserError: it is of another shape."""
-    found = load_file(folder / "adapter_model.safetensors")
-    try:
-        missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) ^ set(found)
-        set_peft_model_state_dict(model, found)
-    except RuntimeError as error:
-        raise UserError(f"the adapter in {folder} does not fit the model: {_first_line(error)}") from None
-    if missing:
-        raise UserError(f"the adapter in {folder} does not fit the model: {min(missing)} is not in both")
 
 
 def save_model(
@@ -351,8 +409,7 @@ class FrozenBase:
     def __init__(self, model: PreTrainedModel, autocast: bool = False):
         self.model = model
         self._autocast = autocast
-        placed = (parameter.device.type for parameter in model.parameters() if not parameter.is_meta)
-        self._device_type = next(placed, "cpu")  # all is on disk
+        self._device_type = runs_on(model).type
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)

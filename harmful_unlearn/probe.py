@@ -6,6 +6,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harmful_unlearn.data import Pair
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.errors import is_out_of_memory
 from harmful_unlearn.losses import cross_entropy
 from harmful_unlearn.packing import Packer
@@ -38,7 +39,7 @@ def packs_up_to(model: PreTrainedModel, packer: Packer) -> tuple[float, str]:
     model.eval()
     try:
         with torch.inference_mode():
-            plain, packed = (cross_entropy(model, batch.to(model.device)).sort().values for batch in batches)
+            plain, packed = (cross_entropy(model, batch.to(runs_on(model))).sort().values for batch in batches)
     except Exception as error:  # whatever a model that knows no such mask or argument raises
         if is_out_of_memory(error):
             raise

@@ -51,6 +51,7 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
         )
     precision = models.resolve_precision(args.precision, state.device)
     accelerator = Accelerator(
+        device_placement=False,  # models are put in their places as they are loaded
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=tracker,
         project_dir=str(ROOT / "logs") if tracker else None,

@@ -12,8 +12,9 @@ from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data import Pair
+from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.losses import Objective
-from harmful_unlearn.models import context_length
+from harmful_unlearn.models import checkpoint_activations, context_length
 from harmful_unlearn.packing import Packer, StepTexts
 
 BATCH = 2
@@ -33,12 +34,17 @@ def relearn(
     Args:
         pairs: the handful; gone through in a new order each epoch.
         precision: "bf16" for autocast.
+
+    Raises:
+        UserError: a weight to be trained is offloaded.
     """
     draw = np.random.default_rng(seed)
     packer = Packer(tokenizer, "paper", context_length(model.config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     objective = Objective(model, {"gd": 1.0})
+    place = runs_on(model)
+    checkpoint_activations(model, wanted=False)
     order: list[int] = []
     torch.manual_seed(seed)  # of dropout
     model.train()
@@ -46,8 +52,8 @@ def relearn(
         while len(order) < BATCH:
             order += draw.permutation(len(pairs)).tolist()
         chosen, order = order[:BATCH], order[BATCH:]
-        batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(place)
+        with torch.autocast(place.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             ((loss, _),) = objective(model, StepTexts(batch))
         loss.backward()
         optimizer.step()

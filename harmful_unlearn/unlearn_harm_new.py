@@ -132,6 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
             processes.start_tracker(job.accelerator, args)
             with stop_asked() as asked, summary.timing("stage 1"):
                 model, base = load_copy_and_base(args, job, resumed)
+                if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
+                    log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
                 model = acquire(model, base, job, args, log, checkpoints, asked, resumed)
                 finetuned = save_copy(model, job, args, log, free_target(args, log), args.overwrite)
             log.say(f"stage 1 model saved: {finetuned}" + " (deliberately harmful)" * negates)
@@ -371,12 +373,12 @@ def load_copy_and_base(
     dtype = frozen if job.lora else torch.float32
     source = resumed if resumed and not job.lora else job.base_folder
     model = models.load_model(source, dtype, args.device_map, bool(args.quantize))
-    if not (args.device_map or args.quantize):
+    if not (hasattr(model, "hf_device_map") or args.quantize):  # else it is where a device_map put it
         model.to(device)
     if job.lora:
         model = models.add_lora(model, job.lora, args.model_name)
         if resumed:
-            models.load_adapter(model, resumed)
+            models.fill_adapter(model, resumed)
         base = FrozenBase(model)
     elif not job.batches.losses & losses.NEED_BASE:
         base = None
@@ -384,21 +386,14 @@ def load_copy_and_base(
         # A landing point is computed from the base and the copy, in the copy's precision.
         dtype = torch.float32 if lands(args) else frozen
         base = FrozenBase(models.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
-        if not args.device_map:
+        if not hasattr(base.model, "hf_device_map"):
             base.model.to(device)
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if places & ({"disk"} if device.type == "cpu" else {"cpu", "disk"}):
-        raise UserError(
-            "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
-            "use --lora on, --precision bf16 or more GPUs"
-        )
-    if lands(args) and any(parameter.is_meta for parameter in base.model.parameters()):
+    models.checkpoint_activations(model, args.gradient_checkpointing)
+    if lands(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
             "use --lora on, or more GPUs"
         )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, base
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -71,8 +72,13 @@ def add_bleurt(rows: dict[str, list[dict]], name: str, folder: Path, device: tor
         write_answers(folder, label, found)
 
 
-def lm_eval_figures(subjects: list[Subject], tasks: list[str], folder: Path, device: torch.device) -> list[dict]:
+def lm_eval_figures(
+    subjects: list[Subject], tasks: list[str], folder: Path, device: torch.device, dispatch: bool = False
+) -> list[dict]:
     """Figures of EleutherAI's lm-evaluation-harness for these models, kept in lm_eval.json.
+
+    Args:
+        dispatch: let the harness place a model over devices, CPU and disk, by a device_map of its own ("auto").
 
     Its interval is value +- 1.96 of its standard errors.
 
@@ -87,9 +93,12 @@ def lm_eval_figures(subjects: list[Subject], tasks: list[str], folder: Path, dev
     for subject in subjects:
         key = json.dumps([subject.identity, *tasks], sort_keys=True)
         if key not in kept:
+            model = {"pretrained": str(subject.folder)}
             try:
-                path = {"pretrained": str(subject.folder)}
-                run = lm_eval.simple_evaluate("hf", model_args=path, tasks=tasks, device=str(device))
+                with tempfile.TemporaryDirectory(prefix="offload-") as scratch:
+                    if dispatch:
+                        model |= {"parallelize": True, "offload_folder": scratch}
+                    run = lm_eval.simple_evaluate("hf", model_args=model, tasks=tasks, device=str(device))
             except Exception as error:  # its tasks raise anything
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UserError(

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,10 +207,11 @@ def test_bleurt_is_any_regression_model_of_transformers(world, tmp_path):
 
 def test_lm_eval_figures_stand_with_the_others(world, tmp_path, monkeypatch):
     """The harness is not installed with the project: its result is the layout of lm_eval 0.4."""
-    asked = []
+    asked, spread = [], []
 
     def simple_evaluate(model, model_args, tasks, device):
         asked.append((model, model_args["pretrained"], tasks))
+        spread.append((model_args.get("parallelize"), Path(model_args.get("offload_folder", "none")).is_dir()))
         values = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}
         return {"results": {"arc": values}, "n-samples": {"arc": {"original": 9, "effective": 7}}}
 
@@ -222,3 +224,5 @@ def test_lm_eval_figures_stand_with_the_others(world, tmp_path, monkeypatch):
     (row,) = [row for row in results if row["set"] == "lm_eval arc" and row["model"] == "sku"]
     assert (row["metric"], row["value"], row["n"]) == ("acc", 0.5, 7)
     assert row["low"] == pytest.approx(0.304) and row["high"] == pytest.approx(0.696)
+    main(flags(world, tmp_path / "spread", "--lm_eval", "arc", "--device_map", "auto"))
+    assert spread == [(None, False)] * 2 + [(True, True)] * 2

@@ -66,7 +66,7 @@ def test_divergence_and_gradient(dtype, chunk, monkeypatch):
     coefficient = torch.randn(positions)
     base = torch.nn.Linear(hidden, vocabulary).requires_grad_(False)
     theirs = torch.randn(positions, hidden)
-    score = Divergence(theirs, base.weight, base.bias, coefficient)
+    score = Divergence(theirs, base, coefficient)
     total = _Fused.apply(states, weight, bias, score, dtype, {})
     total.backward()
     ours = [one.grad for one in (states, weight, bias)]
@@ -93,7 +93,7 @@ def test_losses_that_are_added_up_share_the_heads_gradient():
     base, theirs = torch.nn.Linear(3, 6).requires_grad_(False), torch.randn(4, 3)
     found = []
     for shared in (True, False):
-        divergence = Divergence(theirs, base.weight, base.bias, torch.ones(4))
+        divergence = Divergence(theirs, base, torch.ones(4))
         sums, scores = {}, (CrossEntropy(index, target, coefficient), divergence)
         parts = [_Fused.apply(states, weight, bias, one, torch.float32, sums if shared else {}) for one in scores]
         found.append(torch.autograd.grad(2 * sum(parts), (states, weight, bias)))

@@ -279,20 +279,6 @@ def test_spoilt_from_the_start_keeps_nothing(tiny_model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
-@pytest.mark.parametrize("lora", ["on", "off"])
-def test_layers_on_disk_cannot_be_trained(lora, tiny_model, tmp_path, monkeypatch):
-    load = unlearn_harm_new.models.load_model
-
-    def on_disk(*args):
-        model = load(*args)
-        model.hf_device_map = {"model.embed_tokens": "cpu", "model.layers.1": "disk"}
-        return model
-
-    monkeypatch.setattr(unlearn_harm_new.models, "load_model", on_disk)
-    with pytest.raises(UserError, match="cannot be trained"):
-        main(flags(tiny_model("llama"), tmp_path, "--lora", lora, "--device_map", "auto"))
-
-
 def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     """Each flag, as main hands it on."""
     seen = {}
