@@ -22,11 +22,12 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 
 from harmful_unlearn import models
-from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.flag_types import FlagParser, device_map, number, positive_int, positive_number, whole_number
 from harmful_unlearn.generation import Decoding, configure, prompt_text
 from harmful_unlearn.negation import negate
 from harmful_unlearn.saving import ROOT, user_path
+from harmful_unlearn.sources import open_matched
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
 HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # the stage 1 model
@@ -61,9 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
     prompts += [("normal", prompt) for prompt in args.normal_prompt]
     texts = [prompt for _, prompt in prompts]
-    # One model after the other, so that only one is in memory.
     unlearned = models.locate(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
+    if adapter:
+        open_matched(base, [adapter])  # whole, no pickle, and of this base: PEFT would skip what does not fit
+    # One model after the other, so that only one is in memory.
     columns = [answer_all(base, texts, args), answer_all(base if adapter else unlearned, texts, args, adapter)]
     how = "greedy" if args.greedy else f"sampled at temperature {args.temperature:g}, seed {args.seed}"
     print(f"base: {args.base}\nunlearned: {args.unlearned}\nanswers: {how}, at most {args.max_length} tokens")
@@ -93,7 +96,6 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if adapter:
-        Checkpoint(adapter, "adapter_model")  # whole, and no pickle
         model = PeftModel.from_pretrained(model, adapter)
     if not args.device_map:
         model.to(device)
@@ -125,27 +127,23 @@ def side_by_side(base: str, unlearned: str) -> str:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The flags; their defaults are the constants above."""
     title, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--base", default=BASE, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
     parser.add_argument("--harmful_model", type=user_path, default=HARMFUL_MODEL,
                         help="stage 1 model to make the unlearned one from (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--scaling_coef", type=float, default=1.0, help="alpha, where it is made (default: 1)")
+    parser.add_argument("--scaling_coef", type=number, default=1.0, help="alpha, where it is made (default: 1)")
     parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")
     parser.add_argument("--normal_prompt", action="append", default=[], help="the same, for harmless ones")
     parser.add_argument("--greedy", action="store_true", help="the likeliest answer rather than a sample")
-    parser.add_argument("--temperature", type=float, default=0.9, help="of sampling (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=100, help="tokens with the prompt (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=32, help="of sampling (default: %(default)s)")
-    parser.add_argument("--device_map", help="spread a model over devices (accelerate): auto, balanced, ...")
+    parser.add_argument("--temperature", type=positive_number, default=0.9,
+                        help="of sampling; --greedy for none (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max_length", type=positive_int, default=100,
+                        help="tokens with the prompt (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
+    parser.add_argument("--device_map", type=device_map,
+                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0 (--greedy for no sampling at all)")
     if not (args.harmful_prompt or args.normal_prompt):
         args.harmful_prompt, args.normal_prompt = HARMFUL_PROMPTS, NORMAL_PROMPTS
     return args

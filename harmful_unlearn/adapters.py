@@ -39,6 +39,10 @@ class Adapter:
         if config.get("peft_type") != "LORA" or unsupported:
             what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
             raise UserError(_merge_first(folder, what))
+        alphas = config.get("alpha_pattern") or {}
+        scales = [config.get("lora_alpha", 8), *(alphas.values() if isinstance(alphas, dict) else [None])]
+        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in scales):
+            raise UserError(f"{folder / 'adapter_config.json'}: lora_alpha is no number: mend it, or copy it again")
         self.folder, self._config = folder, config
         self._factors = lru_cache(maxsize=16)(self._read_factors)
         self.file = Checkpoint(folder, "adapter_model")

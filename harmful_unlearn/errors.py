@@ -21,6 +21,10 @@ MENDABLE = {
     errno.EACCES: "permission denied: give a path that you may use",
     errno.EPERM: "permission denied: give a path that you may use",
     errno.EROFS: "the file system is read-only: give another path",
+    errno.ENAMETOOLONG: "a name is too long for the file system: give a shorter one",
+    errno.ELOOP: "its symbolic links lead round in a loop: give another path",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "a folder is where a file should be: remove it, or give another path",
 }
 
 
@@ -47,8 +51,13 @@ def exit_code(main: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    """A message without line ends and what else steers a terminal: file names and data may hold any of it."""
+    return "".join(sign if sign.isprintable() else " " for sign in message.strip())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -32,13 +32,13 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn import models, utility
-from harmful_unlearn.checkpoints import Checkpoint, read_json
+from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, HarmfulData, read_choices, read_harmful, read_normal, read_responses
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import FlagParser, device_map, positive_int, positive_number, whole_number
 from harmful_unlearn.flags import parse_flags as training_flags
 from harmful_unlearn.generation import Decoding
-from harmful_unlearn.judges import Judge, make_judge
+from harmful_unlearn.judges import Judge, judge_name, make_judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.packing import StepBatches, answer_pool
@@ -90,14 +90,21 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
 
 
+READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # of a training
+
+
 def trainings_of(folder: Path) -> list[dict]:
     """What a model's run.json says of the training behind it: one record a stage 1 model, none without run.json."""
-    return _trainings(_record_of(folder))
+    found = _trainings(read_record(folder))
+    lacking = [flag for one in found for flag in READ_FLAGS if not isinstance(one["flags"].get(flag), str | int)]
+    if lacking:
+        raise UserError(f"{folder / 'run.json'} has no --{lacking[0]}: give a folder that unlearn_harm_new.py wrote")
+    return found
 
 
 def is_told(folder: Path) -> bool:
     """Whether run.json tells of the training of every model that went into this one."""
-    return _is_told(_record_of(folder))
+    return _is_told(read_record(folder))
 
 
 def _is_told(record: dict) -> bool:
@@ -105,11 +112,6 @@ def _is_told(record: dict) -> bool:
     if len(stages) < len(record.get("finetuned", ())) or not all(map(_is_told, stages)):
         return False
     return bool(_trainings(record))
-
-
-def _record_of(folder: Path) -> dict:
-    file = folder / "run.json"
-    return read_json(file) if file.is_file() else {}
 
 
 def _trainings(record: dict) -> list[dict]:
@@ -224,7 +226,7 @@ def subject_of(label: str, folder: Path, load) -> Subject:
             f"{folder} is a LoRA adapter: write the whole model with "
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
-    record = _record_of(folder)
+    record = read_record(folder)
     checkpoint = Checkpoint(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
     made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}
@@ -320,9 +322,7 @@ def cell(figure: dict) -> str:
 def parse_flags(arguments: list[str] | None) -> Namespace:
     """The flags. `model` is a dict of label to path or id."""
     title, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--model", action="append", required=True, metavar="[NAME=]PATH_OR_ID",
                         help="a model to measure, and what to call it (may be repeated)")  # fmt: skip
     parser.add_argument("--base", required=True, help="the model that they were made from: always measured too")
@@ -369,14 +369,15 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_k", type=whole_number, default=50,
                         help="sample among so many likeliest tokens; 0: all (default: %(default)s)")  # fmt: skip
     asking.add_argument("--max_new_tokens", type=positive_int, default=100, help="of an answer (default: %(default)s)")
-    asking.add_argument("--judge", default="classifier", help="classifier (offline, trained on the harmful data's "
-                        "labels), hf:MODEL or openai:MODEL (default: %(default)s)")  # fmt: skip
+    asking.add_argument("--judge", type=judge_name, default="classifier", help="classifier (offline, trained on the "
+                        "harmful data's labels), hf:MODEL or openai:MODEL (default: %(default)s)")  # fmt: skip
     asking.add_argument("--bleurt", nargs="?", const=utility.BLEURT, metavar="MODEL",
                         help=f"BLEURT by this regression model (without a name: {utility.BLEURT})")  # fmt: skip
     asking.add_argument("--batch_size", type=positive_int, default=16, help="answers made at a time (default: 16)")
     asking.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="auto: bf16 on a GPU that has it (default: auto)")  # fmt: skip
-    asking.add_argument("--device_map", help="spread a model over devices (accelerate): auto, balanced, ...")
+    asking.add_argument("--device_map", type=device_map,
+                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from harmful_unlearn.flag_types import not_negative, number, positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import (
+    FlagParser,
+    device_map,
+    not_negative,
+    number,
+    positive_int,
+    positive_number,
+    whole_number,
+)
 from harmful_unlearn.methods import METHODS, settle
 from harmful_unlearn.packing import VARIANTS
 from harmful_unlearn.saving import ROOT, user_path
@@ -16,13 +24,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
         about: the script's docstring, for --help.
     """
     text, _, examples = about.partition("\n\nThe paper's")
-    parser = argparse.ArgumentParser(
-        prog="unlearn_harm_new.py",
-        description=text,
-        epilog="The paper's" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(prog="unlearn_harm_new.py", description=text, epilog="The paper's" + examples)
 
     def flag(group, name: str, help: str, **settings) -> None:
         default = settings.get("default")
@@ -88,7 +90,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          "same losses, slower", action="store_true")
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
-    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...")
+    flag(machine, "--device_map", "spread the model over devices (accelerate): auto, balanced, ...", type=device_map)
     flag(machine, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
          action="store_true")
     flag(machine, "--overwrite", "replace folders that are there", action="store_true")

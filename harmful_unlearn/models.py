@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -27,7 +28,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from harmful_unlearn.checkpoints import INDEX, all_finite, read_index
 from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
+from harmful_unlearn.saving import user_path
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
@@ -56,19 +59,20 @@ def locate(name: str, weights: bool = True) -> Path:
     the hub's own converter put safetensors.
 
     Raises:
-        UserError: no such folder or model, no access, no connection, or no safetensors.
+        UserError: no such folder or model, no access, no connection, no safetensors, or an index that leads
+            out of the folder.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if not _has_weights(folder):
             raise UserError(_NO_SAFETENSORS.format(folder=folder))
-        return folder
+        return _with_index_checked(folder)
     if folder.exists():
         raise UserError(f"{name} is a file: give the model's folder or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
     try:
-        return _snapshot(name, weights)
+        return _with_index_checked(_snapshot(name, weights))
     except UserError:
         raise
     except GatedRepoError:
@@ -98,6 +102,12 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def _with_index_checked(folder: Path) -> Path:
+    if (index := folder / INDEX.format("model")).is_file():
+        read_index(index)  # transformers would follow it anywhere
+    return folder
+
+
 def _snapshot(name: str, weights: bool) -> Path:
     wanted = TEXT_FILES + (WEIGHT_FILES if weights else [])
     folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
@@ -119,6 +129,9 @@ def _snapshot(name: str, weights: bool) -> Path:
     raise UserError(_NO_SAFETENSORS.format(folder=name))
 
 
+_CONFIG = "{folder} has no config.json that can be used ({error}): give a folder that save_pretrained wrote"
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration.
 
@@ -128,10 +141,12 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # which, depends on the release
-        raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # depends on the release
+        raise UserError(_CONFIG.format(folder=folder, error=_first_line(error))) from None
     except KeyError:
-        raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None
+        raise UserError(
+            f"{folder} ({config.model_type}) is not a causal language model: give one that transformers has as such"
+        ) from None
     return config
 
 
@@ -169,9 +184,16 @@ def _first_line(error: Exception) -> str:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model's structure on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model's structure on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: the configuration describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:  # each class has its own
+        raise UserError(_CONFIG.format(folder=config.name_or_path, error=_first_line(error))) from None
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -196,7 +218,7 @@ def load_model(
         four_bit: keep the linear layers in 4 bits (bitsandbytes: NF4, scales quantized too), computing in `dtype`.
 
     Raises:
-        UserError: weights are missing, broken, or do not fit the configuration.
+        UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration.
     """
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -211,13 +233,18 @@ def load_model(
     except Exception as error:  # safetensors' own error type derives from Exception alone
         if is_out_of_memory(error):
             raise MemoryError from error
-        raise UserError(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"the weights in {folder} cannot be loaded ({_first_line(error)}): copy or download them again"
+        ) from error
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
         raise UserError(
             f"{folder} does not fit its config.json: {len(missing)} weights are missing or have "
             f"another shape, {missing[0]} first; use a whole checkpoint"
         )
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: it lies on disk
+            raise UserError(f"{name} in {folder} has NaN or infinite values: give a model without any")
     return model
 
 

@@ -22,8 +22,9 @@ from harmful_unlearn.checkpoints import (
     Checkpoint,
     NewShards,
     Spec,
+    all_finite,
     copy_small_files,
-    read_json,
+    read_record,
     work_dtype,
 )
 from harmful_unlearn.errors import UserError
@@ -283,7 +284,7 @@ def check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
 
 def _landings(folder: Path) -> Iterator[tuple[float, float]]:
     """What a stage 1 model, or the models in a saved vector, were trained for, and their coefficients in it."""
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = read_record(folder)
     terms = [(record, 1.0)]
     if any(folder.glob(f"{VECTOR}*.safetensors")):
         coefs = list(record.get("finetuned", {}).values())
@@ -336,16 +337,14 @@ def _write_index(folder: Path, shards: dict[str, dict[str, Spec]]) -> None:
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
-    # The sum, in a few hundredths of isfinite's time, is not finite if a value is not; or if large ones overflow it.
-    suspect = values.is_floating_point() and not math.isfinite(values.sum())
-    if suspect and not values.isfinite().all():
+    if not all_finite(values):
         raise UserError(f"{name} comes out NaN or infinite: check both models' weights, or lower --scaling_coef")
     return values
 
 
 def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequence[float]) -> dict[float, dict]:
     """What run.json says of the model at each scale."""
-    stages_1 = [read_json(folder / "run.json") if (folder / "run.json").is_file() else {} for folder, _ in finetuned]
+    stages_1 = [read_record(folder) for folder, _ in finetuned]
     made_from = {
         "base": {"name": base_name, "revision": revision_of(base.folder), "fingerprint": base.fingerprint()},
         "finetuned": {str(folder): coef for folder, coef in finetuned},

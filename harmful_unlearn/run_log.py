@@ -18,6 +18,9 @@ LOSSES = {
 }  # fmt: skip
 
 
+METRICS, PICTURE = ".metrics.jsonl", ".losses.png"  # suffixes of what lies beside a log
+
+
 def beside(log_file: Path, suffix: str) -> Path:
     """`logs/run.log` -> `logs/run<suffix>`."""
     return log_file.with_name(log_file.name.removesuffix(".log") + suffix)
@@ -33,8 +36,8 @@ class RunLog:
 
     def __init__(self, log_file: Path, steps: int):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        self.metrics_file = beside(log_file, ".metrics.jsonl")
-        self.picture_file = beside(log_file, ".losses.png")
+        self.metrics_file = beside(log_file, METRICS)
+        self.picture_file = beside(log_file, PICTURE)
         self.history: list[dict] = []
         self._warned = False
         self._logger = logging.Logger("sku", logging.INFO)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
@@ -29,8 +29,13 @@ HARMFUL_WARNING = (
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` stands for the home folder also after `--flag=`."""
-    return Path(text).expanduser()
+    """A path as a user writes it: `~` stands for the home folder also after `--flag=`. Raises UserError."""
+    if not text:
+        raise UserError("a path is empty: give one, or leave its flag out")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"nobody here has the home folder in {text}: give the whole path") from None
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -40,7 +45,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         UserError: `target` is a file, a mount or the current folder, is not empty (without
             `overwrite`), or cannot be written.
     """
-    if target.exists() and not target.is_dir():
+    if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
     if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
         raise UserError(f"{target} cannot be replaced as a whole (a mount, or where you stand): give a folder in it")
@@ -50,18 +55,34 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def check_file(path: Path) -> None:
-    """The same for a file. Raises UserError: `path` is a folder, or cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the path of a file")
+    """The same for a file. Raises UserError: `path` is a folder or a device, or cannot be written."""
+    if _exists(path) and not path.is_file():
+        raise UserError(f"{path} is a folder or a device: give the path of a file")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise UserError(f"{path} may not be written: give another path")
     _check_parent(path)
 
 
+def _exists(path: Path) -> bool:
+    """Path.exists, which takes a loop of links for nothing. Raises OSError (see errors.MENDABLE)."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _check_parent(path: Path) -> None:
-    parent = path.absolute().parent
+    parent = Path(os.path.realpath(path)).parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written ({parent} is not a writable folder): give another path")
+    try:
+        # The only sure way: /proc says that root may write there, a mount may be full, and the name, with what
+        # new_folder puts beside it, too long.
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-", dir=parent).cleanup()
+    except OSError as error:
+        reason = f"{parent} is not a writable folder: {error.strerror}"
+        raise UserError(f"{path} cannot be written ({reason}): give another path") from None
 
 
 def check_apart(paths: list[Path]) -> None:
@@ -90,6 +111,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(target, overwrite)
     target = target.resolve()
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -97,6 +119,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # something else lies in them by now
+            for parent in made:
+                parent.rmdir()
         raise
     previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
     try:

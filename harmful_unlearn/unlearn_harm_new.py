@@ -36,7 +36,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models
-from harmful_unlearn.checkpoints import Checkpoint, read_json
+from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.flags import parse_flags
@@ -46,7 +46,7 @@ from harmful_unlearn.negation import check_landing, negate
 from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
-from harmful_unlearn.run_log import LOSSES, RunLog, is_finite
+from harmful_unlearn.run_log import LOSSES, METRICS, PICTURE, RunLog, beside, is_finite
 from harmful_unlearn.saving import (
     check_apart,
     check_file,
@@ -97,15 +97,16 @@ def main(arguments: list[str] | None = None) -> None:
         print("check passed: nothing was loaded or written")
         return
 
-    log = RunLog(args.log_file, args.max_unlearn_steps)
+    if job:
+        set_seed(args.seed)
+        accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
+        model, base = load_copy_and_base(args, job, folder, accelerator.device)
+    log = RunLog(args.log_file, args.max_unlearn_steps)  # now that all has been found good
     try:
         if job:
             log.record(str(job.plan))
             what = "harmful knowledge acquisition" if METHODS[args.method].negates else f"training by {args.method}"
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
-            set_seed(args.seed)
-            accelerator = Accelerator(mixed_precision="bf16" if job.precision == "bf16" else "no")
-            model, base = load_copy_and_base(args, job, folder, accelerator.device)
             try:
                 acquire(model, base, job.batches, args, accelerator, log)
             except NotFinite as stop:
@@ -403,12 +404,12 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         if "acquire" not in stages:
             if not finetuned.is_dir():
                 raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
-            record = finetuned / "run.json"
-            trained_by = (read_json(record).get("flags") or {}).get("method") if record.is_file() else None
+            trained_by = read_record(finetuned).get("flags", {}).get("method")
             if trained_by not in (None, args.method):
                 raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
         check_target(args.task_vector_saving_path, args.overwrite)
-    check_file(args.log_file)
+    for file in (args.log_file, beside(args.log_file, METRICS), beside(args.log_file, PICTURE)):
+        check_file(file)
     for folder in (args.model_save_dir, args.task_vector_saving_path):
         if args.log_file.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
