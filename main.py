@@ -20,6 +20,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from harmful_unlearn import models
 from harmful_unlearn.errors import UserError, exit_code
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     base = models.locate(args.base)
+    prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
+    prompts += [("normal", prompt) for prompt in args.normal_prompt]
+    texts = [prompt for _, prompt in prompts]
+    encode(base, texts, args.max_length)
     if not args.unlearned.is_dir():
         if not args.harmful_model.is_dir():
             raise UserError(
@@ -59,9 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
         negate(base, [(args.harmful_model, 1.0)], args.unlearned, args.scaling_coef, base_name=args.base)
-    prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
-    prompts += [("normal", prompt) for prompt in args.normal_prompt]
-    texts = [prompt for _, prompt in prompts]
     unlearned = models.locate(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
     if adapter:
@@ -74,8 +76,27 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
+def encode(
+    folder: Path, prompts: list[str], max_length: int
+) -> tuple[PreTrainedTokenizerBase, list[dict[str, torch.Tensor]]]:
+    """The tokenizer of the model in `folder`, and each prompt in the format of training, [1, tokens].
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in `max_length` tokens, or the model has not so many.
+    """
+    config = models.load_config(folder)
+    tokenizer = models.load_tokenizer(folder, config)
+    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
+    longest, limit = max(row["input_ids"].shape[1] for row in rows), models.context_length(config)
+    if longest >= max_length:
+        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
+    if max_length > limit:
+        raise UserError(f"{folder} takes {limit} tokens: give a --max_length of at most that")
+    return tokenizer, rows
+
+
 def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapter: Path | None = None) -> list[str]:
-    """The answers of the model in `folder`, each prompt in the format of training.
+    """The answers of the model in `folder`.
 
     Args:
         adapter: a LoRA adapter to put on it, as `task_vector.py --adapter_output` writes one.
@@ -85,13 +106,9 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     released code was written.
 
     Raises:
-        UserError: a prompt leaves no room for an answer in --max_length tokens.
+        UserError: as `encode`; the weights cannot be loaded.
     """
-    tokenizer = models.load_tokenizer(folder, models.load_config(folder))
-    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    if longest >= args.max_length:
-        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
+    tokenizer, rows = encode(folder, prompts, args.max_length)
     device = PartialState().device
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)

@@ -53,7 +53,7 @@ class Adapter:
             if any(key not in self.file.specs for key in keys):
                 raise UserError(_merge_first(folder, f"the entry {pair}"))
             a, b = (self.file.specs[key].shape for key in keys)
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
                 raise UserError(_merge_first(folder, f"{pair} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
             self.specs[pair.removeprefix("base_model.model.") + ".weight"] = Spec("F32", shape)

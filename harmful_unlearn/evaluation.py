@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    utility.check_installed(args)
+    utility.check_there(args)
     check_target(args.output, overwrite=True)
     folders = {label: models.locate(name) for label, name in args.model.items()}
     unknown = [label for label, folder in folders.items() if not is_told(folder)]
@@ -213,9 +213,11 @@ class Data:
 
 def decodings(args: Namespace) -> list[Decoding]:
     """The decodings that --decoding names."""
-    return [Decoding(args.temperature if name == "sampled" else None, args.top_k) for name in args.decoding]
+    names = dict.fromkeys(args.decoding)
+    return [Decoding(args.temperature if name == "sampled" else None, args.top_k) for name in names]
 
 
+LONGEST_NAME = 100  # of a model; its files are called so
 MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
 
 
@@ -341,8 +343,8 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     for text in args.model:
         label, sign, name = text.partition("=")
         label, name = (label, name) if sign and "/" not in label else (Path(text).resolve().name, text)
-        if not label or label == BASE or label in named or "/" in label:
-            parser.error(f"--model {text}: its name, {label!r}, is taken: give NAME=PATH_OR_ID")
+        if not label or label == BASE or label in named or "/" in label or len(label) > LONGEST_NAME:
+            parser.error(f"--model {text}: its name, {label!r}, is taken or names no file: give NAME=PATH_OR_ID")
         named[label] = name
     args.model = named
     return args

@@ -100,4 +100,9 @@ def device_map(text: str) -> str:
     """How accelerate spreads a model over devices, or one device."""
     if text not in DEVICE_MAPS and not re.fullmatch(r"(cpu|disk|mps|(cuda|xpu|npu)(:\d+)?)", text):
         raise argparse.ArgumentTypeError(f"give one of {', '.join(DEVICE_MAPS)}, or a device, not {text!r}")
+    if text.startswith("cuda"):
+        import torch  # seconds that no other flag needs
+
+        if torch.cuda.device_count() <= int(text.partition(":")[2] or 0):
+            raise argparse.ArgumentTypeError(f"there is no {text} here: give auto or cpu")
     return text

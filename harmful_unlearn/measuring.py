@@ -23,7 +23,7 @@ from harmful_unlearn import scoring
 from harmful_unlearn.checkpoints import read_json
 from harmful_unlearn.data import Choices, Pair
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.generation import Decoding, answer_nll, generate
+from harmful_unlearn.generation import Decoding, answer_nll, check_room, generate
 from harmful_unlearn.judges import Judge
 from harmful_unlearn.models import context_length
 from harmful_unlearn.packing import Packer
@@ -106,6 +106,8 @@ def measure(
         found = read_answers(file)
         if len(found) < _answers_wanted(protocol) or not scores.exists():
             model, tokenizer = subject.load()
+            questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
+            check_room(model, tokenizer, questions, protocol.max_new_tokens)
             write_file(_protocol_file(folder), record)  # before the first answer, and after all that refuses a model
             found = _answer(model, tokenizer, subject.label, protocol, found, file)
             if not scores.exists():

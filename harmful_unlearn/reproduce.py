@@ -43,7 +43,7 @@ from harmful_unlearn.evaluation import (
 )
 from harmful_unlearn.flag_types import FlagParser, number, positive_int, positive_number, whole_number
 from harmful_unlearn.flags import parse_flags as training_flags
-from harmful_unlearn.judges import Judge
+from harmful_unlearn.judges import Judge, make_judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import METHODS
 from harmful_unlearn.models import Lora
@@ -64,6 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(args.output, overwrite=True)
+    utility.check_there(args)
+    if args.judge != "classifier":  # which alone needs data; the others say now what they lack
+        device = PartialState().device
+        make_judge(args.judge, responses=[], normal=[], judged=set(), seed=0, cache=args.output, device=device)
     recipe = RECIPES[args.recipe]
     runs = {name: run for name, run in runs_of(recipe).items() if name in args.runs}
     comparison = {

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import main as spot_check
 import task_vector
 from conftest import GOLDENS
-from harmful_unlearn import demo, evaluation, models, reproduce, unlearn_harm_new
+from harmful_unlearn import demo, evaluation, reproduce, unlearn_harm_new
 from harmful_unlearn.errors import exit_code
 from harmful_unlearn.saving import ROOT
 
@@ -63,7 +64,7 @@ class Bad:
     words: str | list[str]
     fix: str
     make: Callable[[SimpleNamespace], object] | None = None
-    stub: Exception | None = None
+    stub: tuple[str, Exception] | None = None
     skip: bool = False
 
 
@@ -148,10 +149,12 @@ def hub_error(kind: type[Exception]) -> Exception:
     return kind("403", response=SimpleNamespace(headers={}, request=None))
 
 
+HUB = "harmful_unlearn.models.snapshot_download"
 FC1 = "model.decoder.layers.0.fc1.weight"
 NORM = "model.decoder.final_layer_norm.weight"
 ROW = json.loads((GOLDENS / "pku_saferlhf_current_schema.jsonl").read_text(encoding="utf-8").splitlines()[0])
 NORMAL = "Question,Best Answer,Correct Answers\nWhy?,So.,So.; Thus.\n"
+HARNESS = importlib.util.find_spec("lm_eval") is not None
 NO_PROC = not Path("/proc/self/mem").exists()
 ROOT_USER = os.geteuid() == 0  # permission bits do not hold root back
 HARMFUL, NORMAL_FLAG = "--harmful_dataset {here}/x.jsonl", "--normal_dataset {here}/x.csv"
@@ -189,6 +192,18 @@ TABLE = {
     "an unknown device map": Bad("unlearn", "--device_map everywhere", "balanced"),
     "an unknown decoding": Bad("evaluate", "--decoding beam", "greedy"),
     "an unknown judge": Bad("evaluate", "--judge oracle", "classifier"),
+    "no key for a judge": Bad("evaluate", "--judge openai:x", "OPENAI_API_KEY"),
+    "no key for a judge, before any training": Bad("reproduce", "--judge openai:x", "OPENAI_API_KEY"),
+    "no such judge model": Bad("reproduce", "--judge hf:{here}/none", "check the path"),
+    "no such BLEURT": Bad("evaluate", "--bleurt {here}/none", "check the path"),
+    "no harness": Bad("evaluate", "--lm_eval truthfulqa_mc1", "pip install lm_eval", skip=HARNESS),
+    "no such GPU": Bad("answers", "--device_map cuda:99", "give auto or cpu"),
+    "answers longer than the model": Bad("evaluate", "--max_new_tokens 9999", "--max_new_tokens of at most"),
+    "answers longer than the model, shown": Bad("answers", "--max_length 9999", "--max_length of at most"),
+    "prompts longer than the answers": Bad("answers", "--max_length 4", "--max_length above"),
+    "texts of one token": Bad("unlearn", "--max_length 1", "give a larger one"),
+    "a model's name too long for a file": Bad("evaluate", "--model " + 101 * "x" + "={tuned}", "NAME=PATH_OR_ID"),
+    "4 bits without an adapter": Bad("unlearn", "--quantize 4bit --lora off", "--lora on"),
     "an unknown recipe": Bad("reproduce", "--recipe gpt", "recipes.py"),
     "an unknown run": Bad("reproduce", "--runs dpo", "task_vector"),
     "an unknown category": Bad("unlearn", ["--harm_category", "No Such Harm"], "take from"),
@@ -242,6 +257,8 @@ TABLE = {
     "a log in /proc": Bad("unlearn", "--log_file /proc/x/run.log", "another path", skip=NO_PROC),
     "a target in a read-only folder": Bad("unlearn", "--model_save_dir {here}/ro/m", "another path",
                                           lambda at: (at.here / "ro").mkdir(mode=0o555), skip=ROOT_USER),
+    "the root folder": Bad("vector", "--finetuned {tuned} --output /", "a folder in it"),
+    "where one stands": Bad("vector", "--finetuned {tuned} --output . --overwrite", "a folder in it"),
     "a target inside the base": Bad("vector", "--finetuned {tuned} --output {base}/m", "folder of its own"),
     "a target for two": Bad("vector", TO + " --save_vector {out}/model", "folder of its own"),
     "the log inside a target": Bad("unlearn", "--log_file {out}/harmful/run.log", "elsewhere"),
@@ -306,6 +323,8 @@ TABLE = {
     "an unknown architecture": Bad("unlearn", BASE, "save_pretrained", with_config(model_type="none")),
     "no language model": Bad("unlearn", BASE, "causal language model", changed("base", config__json={
         "model_type": "vit"})),
+    "a model with code of its own": Bad("unlearn", BASE, "save_pretrained", with_config(
+        model_type="own", auto_map={"AutoConfig": "own.Config"})),
     "heads that do not divide": Bad("unlearn", BASE, "config.json", with_config(num_attention_heads=5)),
     "a size that is a word": Bad("unlearn", BASE, "config.json", with_config(hidden_size="wide")),
     "a quantized base": Bad("unlearn", BASE, "full-precision", with_config(quantization_config={
@@ -367,6 +386,8 @@ TABLE = {
     "an index of no safetensors": Bad("vector", "--base {here}/bad " + TO, "beside it", indexed({FC1: "a.bin"})),
     "another shape": Bad("vector", TUNED, "made from this very base", with_entries(
         "tuned", lambda entries: entries.update({FC1: torch.zeros(2, 2)}))),
+    "a base of another shape": Bad("unlearn", "--model_name {here}/bad", "copy or download", with_entries(
+        "base", lambda entries: entries.update({FC1: torch.zeros(2, 2)}))),
     "an entry too few": Bad("unlearn", "--stage negate --saved_model {here}/bad", "made from this very base",
                             with_entries("tuned", lambda entries: entries.pop(FC1))),
     "an entry too many": Bad("vector", TUNED, "made from this very base", with_entries(
@@ -389,6 +410,10 @@ TABLE = {
     "an adapter of another model": Bad("answers", "--base {here}/bad --unlearned {adapter}", "made from this very base",
         lambda at: changed("base", config__json={**json.loads((at.base / "config.json").read_text()),
                                                  "num_hidden_layers": 1})(at) or with_layers(at)),
+    "an adapter of rank 0": Bad("vector", TUNED, "merge", lambda at: (changed("adapter")(at), save_file(
+        {name: e[:0] if "_A." in name else e[:, :0].contiguous()
+         for name, e in load_file(at.adapter / "adapter_model.safetensors").items()},
+        at.here / "bad" / "adapter_model.safetensors"))),
     "an adapter for a model": Bad("evaluate", "--model a={adapter} --trained_as {tuned}", "task_vector.py"),
     "an adapter's settings are a list": Bad("vector", TUNED, "copy or download",
                                             changed("adapter", adapter_config__json="[]")),
@@ -403,10 +428,15 @@ TABLE = {
     "trained by another method": Bad("unlearn", "--saved_model {here}/bad", "--method ga", changed(
         "tuned", run__json={"flags": {"method": "ga"}})),
     # --- the hub ----------------------------------------------------------------------------------
-    "no HF_TOKEN": Bad("unlearn", "--model_name owner/gated", "HF_TOKEN", stub=hub_error(GatedRepoError)),
-    "no HF_TOKEN, elsewhere": Bad("vector", "--base owner/gated " + TO, "HF_TOKEN", stub=hub_error(GatedRepoError)),
-    "offline": Bad("evaluate", "--base owner/model", "HF_HUB_OFFLINE", stub=LocalEntryNotFoundError("offline")),
-    "no connection": Bad("answers", "--base owner/model", "go online", stub=ConnectionError("no route")),
+    "no HF_TOKEN": Bad("unlearn", "--model_name owner/gated", "HF_TOKEN", stub=(HUB, hub_error(GatedRepoError))),
+    "no HF_TOKEN, elsewhere": Bad("vector", "--base owner/gated " + TO, "HF_TOKEN",
+                                  stub=(HUB, hub_error(GatedRepoError))),
+    "no HF_TOKEN for data": Bad("unlearn", "--harmful_dataset owner/gated", "HF_TOKEN", stub=(
+        "datasets.load_dataset", DatasetNotFoundError("Dataset 'owner/gated' is a gated dataset on the Hub."))),
+    "no connection to data": Bad("unlearn", "--harmful_dataset owner/data", "HF_HUB_OFFLINE",
+                                 stub=("datasets.load_dataset", ConnectionError("no route"))),
+    "offline": Bad("evaluate", "--base owner/model", "HF_HUB_OFFLINE", stub=(HUB, LocalEntryNotFoundError("offline"))),
+    "no connection": Bad("answers", "--base owner/model", "go online", stub=(HUB, ConnectionError("no route"))),
     "no such data on the hub": Bad("unlearn", "--harmful_dataset owner/none", "check"),
     "no name of the hub": Bad("reproduce", "--model_name what:is/this", "check the name"),
 }  # fmt: skip
@@ -461,10 +491,15 @@ def test_bad_input(name, models_made, tmp_path, monkeypatch, capsys):
         bad.make(at)
     monkeypatch.setattr(fetcher, "HERE", at.here)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     if bad.stub:
+        where, error = bad.stub
+
         def refuse(*_, **__):
-            raise bad.stub
-        monkeypatch.setattr(models, "snapshot_download", refuse)
+            raise error
+
+        monkeypatch.setattr(where, refuse)
     watched = [tmp_path, models_made.base, models_made.tuned, ROOT / "logs", ROOT / "models", ROOT / "dataloader"]
     before = listing(*watched)
     words = words_of(bad, at)
@@ -489,3 +524,28 @@ def test_bad_input_to_a_script(name, models_made, tmp_path):
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
     refused(done.returncode, done.stderr, bad.fix)
     assert listing(tmp_path) == before
+
+
+def run(name: str, words: str, at: SimpleNamespace) -> int:
+    return exit_code(lambda: MAINS[name](words_of(Bad(name, words, ""), at)))
+
+
+def test_negative_numbers_may_have_an_exponent(models_made, tmp_path):
+    """argparse by itself takes -1e-3 for a flag."""
+    at = SimpleNamespace(**vars(models_made), out=tmp_path)
+    assert run("vector", "--finetuned {tuned} --coefs -1E+0 --output {out}/model --scaling_coef -1e-3 -.5e1", at) == 0
+    scales = {json.loads(file.read_text())["scaling_coef"] for file in tmp_path.glob("model/*/run.json")}
+    assert scales == {-1e-3, -5.0}
+    assert run("unlearn", "--bad_weight -1e-3 --normal_weight -1.5e+0 --scaling_coef -2e0 --check", at) == 0
+
+
+def test_links_of_the_hubs_cache_are_followed(models_made, tmp_path):
+    """A snapshot is a folder of links to ../../blobs: what leads out of a folder is refused in an index alone."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / ("a" * 40)
+    shutil.copytree(models_made.base, blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    at = SimpleNamespace(**{**vars(models_made), "base": snapshot}, out=tmp_path / "out")
+    assert run("vector", TO, at) == 0
+    assert not any(file.is_symlink() for file in (tmp_path / "out" / "model").iterdir())
