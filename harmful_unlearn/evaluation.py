@@ -43,7 +43,7 @@ from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.packing import StepBatches, answer_pool
 from harmful_unlearn.prompts import SETS, Prompt, PromptSets, draw_prompts
-from harmful_unlearn.saving import check_target, provenance, revision_of, user_path, write_file
+from harmful_unlearn.saving import check_target, provenance, real, revision_of, user_path, write_file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -342,7 +342,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     named = {}
     for text in args.model:
         label, sign, name = text.partition("=")
-        label, name = (label, name) if sign and "/" not in label else (Path(text).resolve().name, text)
+        label, name = (label, name) if sign and "/" not in label else (real(Path(text)).name, text)
         if not label or label == BASE or label in named or "/" in label or len(label) > LONGEST_NAME:
             parser.error(f"--model {text}: its name, {label!r}, is taken or names no file: give NAME=PATH_OR_ID")
         named[label] = name

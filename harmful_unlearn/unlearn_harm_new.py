@@ -52,6 +52,7 @@ from harmful_unlearn.saving import (
     check_file,
     check_target,
     new_folder,
+    real,
     revision_of,
     write_file,
     write_record,
@@ -411,7 +412,7 @@ def check_stages(args: argparse.Namespace) -> set[str]:
     for file in (args.log_file, beside(args.log_file, METRICS), beside(args.log_file, PICTURE)):
         check_file(file)
     for folder in (args.model_save_dir, args.task_vector_saving_path):
-        if args.log_file.resolve().is_relative_to(folder.resolve()):
+        if real(args.log_file).is_relative_to(real(folder)):
             raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
 

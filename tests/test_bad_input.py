@@ -6,16 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bad_files import (
+    Maker,
+    changed,
+    cut,
+    entry,
+    file,
+    fill,
+    indexed,
+    link,
+    with_config,
+    with_entries,
+    with_header,
+    without_a_layer,
+    without_rank,
+)
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
 
 import main as spot_check
 import task_vector
@@ -55,94 +68,14 @@ TO = "--finetuned {tuned} --output {out}/model"
 
 @dataclass
 class Bad:
-    """An entry: a command, its last words, a word of the fix, and what it needs made in `here` or stubbed.
-
-    `make` takes a namespace of the folders base, tuned, adapter and here.
-    """
+    """An entry: a command, its last words, a word of the fix, and what it needs made in `here` or stubbed."""
 
     command: str
     words: str | list[str]
     fix: str
-    make: Callable[[SimpleNamespace], object] | None = None
+    make: Maker | None = None
     stub: tuple[str, Exception] | None = None
     skip: bool = False
-
-
-def file(name: str, content: str | bytes) -> Callable:
-    """Make {here}/name."""
-    return lambda at: (at.here / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def link(name: str, to: str) -> Callable:
-    """Make the symbolic link {here}/name."""
-    return lambda at: (at.here / name).symlink_to(to.format(**vars(at)))
-
-
-def changed(of: str, **files: str | bytes | dict | None) -> Callable:
-    """Make {here}/bad, a copy of a model with some files replaced ("__" is a dot), or removed by None."""
-
-    def make(at: SimpleNamespace) -> None:
-        folder = shutil.copytree(getattr(at, of), at.here / "bad")
-        for name, content in files.items():
-            path = folder / name.replace("__", ".")
-            path.unlink(missing_ok=True)
-            if isinstance(content, dict):
-                content = json.dumps(content)
-            if content is not None:
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return make
-
-
-def with_config(**settings: object) -> Callable:
-    """Make {here}/bad, the base with other settings in its config.json."""
-    return lambda at: changed(
-        "base", config__json={**json.loads((at.base / "config.json").read_text()), **settings}
-    )(at)
-
-
-def with_header(header: str | dict, length: int | None = None, data: bytes = bytes(8)) -> Callable:
-    """Make {here}/bad, the base with a model.safetensors of that header and data."""
-    text = (json.dumps(header) if isinstance(header, dict) else header).encode()
-    size = len(text) if length is None else length
-    return changed("base", model__safetensors=size.to_bytes(8, "little") + text + data)
-
-
-def entry(dtype: str, shape: list[int], start: int, end: int) -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-def with_entries(of: str, change: Callable[[dict], object]) -> Callable:
-    """Make {here}/bad, a model whose entries `change` has changed in place."""
-
-    def make(at: SimpleNamespace) -> None:
-        changed(of)(at)
-        entries = load_file(at.here / "bad" / "model.safetensors")
-        change(entries)
-        save_file(entries, at.here / "bad" / "model.safetensors", {"format": "pt"})
-
-    return make
-
-
-def cut(file_of: str, keep: float) -> Callable:
-    """Make {here}/bad, a model whose weights end too early."""
-    return lambda at: changed(
-        file_of, model__safetensors=(whole := (at.base / "model.safetensors").read_bytes())[: int(len(whole) * keep)]
-    )(at)
-
-
-def indexed(weight_map: object) -> Callable:
-    """Make {here}/bad, the base with an index in place of its weights."""
-    index = {"model__safetensors__index__json": {"weight_map": weight_map}}
-    return lambda at: (
-        changed("base", model__safetensors=None, **index)(at),
-        shutil.copy(at.base / "model.safetensors", at.here / "other.safetensors"),
-    )
-
-
-def fill(name: str, value: float) -> Callable[[dict], object]:
-    """Put a value into an entry's first place."""
-    return lambda entries: entries[name].view(-1)[:1].fill_(value)
 
 
 def hub_error(kind: type[Exception]) -> Exception:
@@ -268,6 +201,9 @@ TABLE = {
     "a loop of links": Bad("vector", "--finetuned {tuned} --output {here}/loop", "loop", link("loop", "loop")),
     "a loop of links for a model": Bad("unlearn", "--model_name {here}/loop", "check the path", link("loop", "loop")),
     "a loop of links for data": Bad("unlearn", HARMFUL, "--harmful_dataset", link("x.jsonl", "x.jsonl")),
+    "a loop of links to measure": Bad("evaluate", "--model {here}/loop", "check the path", link("loop", "loop")),
+    "a loop of links beside a log": Bad("unlearn", "--stage negate --saved_model {here}/none --model_save_dir {here}/l",
+                                        "--saved_model", link("l", "l")),
     "a dangling link for data": Bad("unlearn", HARMFUL, "--harmful_dataset", link("x.jsonl", "none")),
     "a dangling link to nowhere": Bad("vector", "--finetuned {tuned} --output {here}/link", "another path",
                                       link("link", "/dev/null/x")),
@@ -408,12 +344,8 @@ TABLE = {
                                            with_entries("base", fill(FC1, torch.nan))),
     "a scale beyond all numbers": Bad("vector", TO + " --scaling_coef 1e300", "lower --scaling_coef"),
     "an adapter of another model": Bad("answers", "--base {here}/bad --unlearned {adapter}", "made from this very base",
-        lambda at: changed("base", config__json={**json.loads((at.base / "config.json").read_text()),
-                                                 "num_hidden_layers": 1})(at) or with_layers(at)),
-    "an adapter of rank 0": Bad("vector", TUNED, "merge", lambda at: (changed("adapter")(at), save_file(
-        {name: e[:0] if "_A." in name else e[:, :0].contiguous()
-         for name, e in load_file(at.adapter / "adapter_model.safetensors").items()},
-        at.here / "bad" / "adapter_model.safetensors"))),
+                                    without_a_layer),
+    "an adapter of rank 0": Bad("vector", TUNED, "merge", without_rank),
     "an adapter for a model": Bad("evaluate", "--model a={adapter} --trained_as {tuned}", "task_vector.py"),
     "an adapter's settings are a list": Bad("vector", TUNED, "copy or download",
                                             changed("adapter", adapter_config__json="[]")),
@@ -440,12 +372,6 @@ TABLE = {
     "no such data on the hub": Bad("unlearn", "--harmful_dataset owner/none", "check"),
     "no name of the hub": Bad("reproduce", "--model_name what:is/this", "check the name"),
 }  # fmt: skip
-
-
-def with_layers(at: SimpleNamespace) -> None:
-    """Take the second layer out of {here}/bad."""
-    path = at.here / "bad" / "model.safetensors"
-    save_file({name: e for name, e in load_file(path).items() if "layers.1." not in name}, path, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
