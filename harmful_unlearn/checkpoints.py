@@ -285,7 +285,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-RECORD = {"flags": dict, "finetuned": dict, "base": dict, "training": dict}  # parts of run.json that are read
+RECORD = ("flags", "finetuned", "base", "training")  # parts of run.json that are read
 
 
 def read_record(folder: Path) -> dict:
@@ -297,12 +297,11 @@ def read_record(folder: Path) -> dict:
     record = read_json(file) if file.is_file() else {}
     waiting = [record]
     for one in waiting:
-        parts = [(value, dict) for key, value in one.items() if key.startswith("stage_1")]
-        waiting += [part for part, _ in parts if isinstance(part, dict)]
-        parts += [(one[key], kind) for key, kind in RECORD.items() if key in one]
-        parts += [(coef, int | float) for coef in (one.get("finetuned") or {}).values()] if "finetuned" in one else []
-        if not all(isinstance(part, kind) for part, kind in parts):
+        stages = [part for key, part in one.items() if key.startswith("stage_1")]
+        good = all(isinstance(part, dict) for part in (*stages, *(one[key] for key in RECORD if key in one)))
+        if not (good and all(isinstance(coef, int | float) for coef in one.get("finetuned", {}).values())):
             raise UserError(f"{file} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again")
+        waiting += stages
     return record
 
 

@@ -192,7 +192,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:  # each class has its own
+    # Each class has errors of its own, and some need a package.
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, ImportError) as error:
         raise UserError(_CONFIG.format(folder=config.name_or_path, error=_first_line(error))) from None
 
 

@@ -245,6 +245,9 @@ TABLE = {
                           file("x.jsonl", json.dumps({**ROW, "is_response_0_safe": True, "is_response_1_safe": True}))),
     "no whole Parquet file": Bad("unlearn", "--harmful_dataset {here}/x.parquet", "--harmful_dataset",
                                  file("x.parquet", b"PAR1" + bytes(40))),
+    "half an address": Bad("fetch", "--url http://[/x", "--url"),
+    "a file that is no address": Bad("fetch", "--url file:///no/such", "--url"),
+    "an endless timeout": Bad("fetch", "--timeout inf", "a number above 0"),
     "no address": Bad("fetch", "--url nonsense", "--url"),
     "judged answers that are no JSON": Bad("demo", "--check_judge {here}", "remove the file", lambda at: (
         (at.here / "seed-0/evaluation/answers").mkdir(parents=True),
@@ -356,7 +359,12 @@ TABLE = {
         "tuned", run__json="{")),
     "run.json of something else": Bad("evaluate", "--model bad={here}/bad", "unlearn_harm_new.py", changed(
         "tuned", run__json={"flags": {"lr": 1}, "training": {}})),
-    "run.json has lists": Bad("vector", TUNED, "run.json", changed("tuned", run__json={"flags": [], "finetuned": []})),
+    "run.json has lists": Bad("vector", TUNED, "run.json", changed("tuned", run__json={"finetuned": [1]})),
+    "run.json has words": Bad("vector", TUNED, "run.json", changed("tuned", run__json={"finetuned": {"a": "b"}})),
+    "run.json has a list of flags": Bad("unlearn", "--saved_model {here}/bad", "run.json", changed(
+        "tuned", run__json={"flags": ["--lr"]})),
+    "run.json has a list in a stage": Bad("evaluate", "--model bad={here}/bad", "run.json", changed(
+        "tuned", run__json={"stage_1": {"stage_1_of_model_1": []}})),
     "trained by another method": Bad("unlearn", "--saved_model {here}/bad", "--method ga", changed(
         "tuned", run__json={"flags": {"method": "ga"}})),
     # --- the hub ----------------------------------------------------------------------------------
