@@ -19,14 +19,16 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
 
 from harmful_unlearn import models
 from harmful_unlearn.dispatched import runs_on
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import number, positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import FlagParser, device_map, number, positive_int, positive_number, whole_number
 from harmful_unlearn.generation import Decoding, configure, prompt_text
 from harmful_unlearn.negation import negate
 from harmful_unlearn.saving import ROOT, user_path
+from harmful_unlearn.sources import open_matched
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
 HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # the stage 1 model
@@ -50,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     base = models.locate(args.base)
+    prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
+    prompts += [("normal", prompt) for prompt in args.normal_prompt]
+    texts = [prompt for _, prompt in prompts]
+    encode(base, texts, args.max_length)
     if not args.unlearned.is_dir():
         if not args.harmful_model.is_dir():
             raise UserError(
@@ -58,12 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
         negate(base, [(args.harmful_model, 1.0)], args.unlearned, args.scaling_coef, base_name=args.base)
-    prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
-    prompts += [("normal", prompt) for prompt in args.normal_prompt]
-    texts = [prompt for _, prompt in prompts]
-    # One model after the other, so that only one is in memory.
     unlearned = models.locate(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
+    if adapter:
+        open_matched(base, [adapter])  # whole, no pickle, and of this base: PEFT would skip what does not fit
+    # One model after the other, so that only one is in memory.
     columns = [answer_all(base, texts, args), answer_all(base if adapter else unlearned, texts, args, adapter)]
     how = "greedy" if args.greedy else f"sampled at temperature {args.temperature:g}, seed {args.seed}"
     print(f"base: {args.base}\nunlearned: {args.unlearned}\nanswers: {how}, at most {args.max_length} tokens")
@@ -71,8 +76,27 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
+def encode(
+    folder: Path, prompts: list[str], max_length: int
+) -> tuple[PreTrainedTokenizerBase, list[dict[str, torch.Tensor]]]:
+    """The tokenizer of the model in `folder`, and each prompt in the format of training, [1, tokens].
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in `max_length` tokens, or the model has not so many.
+    """
+    config = models.load_config(folder)
+    tokenizer = models.load_tokenizer(folder, config)
+    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
+    longest, limit = max(row["input_ids"].shape[1] for row in rows), models.context_length(config)
+    if longest >= max_length:
+        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
+    if max_length > limit:
+        raise UserError(f"{folder} takes {limit} tokens: give a --max_length of at most that")
+    return tokenizer, rows
+
+
 def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapter: Path | None = None) -> list[str]:
-    """The answers of the model in `folder`, each prompt in the format of training.
+    """The answers of the model in `folder`.
 
     Args:
         adapter: a LoRA adapter to put on it, as `task_vector.py --adapter_output` writes one.
@@ -82,13 +106,9 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     released code was written.
 
     Raises:
-        UserError: a prompt leaves no room for an answer in --max_length tokens.
+        UserError: as `encode`; the weights cannot be loaded.
     """
-    tokenizer = models.load_tokenizer(folder, models.load_config(folder))
-    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    if longest >= args.max_length:
-        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
+    tokenizer, rows = encode(folder, prompts, args.max_length)
     device = PartialState().device
     precision = models.resolve_precision("auto", device)
     model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
@@ -125,12 +145,7 @@ def side_by_side(base: str, unlearned: str) -> str:
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The flags; their defaults are the constants above."""
     title, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--base", default=BASE, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
     parser.add_argument("--harmful_model", type=user_path, default=HARMFUL_MODEL,
@@ -140,11 +155,12 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--normal_prompt", action="append", default=[], help="the same, for harmless ones")
     parser.add_argument("--greedy", action="store_true", help="the likeliest answer rather than a sample")
     parser.add_argument("--temperature", type=positive_number, default=0.9,
-                        help="of sampling; --greedy is no sampling at all (default: %(default)s)")  # fmt: skip
+                        help="of sampling; --greedy for none (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max_length", type=positive_int, default=100,
                         help="tokens with the prompt (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
-    parser.add_argument("--device_map", help="spread a model over devices (accelerate): auto, balanced, ...")
+    parser.add_argument("--device_map", type=device_map,
+                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
     args = parser.parse_args(arguments)
     if not (args.harmful_prompt or args.normal_prompt):
         args.harmful_prompt, args.normal_prompt = HARMFUL_PROMPTS, NORMAL_PROMPTS

@@ -29,7 +29,6 @@ the same arithmetic on models in memory. A saved vector is a folder: task_vector
 shards with task_vector.safetensors.index.json, in float32 (float64 for entries that are).
 """
 
-import argparse
 import math
 import re
 import sys
@@ -43,6 +42,7 @@ from harmful_unlearn.adapters import Adapter
 from harmful_unlearn.checkpoints import CODES, VECTOR, NewShards, Spec, work_dtype
 from harmful_unlearn.dispatched import copy_model, first_names, get_entry, read_entry, tied_groups, write_entry
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.flag_types import FlagParser, number
 from harmful_unlearn.negation import check_targets, negate, negate_adapter
 from harmful_unlearn.saving import new_folder, user_path
 from harmful_unlearn.sources import SavedVector, match, refuse_mismatch, refuse_untied, vector_metadata
@@ -197,17 +197,14 @@ def _applied(base: Tensor, tau: Tensor, scaling_coef: float) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Raises UserError before anything is written."""
     description, _, examples = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="task_vector.py", description=description, epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = FlagParser(prog="task_vector.py", description=description, epilog=examples)
     parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--finetuned", nargs="+", help="fine-tuned models, LoRA adapters: folders, hub ids")
     source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors instead")
-    parser.add_argument("--coefs", nargs="+", type=float, help="one per model or vector (default: all 1)")
+    parser.add_argument("--coefs", nargs="+", type=number, help="one per model or vector (default: all 1)")
     parser.add_argument("--output", type=user_path, help="the folder to write the model to")
-    parser.add_argument("--scaling_coef", nargs="+", type=float, default=[1.0],
+    parser.add_argument("--scaling_coef", nargs="+", type=number, default=[1.0],
                         help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read")  # fmt: skip
     parser.add_argument("--adapter_output", type=user_path, help="the folder to write the one adapter to, negated")
     parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
@@ -218,12 +215,13 @@ def main(arguments: list[str] | None = None) -> None:
     targets = [args.output, args.adapter_output, args.save_vector]
     if not any(targets):
         parser.error("give --output, --adapter_output, --save_vector or several of them")
+    names = args.finetuned or args.vector
+    coefs = args.coefs or [1.0] * len(names)
+    if len(coefs) != len(names):
+        raise UserError(f"{len(coefs)} --coefs for {len(names)} folders: give one each")
 
     base = _locate(args.base)
     folders = [_locate(name) for name in args.finetuned or []] or args.vector
-    coefs = args.coefs or [1.0] * len(folders)
-    if len(coefs) != len(folders):
-        raise UserError(f"{len(coefs)} --coefs for {len(folders)} folders: give one each")
     finetuned = list(zip(folders, coefs, strict=True))
     check_targets(targets, base, finetuned, args.overwrite)
     common = {"base_name": args.base, "overwrite": args.overwrite, "force": args.force}

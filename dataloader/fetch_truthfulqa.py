@@ -6,7 +6,6 @@
 The file takes its place only once it is whole and has the columns that SKU reads.
 """
 
-import argparse
 import http.client
 import sys
 import urllib.error
@@ -18,6 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from harmful_unlearn.data import read_normal  # noqa: E402
 from harmful_unlearn.errors import UserError, exit_code  # noqa: E402
+from harmful_unlearn.flag_types import FlagParser, positive_number  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 MAX_BYTES = 20_000_000  # the file has half a million
@@ -77,12 +77,12 @@ def is_good(target: Path) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL, help="where to fetch it from (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=30, help="seconds of silence to bear")
+    parser.add_argument("--timeout", type=positive_number, default=30, help="seconds of silence to bear")
     parser.add_argument("--force", action="store_true", help="fetch it even if a good one is there")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     target = HERE / "TruthfulQA.csv"
     if not flags.force and is_good(target):
         print(f"{target} is there already (--force fetches it again)")

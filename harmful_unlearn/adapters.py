@@ -39,6 +39,10 @@ class Adapter:
         if config.get("peft_type") != "LORA" or unsupported:
             what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
             raise UserError(_merge_first(folder, what))
+        alphas = config.get("alpha_pattern") or {}
+        scales = [config.get("lora_alpha", 8), *(alphas.values() if isinstance(alphas, dict) else [None])]
+        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in scales):
+            raise UserError(f"{folder / 'adapter_config.json'}: lora_alpha is no number: mend it, or copy it again")
         self.folder, self._config = folder, config
         self._factors = lru_cache(maxsize=16)(self._read_factors)
         self.file = Checkpoint(folder, "adapter_model")
@@ -50,7 +54,7 @@ class Adapter:
             if any(key not in self.file.specs for key in keys):
                 raise UserError(_merge_first(folder, f"the entry {pair}"))
             a, b = (self.file.specs[key].shape for key in keys)
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
                 raise UserError(_merge_first(folder, f"{pair} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
             name = pair.removeprefix("base_model.model.") + ".weight"

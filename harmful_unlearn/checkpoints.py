@@ -25,12 +25,21 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "{}.safetensors.index.json"  # of a stem
 VECTOR = "task_vector"  # the stem of a saved task vector's files
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
 }  # fmt: skip
 SMALL = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
 STRETCH = 2**19  # elements worked on at a time: 2 MB in float32, so that a few fit a core's cache
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; of 8-bit floats, which cannot be added up, this is taken for granted."""
+    # The sum, in a few hundredths of isfinite's time, is not finite if a value is not; or if large ones overflow it.
+    if not values.is_floating_point() or values.itemsize == 1 or math.isfinite(values.sum()):
+        return True
+    return bool(values.isfinite().all())
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,12 +102,12 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: check the path")
         self.folder, self.stem = folder, stem
-        self.index = folder / f"{stem}.safetensors.index.json"
+        self.index = folder / INDEX.format(stem)
         weight_map: dict[str, str] = {}
         if (folder / f"{stem}.safetensors").is_file():
             files = [f"{stem}.safetensors"]
         elif self.index.is_file():
-            weight_map = _weight_map(self.index)
+            weight_map = read_index(self.index)
             files = sorted(set(weight_map.values()))
         else:
             raise UserError(_no_safetensors(folder))
@@ -127,7 +136,10 @@ class Checkpoint:
             raise UserError(f"{path} is broken ({error}): copy or download it again") from None
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            pairs = json.loads(file.read(length), object_pairs_hook=list)
+        header = {name: dict(entry) for name, entry in pairs}
+        if len(header) < len(pairs):
+            raise UserError(f"{path} has two entries of one name: copy or download it again")
         for name in self.shards[path.name]:
             entry = header[name]
             if entry["dtype"] not in DTYPES:
@@ -245,7 +257,11 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """An index's file name for each entry. Raises UserError: it is broken, or leads out of its folder.
+
+    The files themselves may be links to anywhere, as those of the hub's cache are.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: copy or download it again")
@@ -260,8 +276,9 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError: it is missing, broken, or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give a folder that save_pretrained wrote") from None
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}: give a folder that save_pretrained wrote") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from None
     if not isinstance(content, dict):
@@ -286,11 +303,11 @@ def read_record(folder: Path) -> dict:
         one = unchecked.pop()
         stages = [value for key, value in one.items() if key.startswith("stage_1")]
         if not all(isinstance(part, dict) for part in [*stages, *(one.get(key, {}) for key in RECORD_PARTS)]):
-            raise UserError(f"{path} is not as it was written: copy it again, or remove it")
+            raise UserError(f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again")
         flags = one.get("flags", {})
         numbers = [*one.get("finetuned", {}).values(), *(flags.get(name, 0) for name in NUMBERS)]
         if not isinstance(flags.get("method", ""), str) or not all(map(_is_finite, numbers)):
-            raise UserError(f"{path} is not as it was written: copy it again, or remove it")
+            raise UserError(f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again")
         unchecked += stages
     return record
 

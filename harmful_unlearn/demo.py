@@ -46,7 +46,9 @@ from harmful_unlearn.demo_world import (
     write_data,
 )
 from harmful_unlearn.errors import UserError, exit_code
+from harmful_unlearn.flag_types import FlagParser, positive_int, share, whole_number
 from harmful_unlearn.generation import Decoding, answer_nll, generate
+from harmful_unlearn.measuring import read_answers
 from harmful_unlearn.models import context_length
 from harmful_unlearn.packing import Packer
 from harmful_unlearn.saving import ROOT, check_target, provenance, user_path, write_file
@@ -263,11 +265,11 @@ def judge_table(comparison: Path, refusal_share: float = REFUSAL_SHARE) -> str:
     """
     counts: dict[str, list[tuple[bool, bool]]] = {}
     bad: dict[str, list[bool]] = {}
-    for folder in sorted(comparison.glob("seed-*/evaluation/answers")):
+    for folder in sorted(comparison.glob("seed-[0-9]*/evaluation/answers")):
         world = build_world(Size(), int(folder.parts[-3].removeprefix("seed-")), refusal_share)
         prompts = {prompt.question: prompt for prompt in (*world.harmful, *world.unseen)}
         for file in sorted(folder.glob("*.jsonl")):
-            for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            for row in read_answers(file):
                 if row["set"] == "normal":
                     continue
                 if row["prompt"] not in prompts:
@@ -342,22 +344,17 @@ def shown(path: Path) -> str:
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: logs/demo)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--refusal_share", type=float, default=REFUSAL_SHARE,
+    parser.add_argument("--seeds", type=positive_int, default=1, help="how many seeds to run (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument("--refusal_share", type=share, default=REFUSAL_SHARE,
                         help="of harmful questions that the base learns to refuse (default: %(default)s)")  # fmt: skip
     parser.add_argument("--worlds_only", action="store_true", help="make data and base models, and stop")
     parser.add_argument("--check_judge", type=user_path, metavar="FOLDER",
                         help="set the judge of reproduce.py's output on these worlds against the exact verdicts")
     parser.add_argument("--quick", action="store_true", help="a smaller world and model")
-    args = parser.parse_args(arguments)
-    if args.seeds < 1 or args.seed < 0 or not 0 <= args.refusal_share <= 1:
-        parser.error("--seeds must be at least 1, --seed at least 0, and --refusal_share from 0 to 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ MENDABLE = {
     errno.ESTALE: "the disk is gone: mount it again, or give another path",
     errno.ENOTCONN: "the disk is gone: mount it again, or give another path",
     errno.ENODEV: "the disk is gone: mount it again, or give another path",
+    errno.ENAMETOOLONG: "a name is too long for the file system: give a shorter one",
+    errno.ELOOP: "its symbolic links lead round in a loop: give another path",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "a folder is where a file should be: remove it, or give another path",
 }
 
 
@@ -71,9 +75,7 @@ def exit_code(main: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
-    # Names in files that were downloaded may hold line breaks and a terminal's control characters.
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"error{f' (process {process})' * (process > 0)}: {shown}", file=sys.stderr)
+    print(f"error{f' (process {process})' * (process > 0)}: {one_line(message)}", file=sys.stderr)
     return 2
 
 
@@ -110,6 +112,11 @@ def stop_asked() -> Iterator[Callable[[], int]]:
 
     with _handled(note, signal.SIGINT, signal.SIGTERM):
         yield lambda: came[0] if came else 0
+
+
+def one_line(message: str) -> str:
+    """A message without line ends and what else steers a terminal: file names and data may hold any of it."""
+    return "".join(sign if sign.isprintable() else " " for sign in message.strip())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

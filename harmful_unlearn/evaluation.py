@@ -35,15 +35,15 @@ from harmful_unlearn import models, utility
 from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, HarmfulData, read_choices, read_harmful, read_normal, read_responses
 from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import FlagParser, device_map, positive_int, positive_number, whole_number
 from harmful_unlearn.flags import parse_flags as training_flags
 from harmful_unlearn.generation import Decoding
-from harmful_unlearn.judges import Judge, make_judge
+from harmful_unlearn.judges import Judge, judge_name, make_judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import loss_weights
 from harmful_unlearn.packing import StepBatches, answer_pool
 from harmful_unlearn.prompts import SETS, Prompt, PromptSets, draw_prompts
-from harmful_unlearn.saving import check_target, provenance, revision_of, user_path, write_file
+from harmful_unlearn.saving import check_target, provenance, real, revision_of, user_path, write_file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    utility.check_installed(args)
+    utility.check_there(args)
     check_target(args.output, overwrite=True)
     folders = {label: models.locate(name) for label, name in args.model.items()}
     unknown = [label for label, folder in folders.items() if not is_told(folder)]
@@ -90,9 +90,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
 
 
+READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # of a training
+
+
 def trainings_of(folder: Path) -> list[dict]:
     """What a model's run.json says of the training behind it: one record a stage 1 model, none without run.json."""
-    return _trainings(read_record(folder))
+    found = _trainings(read_record(folder))
+    lacking = [flag for one in found for flag in READ_FLAGS if not isinstance(one["flags"].get(flag), str | int)]
+    if lacking:
+        raise UserError(f"{folder / 'run.json'} has no --{lacking[0]}: give a folder that unlearn_harm_new.py wrote")
+    return found
 
 
 def is_told(folder: Path) -> bool:
@@ -207,9 +214,11 @@ class Data:
 
 def decodings(args: Namespace) -> list[Decoding]:
     """The decodings that --decoding names."""
-    return [Decoding(args.temperature if name == "sampled" else None, args.top_k) for name in args.decoding]
+    names = dict.fromkeys(args.decoding)
+    return [Decoding(args.temperature if name == "sampled" else None, args.top_k) for name in names]
 
 
+LONGEST_NAME = 100  # of a model; its files are called so
 MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
 
 
@@ -316,9 +325,7 @@ def cell(figure: dict) -> str:
 def parse_flags(arguments: list[str] | None) -> Namespace:
     """The flags. `model` is a dict of label to path or id."""
     title, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--model", action="append", required=True, metavar="[NAME=]PATH_OR_ID",
                         help="a model to measure, and what to call it (may be repeated)")  # fmt: skip
     parser.add_argument("--base", required=True, help="the model that they were made from: always measured too")
@@ -336,9 +343,9 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     named = {}
     for text in args.model:
         label, sign, name = text.partition("=")
-        label, name = (label, name) if sign and "/" not in label else (Path(text).resolve().name, text)
-        if not label or label == BASE or label in named or "/" in label:
-            parser.error(f"--model {text}: its name, {label!r}, is taken: give NAME=PATH_OR_ID")
+        label, name = (label, name) if sign and "/" not in label else (real(Path(text)).name, text)
+        if not label or label == BASE or label in named or "/" in label or len(label) > LONGEST_NAME:
+            parser.error(f"--model {text}: its name, {label!r}, is taken or names no file: give NAME=PATH_OR_ID")
         named[label] = name
     args.model = named
     return args
@@ -365,14 +372,15 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--top_k", type=whole_number, default=50,
                         help="sample among so many likeliest tokens; 0: all (default: %(default)s)")  # fmt: skip
     asking.add_argument("--max_new_tokens", type=positive_int, default=100, help="of an answer (default: %(default)s)")
-    asking.add_argument("--judge", default="classifier", help="classifier (offline, trained on the harmful data's "
-                        "labels), hf:MODEL or openai:MODEL (default: %(default)s)")  # fmt: skip
+    asking.add_argument("--judge", type=judge_name, default="classifier", help="classifier (offline, trained on the "
+                        "harmful data's labels), hf:MODEL or openai:MODEL (default: %(default)s)")  # fmt: skip
     asking.add_argument("--bleurt", nargs="?", const=utility.BLEURT, metavar="MODEL",
                         help=f"BLEURT by this regression model (without a name: {utility.BLEURT})")  # fmt: skip
     asking.add_argument("--batch_size", type=positive_int, default=16, help="answers made at a time (default: 16)")
     asking.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="auto: bf16 on a GPU that has it (default: auto)")  # fmt: skip
-    asking.add_argument("--device_map", help="spread a model over devices (accelerate): auto, balanced, ...")
+    asking.add_argument("--device_map", type=device_map,
+                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
 
 
 if __name__ == "__main__":

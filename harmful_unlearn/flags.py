@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from harmful_unlearn.flag_types import not_negative, number, positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import (
+    FlagParser,
+    device_map,
+    not_negative,
+    number,
+    positive_int,
+    positive_number,
+    whole_number,
+)
 from harmful_unlearn.methods import METHODS, settle
 from harmful_unlearn.packing import VARIANTS
 from harmful_unlearn.run_log import new_log
@@ -24,13 +32,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
         about: the script's docstring, for --help.
     """
     text, _, examples = about.partition("\n\nThe paper's")
-    parser = argparse.ArgumentParser(
-        prog="unlearn_harm_new.py",
-        description=text,
-        epilog="The paper's" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser(prog="unlearn_harm_new.py", description=text, epilog="The paper's" + examples)
 
     def flag(group, name: str, help: str, **settings) -> None:
         default = settings.get("default")
@@ -98,7 +100,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
          action="store_true")
     flag(machine, "--device_map", "spread the model over GPUs, CPU and disk (accelerate): auto, balanced, ...; on the "
-         "last two only what is frozen, with LoRA")
+         "last two only what is frozen, with LoRA", type=device_map)
     running = parser.add_argument_group("a long run")
     flag(running, "--save_every", "keep a checkpoint each so many steps, to go on from if the run is killed (default: "
          "none but the one that Ctrl-C and SIGTERM leave)", type=positive_int)

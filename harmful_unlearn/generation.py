@@ -86,6 +86,19 @@ def batches_of(questions: list[str], tokenizer: PreTrainedTokenizerBase, batch_s
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def check_room(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int
+) -> None:
+    """Raises UserError where a prompt and its answer do not fit into the model's context."""
+    length = max(map(len, tokenizer([prompt_text(question) for question in questions])["input_ids"]), default=0)
+    limit = context_length(model.config)
+    if length + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {length} tokens and an answer of {max_new_tokens} do not fit into the model's {limit}: "
+            + (f"give a --max_new_tokens of at most {limit - length}" if length < limit else "give shorter prompts")
+        )
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -107,18 +120,13 @@ def generate(
     configure(model, tokenizer, decoding, max_new_tokens=max_new_tokens)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    limit = context_length(model.config)
+    check_room(model, tokenizer, questions, max_new_tokens)
     for number, indices in enumerate(batches_of(questions, tokenizer, batch_size)):
         if done.issuperset(indices):
             continue
         texts = [prompt_text(questions[index]) for index in indices]
         rows = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         length = rows["input_ids"].shape[1]
-        if length + max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {length} tokens and an answer of {max_new_tokens} do not fit into the model's "
-                f"{limit}: give a --max_new_tokens of at most {limit - length}"
-            )
         torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         rows = rows.to(runs_on(model))
         made = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])

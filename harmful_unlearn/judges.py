@@ -4,6 +4,7 @@
 or guard model, `openai:MODEL` (server_judge.py) a language model behind an OpenAI-compatible server.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,19 +66,24 @@ def make_judge(
     Raises:
         UserError: there is no such judge, or it lacks what it needs.
     """
-    kind, _, model = name.partition(":")
-    if name == "classifier":
+    kind, _, model = judge_name(name).partition(":")
+    if kind == "classifier":
         return Classifier(responses, normal, judged, seed)
     # The others need packages that the classifier does without.
-    if kind == "hf" and model:
+    if kind == "hf":
         from harmful_unlearn.hub_judges import hub_judge
 
         return hub_judge(name, model, device, batch_size)
-    if kind == "openai" and model:
-        from harmful_unlearn.server_judge import ServerJudge
+    from harmful_unlearn.server_judge import ServerJudge
 
-        return ServerJudge(name, model, cache)
-    raise UserError(f'there is no judge "{name}": give classifier, hf:MODEL_ID_OR_FOLDER or openai:MODEL')
+    return ServerJudge(name, model, cache)
+
+
+def judge_name(text: str) -> str:
+    """The name of a judge that there is, as --judge takes it. Raises UserError."""
+    if not re.fullmatch("classifier|(hf|openai):.+", text):
+        raise UserError(f'there is no judge "{text}": give classifier, hf:MODEL_ID_OR_FOLDER or openai:MODEL')
+    return text
 
 
 def shortened(text: str) -> str:

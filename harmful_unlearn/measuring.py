@@ -20,9 +20,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import scoring
+from harmful_unlearn.checkpoints import read_json
 from harmful_unlearn.data import Choices, Pair
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.generation import Decoding, answer_nll, generate
+from harmful_unlearn.generation import Decoding, answer_nll, check_room, generate
 from harmful_unlearn.judges import Judge
 from harmful_unlearn.models import context_length
 from harmful_unlearn.packing import Packer
@@ -98,13 +99,16 @@ def measure(
     Raises:
         UserError: the folder holds answers to other prompts, in other settings, or of another model.
     """
-    _check_protocol(subjects, protocol, reference, folder)
+    record = _check_protocol(subjects, protocol, reference, folder)
     rows = {}
     for subject in subjects:
         file, scores = _answers_file(folder, subject.label), _scores_file(folder, subject.label)
-        found = _read_answers(file)
+        found = read_answers(file)
         if len(found) < _answers_wanted(protocol) or not scores.exists():
             model, tokenizer = subject.load()
+            questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
+            check_room(model, tokenizer, questions, protocol.max_new_tokens)
+            write_file(_protocol_file(folder), record)  # before the first answer, and after all that refuses a model
             found = _answer(model, tokenizer, subject.label, protocol, found, file)
             if not scores.exists():
                 write_file(scores, json.dumps(_score(model, tokenizer, protocol)))
@@ -278,12 +282,12 @@ def _answers_wanted(protocol: Protocol) -> int:
     return len(protocol.decodings) * sum(map(len, protocol.prompts.values()))
 
 
-def _check_protocol(subjects: list[Subject], protocol: Protocol, reference: Subject, folder: Path) -> None:
-    """Remember what decides the answers in `folder`; refuse to mix them with others."""
-    file = folder / "protocol.json"
+def _check_protocol(subjects: list[Subject], protocol: Protocol, reference: Subject, folder: Path) -> str:
+    """What decides the answers in `folder`, as it is remembered there; refuses to mix them with others."""
+    file = _protocol_file(folder)
     wanted = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}
     if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json(file)
         wanted["models"] = kept["models"]
         differ = [name for name, value in wanted["settings"].items() if kept["settings"].get(name) != value]
         differ += ["the perplexity model"] * (kept["reference"] != reference.identity)
@@ -293,7 +297,11 @@ def _check_protocol(subjects: list[Subject], protocol: Protocol, reference: Subj
                 f"{folder} holds answers made otherwise ({', '.join(differ)}): give another --output, or remove it"
             )
     wanted["models"] = {**wanted["models"], **{subject.label: subject.identity for subject in subjects}}
-    write_file(file, json.dumps(wanted, indent=2) + "\n")
+    return json.dumps(wanted, indent=2) + "\n"
+
+
+def _protocol_file(folder: Path) -> Path:
+    return folder / "protocol.json"
 
 
 def _answers_file(folder: Path, label: str) -> Path:
@@ -304,7 +312,7 @@ def _scores_file(folder: Path, label: str) -> Path:
     return folder / "scores" / f"{label}.json"
 
 
-def _read_answers(file: Path) -> list[dict]:
+def read_answers(file: Path) -> list[dict]:
     """The whole lines of an answers file; one that an interruption tore is left out."""
     if not file.exists():
         return []

@@ -37,9 +37,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harmful_unlearn.checkpoints import Checkpoint
+from harmful_unlearn.checkpoints import INDEX, Checkpoint, all_finite, read_index
 from harmful_unlearn.dispatched import Scratch, runs_on, stand_ins
 from harmful_unlearn.errors import MENDABLE, UserError, is_out_of_memory
+from harmful_unlearn.saving import user_path
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
@@ -68,19 +69,20 @@ def locate(name: str, weights: bool = True) -> Path:
     the hub's own converter put safetensors.
 
     Raises:
-        UserError: no such folder or model, no access, no connection, or no safetensors.
+        UserError: no such folder or model, no access, no connection, no safetensors, or an index that leads
+            out of the folder.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if not _has_weights(folder):
             raise UserError(_NO_SAFETENSORS.format(folder=folder))
-        return folder
+        return _with_index_checked(folder)
     if folder.exists():
         raise UserError(f"{name} is a file: give the model's folder or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
     try:
-        return _snapshot(name, weights)
+        return _with_index_checked(_snapshot(name, weights))
     except UserError:
         raise
     except GatedRepoError:
@@ -110,6 +112,12 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def _with_index_checked(folder: Path) -> Path:
+    if (index := folder / INDEX.format("model")).is_file():
+        read_index(index)  # transformers would follow it anywhere
+    return folder
+
+
 def _snapshot(name: str, weights: bool) -> Path:
     wanted = TEXT_FILES + (WEIGHT_FILES if weights else [])
     folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
@@ -131,6 +139,9 @@ def _snapshot(name: str, weights: bool) -> Path:
     raise UserError(_NO_SAFETENSORS.format(folder=name))
 
 
+_CONFIG = "{folder} has no config.json that can be used ({error}): give a folder that save_pretrained wrote"
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration.
 
@@ -140,11 +151,13 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # which, depends on the release and on what is wrong
-        raise UserError(f"{folder} has no readable config.json: {_first_line(error)}") from None
+        raise UserError(_CONFIG.format(folder=folder, error=_first_line(error))) from None
     try:
         AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise UserError(f"{folder} ({config.model_type}) is not a causal language model") from None
+        raise UserError(
+            f"{folder} ({config.model_type}) is not a causal language model: give one that transformers has as such"
+        ) from None
     return config
 
 
@@ -185,15 +198,13 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model's structure on the meta device: names and shapes, no memory.
 
     Raises:
-        UserError: the configuration is no model's (sizes that do not fit each other, an unknown activation, ...).
+        UserError: the configuration describes no model.
     """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the model classes check little, and each its own way
-        raise UserError(
-            f"the config.json of {config.name_or_path} describes no model ({_first_line(error)}): copy it again"
-        ) from None
+        raise UserError(_CONFIG.format(folder=config.name_or_path, error=_first_line(error))) from None
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -220,7 +231,7 @@ def load_model(
         four_bit: keep the linear layers in 4 bits (bitsandbytes: NF4, scales quantized too), computing in `dtype`.
 
     Raises:
-        UserError: weights are missing, broken, or do not fit the configuration.
+        UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration.
     """
     scratch = Scratch(prefix="offload-") if device_map else None
     try:
@@ -237,7 +248,9 @@ def load_model(
     except Exception as error:  # safetensors' own error type derives from Exception alone
         if is_out_of_memory(error):
             raise MemoryError from error
-        raise UserError(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"the weights in {folder} cannot be loaded ({_first_line(error)}): copy or download them again"
+        ) from error
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
         raise UserError(
@@ -246,6 +259,9 @@ def load_model(
         )
     if scratch:
         model.offload_folder = scratch  # to stay as long as the model
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: it lies on disk
+            raise UserError(f"{name} in {folder} has NaN or infinite values: give a model without any")
     return model
 
 

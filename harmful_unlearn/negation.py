@@ -22,6 +22,7 @@ from harmful_unlearn.checkpoints import (
     Checkpoint,
     NewShards,
     Spec,
+    all_finite,
     copy_small_files,
     read_record,
     work_dtype,
@@ -339,9 +340,7 @@ def _write_index(folder: Path, shards: dict[str, dict[str, Spec]]) -> None:
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
-    # The sum, in a few hundredths of isfinite's time, is not finite if a value is not; or if large ones overflow it.
-    suspect = values.is_floating_point() and not math.isfinite(values.sum())
-    if suspect and not values.isfinite().all():
+    if not all_finite(values):
         raise UserError(f"{name} comes out NaN or infinite: check both models' weights, or lower --scaling_coef")
     return values
 

@@ -86,7 +86,8 @@ def make_plan(
         structure: the model on the meta device.
     """
     order, harmful, normal = batches.order, batches.harmful, batches.normal
-    seen = sorted({row for step in range(steps) for row in order[step].harmful_rows})
+    different = min(steps, order.batches_per_epoch)  # harmful batches come again in the same order
+    seen = sorted({row for step in range(different) for row in order[step].harmful_rows})
     texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
     encoded = batches.packer.encode(texts)
     if batches.losses & losses.ON_HARMFUL and not any(

@@ -12,12 +12,14 @@ import io
 import json
 import re
 import reprlib
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.saving import user_path
 
 
 @dataclass
@@ -60,7 +62,7 @@ def read_table(
     config: str | None = None,
 ) -> Table:
     """Any source as a table with at least one row. `fix` tells how to give another source."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         table = _load(str(path), fix, None, split, None)
     elif (
@@ -113,12 +115,14 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
 
 
 def _read_file(path: Path, fix: str) -> Table:
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path} is in no known format: {fix}")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is no regular file: {fix}")  # /dev/zero has no end, and a pipe may have no writer
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path} is in no known format: {fix}")
     if not content.strip():
         raise UserError(f"{path} is empty: {fix}")
     names, rows, column = FORMATS[path.suffix.lower()](content, path, fix)

@@ -29,6 +29,7 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn import models, unlearn_harm_new, utility
+from harmful_unlearn.data import read_harmful
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.evaluation import (
     Data,
@@ -40,9 +41,9 @@ from harmful_unlearn.evaluation import (
     write_prompts,
     write_results,
 )
-from harmful_unlearn.flag_types import positive_int, positive_number, whole_number
+from harmful_unlearn.flag_types import FlagParser, number, positive_int, positive_number, whole_number
 from harmful_unlearn.flags import parse_flags as training_flags
-from harmful_unlearn.judges import Judge
+from harmful_unlearn.judges import Judge, make_judge
 from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
 from harmful_unlearn.methods import METHODS
 from harmful_unlearn.models import Lora
@@ -64,6 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(args.output, overwrite=True)
+    utility.check_there(args)
+    if args.judge != "classifier":  # which alone needs data; the others say now what they lack
+        device = PartialState().device
+        make_judge(args.judge, responses=[], normal=[], judged=set(), seed=0, cache=args.output, device=device)
     recipe = RECIPES[args.recipe]
     runs = {name: run for name, run in runs_of(recipe).items() if name in args.runs}
     comparison = {
@@ -107,6 +112,8 @@ class Seed:
         self.base = models.locate(self.model_name)
         paths = ("harmful_dataset", "unseen_dataset", "normal_dataset")
         self.data_flags = Namespace(**{**vars(args), **{name: fill(getattr(args, name)) for name in paths}})
+        data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
+        self.data_words = [word for flag, value in data.items() for word in (f"--{flag}", value)]
         self.precision = models.resolve_precision(args.precision, PartialState().device)
         self.load = partial(load_model, precision=self.precision, device_map=args.device_map)
         self.failed: dict[str, str] = {}
@@ -120,9 +127,9 @@ class Seed:
             UserError: the folder holds a run with other flags, or training cannot start.
         """
         folder = self.home / name
-        data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
-        flags = {"model_name": self.model_name, **data, **flags, "seed": self.seed}
-        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + self.args.train_flags
+        flags = {**flags, "seed": self.seed}
+        words = ["--model_name", self.model_name, *self.data_words]
+        words += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + self.args.train_flags
         command = f"python harmful_unlearn/unlearn_harm_new.py {shlex.join(words)}"
         where = {"model_save_dir": folder / "copy", "task_vector_saving_path": folder / "unlearned"}
         words += [word for flag, value in where.items() for word in (f"--{flag}", str(value))]
@@ -178,6 +185,9 @@ def check_same(folder: Path, wanted: dict) -> None:
 def one_seed(seed: Seed, comparison: dict) -> None:
     """Train, measure, sweep, tell categories apart and relearn; fills `comparison`."""
     args = seed.args
+    if args.harm_category:  # an unknown kind would be noticed after all other trainings
+        data = training_flags(seed.data_words + args.train_flags)
+        read_harmful(data.harmful_dataset, data.harmful_revision, data.harmful_split, args.harm_category)
     print(f"\n=== seed {seed.seed}: training")
     for name, run in seed.runs.items():
         method = comparison["methods"][name]
@@ -332,31 +342,33 @@ def relearn_all(
                 comparison["relearning"] += of_seed(seed, [row], when="after", strength=strength)
 
 
+MOST_SCALES = 1000
+
+
 def scale_list(text: str) -> list[float]:
     """ "0,0.5,...,2" or "0.5,1": scales as argparse reads them; three dots go on by the step before them."""
     try:
         parts = [part.strip() for part in text.split(",")]
         if "..." not in parts:
-            return sorted({float(part) for part in parts})
+            return sorted({number(part) for part in parts})
         at = parts.index("...")
-        first, second, last = float(parts[at - 2]), float(parts[at - 1]), float(parts[at + 1])
+        first, second, last = number(parts[at - 2]), number(parts[at - 1]), number(parts[at + 1])
         step = second - first
-        number = round((last - first) / step)
-        if at != len(parts) - 2 or at < 2 or step <= 0 or abs(first + number * step - last) > 1e-9:
+        steps = round((last - first) / step)
+        fits = at == len(parts) - 2 and at >= 2 and step > 0 and abs(first + steps * step - last) <= 1e-9
+        if not fits or steps > MOST_SCALES:
             raise ValueError
-        between = [round(first + step * n, 10) for n in range(number + 1)]
-        return sorted({*map(float, parts[: at - 2]), *between})
-    except (ValueError, IndexError, ZeroDivisionError):
-        message = f"{text} is no list of scales: give one like 0,0.25,...,2 or 0.5,1,2"
+        between = [round(first + step * n, 10) for n in range(steps + 1)]
+        return sorted({*map(number, parts[: at - 2]), *between})
+    except (argparse.ArgumentTypeError, ValueError, IndexError, ArithmeticError):
+        message = f"{text} is no list of at most {MOST_SCALES} scales: give one like 0,0.25,...,2 or 0.5,1,2"
         raise argparse.ArgumentTypeError(message) from None
 
 
 def parse_flags(arguments: list[str] | None) -> Namespace:
     """The flags."""
     title, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--model_name", required=True, help="the base model: hub id or folder")
     parser.add_argument("--output", type=user_path, required=True, help="folder of everything that is made")
     parser.add_argument("--recipe", help=f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
@@ -381,6 +393,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
                         help="more flags for every training, as one quoted text")  # fmt: skip
     add_measuring_flags(parser)
     args = parser.parse_args(arguments)
+    training_flags(args.train_flags)  # says now what is wrong with them
     args.seeds = list(dict.fromkeys(args.seeds))
     if not all(getattr(args, f"n_{name}") for name in SETS):
         parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harmful_unlearn.checkpoints import Checkpoint, read_json
+from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.processes import random_states, set_random_states, spread_as, write_whole
 
@@ -75,7 +75,7 @@ def check_whole(folder: Path) -> None:
     """Raises UserError where a folder is no checkpoint or lacks something."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} is no checkpoint: give a folder step-N, or --resume alone for the newest")
-    read_json(folder / "run.json")
+    read_record(folder)
     Checkpoint(folder, "adapter_model" if (folder / "adapter_config.json").is_file() else "model")
     for stem in ("optimizer", "random"):
         Checkpoint(folder, stem)
@@ -187,7 +187,7 @@ def is_done(target: Path, finetuned: Path, scaling_coef: float, fingerprint: str
     """
     if not (target / "run.json").is_file():
         return False
-    found = read_json(target / "run.json")
+    found = read_record(target)
     of_base = (found.get("base") or {}).get("fingerprint")
     made_from = [Path(name).resolve() for name in found.get("finetuned") or ()]
     if (found.get("scaling_coef"), of_base, made_from) != (scaling_coef, fingerprint, [finetuned.resolve()]):

@@ -29,6 +29,9 @@ LOSSES = {
 }  # fmt: skip
 
 
+METRICS, PICTURE = ".metrics.jsonl", ".losses.png"  # suffixes of what lies beside a log
+
+
 def beside(log_file: Path, suffix: str) -> Path:
     """`logs/run.log` -> `logs/run<suffix>`."""
     return log_file.with_name(log_file.name.removesuffix(".log") + suffix)
@@ -54,8 +57,8 @@ class RunLog:
 
     def __init__(self, log_file: Path, steps: int, writes: bool = True, history: Sequence[dict] = ()):
         self.file = log_file
-        self.metrics_file = beside(log_file, ".metrics.jsonl")
-        self.picture_file = beside(log_file, ".losses.png")
+        self.metrics_file = beside(log_file, METRICS)
+        self.picture_file = beside(log_file, PICTURE)
         self.history = list(history)
         self._writes = writes
         self._warned = False

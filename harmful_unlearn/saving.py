@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
@@ -29,8 +29,18 @@ HARMFUL_WARNING = (
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` stands for the home folder also after `--flag=`."""
-    return Path(text).expanduser()
+    """A path as a user writes it: `~` stands for the home folder also after `--flag=`. Raises UserError."""
+    if not text:
+        raise UserError("a path is empty: give one, or leave its flag out")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"nobody here has the home folder in {text}: give the whole path") from None
+
+
+def real(path: Path) -> Path:
+    """Path.resolve, which raises its own error on a loop of links before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -40,9 +50,9 @@ def check_target(target: Path, overwrite: bool) -> None:
         UserError: `target` is a file, a mount or the current folder, is not empty (without
             `overwrite`), or cannot be written.
     """
-    if target.exists() and not target.is_dir():
+    if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
-    if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
+    if target.is_dir() and (os.path.ismount(target) or real(target) == Path.cwd()):
         raise UserError(f"{target} cannot be replaced as a whole (a mount, or where you stand): give a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
@@ -50,24 +60,40 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def check_file(path: Path) -> None:
-    """The same for a file. Raises UserError: `path` is a folder, or cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the path of a file")
+    """The same for a file. Raises UserError: `path` is a folder or a device, or cannot be written."""
+    if _exists(path) and not path.is_file():
+        raise UserError(f"{path} is a folder or a device: give the path of a file")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise UserError(f"{path} may not be written: give another path")
     _check_parent(path)
 
 
+def _exists(path: Path) -> bool:
+    """Path.exists, which takes a loop of links for nothing. Raises OSError (see errors.MENDABLE)."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _check_parent(path: Path) -> None:
-    parent = path.absolute().parent
+    parent = real(path).parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written ({parent} is not a writable folder): give another path")
+    try:
+        # The only sure way: /proc says that root may write there, a mount may be full, and the name, with what
+        # new_folder puts beside it, too long.
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-", dir=parent).cleanup()
+    except OSError as error:
+        reason = f"{parent} is not a writable folder: {error.strerror}"
+        raise UserError(f"{path} cannot be written ({reason}): give another path") from None
 
 
 def check_apart(paths: list[Path]) -> None:
     """Raises UserError where one of `paths` is another or lies inside it: writing would mix them up."""
     for one, other in combinations(paths, 2):
-        ours, theirs = one.resolve(), other.resolve()
+        ours, theirs = real(one), real(other)
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             raise UserError(f"{one} and {other} lie in one another: give each a folder of its own")
 
@@ -89,7 +115,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         UserError: as `check_target`, or the renaming failed.
     """
     check_target(target, overwrite)
-    target = target.resolve()
+    target = real(target)
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -97,6 +124,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # something else lies in them by now
+            for parent in made:
+                parent.rmdir()
         raise
     previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
     try:

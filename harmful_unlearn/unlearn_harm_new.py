@@ -39,7 +39,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models, processes
-from harmful_unlearn.checkpoints import Checkpoint, read_json
+from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
 from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked
 from harmful_unlearn.flags import AUTO, parse_flags
@@ -59,13 +59,14 @@ from harmful_unlearn.resuming import (
     load_state,
     save_state,
 )
-from harmful_unlearn.run_log import LOSSES, RunLog, Summary, new_log, not_finite
+from harmful_unlearn.run_log import LOSSES, METRICS, PICTURE, RunLog, Summary, beside, new_log, not_finite
 from harmful_unlearn.saving import (
     ROOT,
     check_apart,
     check_file,
     check_target,
     new_folder,
+    real,
     revision_of,
     write_file,
     write_record,
@@ -116,6 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
         say("check passed: nothing was loaded or written" if args.check else "all is there: nothing is left to do")
         return
 
+    if job and "acquire" in stages:
+        set_seed(args.seed)  # of the adapter
+        model, base = load_copy_and_base(args, job, resumed)
+    # Now that all has been found good.
     history = history_of(resumed) if resumed else []
     log = RunLog(args.log_file, args.max_unlearn_steps, is_main_process(), history)
     summary = Summary(args, len(history))
@@ -128,12 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
             if args.overwrite and is_main_process():
                 checkpoints.remove()
-            set_seed(args.seed)  # of the adapter
             processes.start_tracker(job.accelerator, args)
+            if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
+                log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
             with stop_asked() as asked, summary.timing("stage 1"):
-                model, base = load_copy_and_base(args, job, resumed)
-                if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
-                    log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
                 model = acquire(model, base, job, args, log, checkpoints, asked, resumed)
                 finetuned = save_copy(model, job, args, log, free_target(args, log), args.overwrite)
             log.say(f"stage 1 model saved: {finetuned}" + " (deliberately harmful)" * negates)
@@ -484,16 +487,16 @@ def check_stages(args: argparse.Namespace) -> set[str]:
         if "acquire" not in stages:
             if not finetuned.is_dir():
                 raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
-            record = finetuned / "run.json"
-            trained_by = (read_json(record).get("flags") or {}).get("method") if record.is_file() else None
+            trained_by = read_record(finetuned).get("flags", {}).get("method")
             if trained_by not in (None, args.method):
                 raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
         if not args.resume:
             check_target(args.task_vector_saving_path, args.overwrite)
     if args.log_file:
-        check_file(args.log_file)
+        for file in (args.log_file, beside(args.log_file, METRICS), beside(args.log_file, PICTURE)):
+            check_file(file)
         for folder in (args.model_save_dir, args.task_vector_saving_path):
-            if args.log_file.resolve().is_relative_to(folder.resolve()):
+            if real(args.log_file).is_relative_to(real(folder)):
                 raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
 
@@ -516,7 +519,7 @@ def what_is_left(
         if found := finetuned if whole else resumed:
             if resumed:
                 check_whole(resumed)
-            then = read_json(found / "run.json")
+            then = read_record(found)
             for change in check_same_run(then, record_of(args, job), lands(args), found):
                 say(f"note: {change}")
             args.log_file = args.log_file or Path(then["flags"]["log_file"])

@@ -21,9 +21,11 @@ BLEURT = "Elron/bleurt-base-512"
 BLEURT_BATCH = 32
 
 
-def check_installed(args: Namespace) -> None:
-    """Say now that a package is missing. Raises UserError."""
-    if args.lm_eval and importlib.util.find_spec("lm_eval") is None:
+def check_there(args: Namespace) -> None:
+    """Say now that what measures utility is missing. Raises UserError."""
+    if args.bleurt:
+        models.locate(args.bleurt)
+    if getattr(args, "lm_eval", None) and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--lm_eval needs the lm-evaluation-harness: pip install lm_eval, or leave it out")
 
 
