@@ -86,7 +86,7 @@ def _check_parent(path: Path) -> None:
     try:
         # The only sure way: /proc says that root may write there, a mount may be full, and the name, with what
         # new_folder puts beside it, too long.
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-{_PROCESS}", dir=parent).cleanup()
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-{_process()}", dir=parent).cleanup()
     except OSError as error:
         reason = f"{parent} is not a writable folder: {error.strerror}"
         raise UserError(f"{path} cannot be written ({reason}): give another path") from None
@@ -125,7 +125,10 @@ def _runs(process: int) -> bool:
 
 
 _HOST = socket.gethostname()
-_PROCESS = f"{_HOST}-{os.getpid()}-"  # in the names of temporary folders
+
+
+def _process() -> str:
+    return f"{_HOST}-{os.getpid()}-"  # in the names of temporary folders
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_up(target)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_PROCESS}", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_process()}", dir=target.parent))
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group

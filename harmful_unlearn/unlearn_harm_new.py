@@ -212,7 +212,8 @@ def acquire(
         if processes.engine_of(accelerator) != "DeepSpeed":
             target = checkpoints.at(len(log.history))
             save_copy(model, job, args, log, target, overwrite=True, optimizer=optimizer, trained=trained)
-            checkpoints.prune()
+            if is_main_process():
+                checkpoints.prune()
 
     model.train()
     started = time.perf_counter()
