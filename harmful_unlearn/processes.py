@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations import unset_hf_deepspeed_config
 
 from harmful_unlearn import models
 from harmful_unlearn.checkpoints import CODES, NewShards, Spec
@@ -31,6 +32,7 @@ from harmful_unlearn.saving import ROOT
 
 # While the main process writes a large model, the others wait for it.
 TIMEOUT = timedelta(hours=2)
+ZERO3 = "harmful_unlearn/launch/zero3_offload.yaml"
 ENGINES = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
@@ -75,9 +77,21 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
     if engine == "DeepSpeed":
         if args.save_every or args.resume:
             raise UserError("DeepSpeed keeps its state in pickles, so no checkpoints with it: use FSDP2 for those")
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.batch_size
+        _set_up_deepspeed(accelerator.state.deepspeed_plugin, args.batch_size)
     return accelerator, precision
+
+
+def _set_up_deepspeed(plugin: DeepSpeedPlugin, batch_size: int) -> None:
+    """Have ZeRO-3 compute what the other engines do. Raises UserError where it is another stage."""
+    if plugin.zero_stage != 3:
+        raise UserError("of DeepSpeed only ZeRO-3 is supported: set zero_stage: 3 (as in " + ZERO3 + ")")
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = batch_size
+    if config.get("gradient_clipping") == "auto":  # accelerate would make it 1
+        config["gradient_clipping"] = 0.0
+    config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, also where its state is on the CPU
+    config["bf16"] = {"enabled": False}  # which would round the weights before float32 copies of them are made
+    unset_hf_deepspeed_config()  # load_model would spread the model, which is looked at whole before
 
 
 def start_tracker(accelerator: Accelerator, args: Namespace) -> None:

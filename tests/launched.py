@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from harmful_unlearn import processes
 from harmful_unlearn.errors import exit_code
@@ -34,6 +34,9 @@ class Sharded(Accelerator):
 def run(flags: list[str], sharded: bool = False, stop_after: int | None = None) -> int:
     """Run once. With `stop_after`, the last process alone gets a SIGTERM in that step."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # accelerate has no backend for DeepSpeed without a GPU, unless there is a state already.
+        PartialState(backend="gloo", timeout=processes.TIMEOUT)
     processes.Accelerator = Sharded if sharded else Accelerator
     RunLog.step = lambda log, metrics: stopping(stop_after, log, metrics)
     return exit_code(lambda: main(flags))
