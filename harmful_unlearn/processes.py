@@ -138,13 +138,25 @@ def prepare(
         stored = revert_weight_conversion(model, {name: torch.empty(1, device="meta") for name in names})
         if set(stored) != set(names):
             raise UserError("this model's weights are stored under other names than they have: use DDP, or --lora on")
+    deepspeed = engine_of(accelerator) == "DeepSpeed"
+    if deepspeed and accelerator.mixed_precision == "bf16":  # the others' wrappers do it
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
     prepared = accelerator.prepare(model, optimizer)
     if base and not base.shared:
         if accelerator.is_fsdp2:
             base.model = fsdp2_prepare_model(accelerator, base.model)
-        elif holds_shards(accelerator):
-            base.model.to(accelerator.device)
+        elif deepspeed:
+            _spread_frozen(base.model, accelerator.state.deepspeed_plugin.deepspeed_config)
     return prepared
+
+
+def _spread_frozen(model: PreTrainedModel, config: dict) -> None:
+    """Give each process its part of a model that is not trained, by ZeRO-3, which gathers a layer while it computes."""
+    import deepspeed
+
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    batch = {"train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"]}
+    deepspeed.initialize(model=model, config={"zero_optimization": zero, **batch})
 
 
 def own_parameters(model: torch.nn.Module) -> list[Tensor]:
@@ -162,14 +174,20 @@ def gradient_norm(accelerator: Accelerator, trained: Iterable[Tensor]) -> Tensor
     return whole(torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None]))
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor: FSDP2's, or ZeRO-3's, which calls itself empty."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process holds a part (all have to ask for it); any other as it is."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):  # ZeRO-3
-        from deepspeed.utils import safe_get_full_fp32_param
+    if is_part(tensor):
+        import deepspeed
 
-        return safe_get_full_fp32_param(tensor)
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor
 
 
