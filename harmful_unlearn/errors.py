@@ -96,8 +96,11 @@ def _handled(handler: Callable[[int, object], None], *signals: int) -> Iterator[
 
 
 @contextmanager
-def stop_asked() -> Iterator[Callable[[], int]]:
+def stop_asked(ends: str) -> Iterator[Callable[[], int]]:
     """Within the block a first Ctrl-C or SIGTERM is only noted, for work to come to a good end; a second one stops it.
+
+    Args:
+        ends: what that end is, for the user.
 
     Yields:
         The number of the signal that came, 0 before. Outside of the main thread none is noted.
@@ -108,7 +111,7 @@ def stop_asked() -> Iterator[Callable[[], int]]:
         if came:
             signal.default_int_handler(number, frame) if number == signal.SIGINT else _terminate(number, frame)
         came.append(number)
-        print("\nstopping after this step, and a checkpoint; once more: at once", file=sys.stderr, flush=True)
+        print(f"\nstopping after {ends}; once more: at once", file=sys.stderr, flush=True)
 
     with _handled(note, signal.SIGINT, signal.SIGTERM):
         yield lambda: came[0] if came else 0

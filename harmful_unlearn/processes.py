@@ -32,7 +32,6 @@ from harmful_unlearn.saving import ROOT
 
 # While the main process writes a large model, the others wait for it.
 TIMEOUT = timedelta(hours=2)
-ZERO3 = "harmful_unlearn/launch/zero3_offload.yaml"
 ENGINES = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
@@ -76,22 +75,30 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
         raise UserError(f"--quantize does not go with {engine}: use DDP (harmful_unlearn/launch/ddp.yaml)")
     if engine == "DeepSpeed":
         if args.save_every or args.resume:
-            raise UserError("DeepSpeed keeps its state in pickles, so no checkpoints with it: use FSDP2 for those")
+            raise UserError(
+                "DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it: leave them out, or use "
+                "FSDP2 (harmful_unlearn/launch/fsdp2.yaml)"
+            )
         _set_up_deepspeed(accelerator.state.deepspeed_plugin, args.batch_size)
     return accelerator, precision
 
 
 def _set_up_deepspeed(plugin: DeepSpeedPlugin, batch_size: int) -> None:
-    """Have ZeRO-3 compute what the other engines do. Raises UserError where it is another stage."""
-    if plugin.zero_stage != 3:
-        raise UserError("of DeepSpeed only ZeRO-3 is supported: set zero_stage: 3 (as in " + ZERO3 + ")")
+    """Have ZeRO-3 compute what the other engines do. Raises UserError where its configuration is for other things."""
     config = plugin.deepspeed_config
+    own = {"optimizer", "scheduler"} & config.keys()
+    if plugin.zero_stage != 3 or config["gradient_accumulation_steps"] not in (1, "auto") or own:
+        raise UserError(
+            "DeepSpeed has to have zero_stage: 3, gradient_accumulation_steps: 1 and no optimizer or scheduler of its "
+            "own, as in harmful_unlearn/launch/zero3_offload.yaml: use that file"
+        )
     config["train_micro_batch_size_per_gpu"] = batch_size
     if config.get("gradient_clipping") == "auto":  # accelerate would make it 1
         config["gradient_clipping"] = 0.0
-    config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, also where its state is on the CPU
-    config["bf16"] = {"enabled": False}  # which would round the weights before float32 copies of them are made
-    unset_hf_deepspeed_config()  # load_model would spread the model, which is looked at whole before
+    config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU, too, which needs no compiler
+    for dtype in ("bf16", "fp16"):  # these round the trained weights before they are copied to float32
+        config[dtype] = {"enabled": False}
+    unset_hf_deepspeed_config()  # else the library spreads models as it loads them, and they are looked at whole
 
 
 def start_tracker(accelerator: Accelerator, args: Namespace) -> None:
@@ -120,6 +127,11 @@ def engine_of(accelerator: Accelerator) -> str:
     return ENGINES.get(accelerator.distributed_type, "DDP")
 
 
+def keeps_checkpoints(accelerator: Accelerator) -> bool:
+    """Whether a run can be stopped and resumed; DeepSpeed has its state in pickles only."""
+    return engine_of(accelerator) != "DeepSpeed"
+
+
 def holds_shards(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of every weight."""
     return accelerator.distributed_type in ENGINES
@@ -128,7 +140,7 @@ def holds_shards(accelerator: Accelerator) -> bool:
 def prepare(
     accelerator: Accelerator, model: PreTrainedModel, base: FrozenBase | None, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model, wrapped or sharded by the engine, and its optimizer; under FSDP2 a base of its own is sharded, too.
+    """The model, wrapped or sharded by the engine, and its optimizer; a base of its own is sharded, too.
 
     Raises:
         UserError: a sharded model is stored under other names than its class has.
@@ -139,24 +151,43 @@ def prepare(
         if set(stored) != set(names):
             raise UserError("this model's weights are stored under other names than they have: use DDP, or --lora on")
     deepspeed = engine_of(accelerator) == "DeepSpeed"
-    if deepspeed and accelerator.mixed_precision == "bf16":  # the others' wrappers do it
-        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+    if deepspeed:
+        _spread(model, accelerator)
+        if accelerator.mixed_precision == "bf16":  # the other engines' wrappers do it
+            model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
     prepared = accelerator.prepare(model, optimizer)
     if base and not base.shared:
         if accelerator.is_fsdp2:
             base.model = fsdp2_prepare_model(accelerator, base.model)
         elif deepspeed:
-            _spread_frozen(base.model, accelerator.state.deepspeed_plugin.deepspeed_config)
+            _gathers_itself(base.model, _spread(base.model, accelerator))
     return prepared
 
 
-def _spread_frozen(model: PreTrainedModel, config: dict) -> None:
-    """Give each process its part of a model that is not trained, by ZeRO-3, which gathers a layer while it computes."""
+def _spread(model: PreTrainedModel, accelerator: Accelerator) -> dict:
+    """Leave each process its part of every weight, for ZeRO-3; returns the configuration that says how.
+
+    DeepSpeed's engine would put the whole model on the GPU before it did so.
+    """
     import deepspeed
 
-    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
-    batch = {"train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"]}
-    deepspeed.initialize(model=model, config={"zero_optimization": zero, **batch})
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
+    config = {name: config[name] for name in ("train_micro_batch_size_per_gpu", "bf16", "fp16")}
+    config["zero_optimization"] = zero
+    place = zero.get("offload_param", {}).get("device")
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=place)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    return config
+
+
+def _gathers_itself(model: PreTrainedModel, config: dict) -> None:
+    """Have a model that was spread gather each layer while it computes; accelerate knows one engine only."""
+    import deepspeed
+
+    zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
+    deepspeed.initialize(model=model, config={**config, "zero_optimization": zero})
 
 
 def own_parameters(model: torch.nn.Module) -> list[Tensor]:
