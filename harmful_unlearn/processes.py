@@ -76,15 +76,15 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
     if engine == "DeepSpeed":
         if args.save_every or args.resume:
             raise UserError(
-                "DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it: leave them out, or use "
-                "FSDP2 (harmful_unlearn/launch/fsdp2.yaml)"
+                "DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it: use FSDP2 "
+                "(harmful_unlearn/launch/fsdp2.yaml)"
             )
         _set_up_deepspeed(accelerator.state.deepspeed_plugin, args.batch_size)
     return accelerator, precision
 
 
 def _set_up_deepspeed(plugin: DeepSpeedPlugin, batch_size: int) -> None:
-    """Have ZeRO-3 compute what the other engines do. Raises UserError where its configuration is for other things."""
+    """Have ZeRO-3 compute what the other engines do. Raises UserError where it is set up for something else."""
     config = plugin.deepspeed_config
     own = {"optimizer", "scheduler"} & config.keys()
     if plugin.zero_stage != 3 or config["gradient_accumulation_steps"] not in (1, "auto") or own:
