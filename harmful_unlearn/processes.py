@@ -44,7 +44,10 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker and find_spec(tracker) is None:
         raise UserError(f"--report_to {tracker} needs {tracker}: pip install {tracker}, or leave it out")
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpus, timeout=TIMEOUT)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and (on_cpus or not state.backend):  # it would not be used
+        raise UserError("DeepSpeed needs a GPU, and none was found: use DDP (harmful_unlearn/launch/ddp.yaml)")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != state.num_processes:
         raise UserError(
@@ -138,9 +141,16 @@ def holds_shards(accelerator: Accelerator) -> bool:
 
 
 def prepare(
-    accelerator: Accelerator, model: PreTrainedModel, base: FrozenBase | None, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    base: FrozenBase | None,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model, wrapped or sharded by the engine, and its optimizer; a base of its own is sharded, too.
+
+    Args:
+        precision: "fp32" or "bf16".
 
     Raises:
         UserError: a sharded model is stored under other names than its class has.
@@ -153,7 +163,7 @@ def prepare(
     deepspeed = engine_of(accelerator) == "DeepSpeed"
     if deepspeed:
         _spread(model, accelerator)
-        if accelerator.mixed_precision == "bf16":  # the other engines' wrappers do it
+        if precision == "bf16":  # the other engines' wrappers do it
             model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
     prepared = accelerator.prepare(model, optimizer)
     if base and not base.shared:

@@ -197,7 +197,7 @@ def acquire(
     done = len(log.history)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, fused=True)
-    model, optimizer = processes.prepare(accelerator, model, base, optimizer)
+    model, optimizer = processes.prepare(accelerator, model, base, optimizer, job.precision)
     inner = accelerator.unwrap_model(model)
     trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     set_seed(args.seed + done, device_specific=True)  # of dropout; the draws of data are their own
