@@ -72,7 +72,7 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
         if precision == "bf16":  # gradients are added up in float32, as they are without FSDP
             plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     engine = engine_of(accelerator)
-    if args.device_map and accelerator.num_processes > 1:
+    if args.device_map and (accelerator.num_processes > 1 or engine != "DDP"):
         raise UserError("--device_map spreads one process over all devices: start one process, or leave it out")
     if args.quantize and engine != "DDP":
         raise UserError(f"--quantize does not go with {engine}: use DDP (harmful_unlearn/launch/ddp.yaml)")
