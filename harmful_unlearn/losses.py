@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from harmful_unlearn.dispatched import runs_on
@@ -22,6 +21,7 @@ from harmful_unlearn.fused import CrossEntropy, Divergence, fused_loss, has_plai
 from harmful_unlearn.landing import LandingPoint
 from harmful_unlearn.models import FrozenBase
 from harmful_unlearn.packing import Batch, StepTexts
+from harmful_unlearn.processes import is_part, whole
 
 
 class Loss(NamedTuple):
@@ -162,13 +162,13 @@ def _no_gradient():
 
 
 def _at_hand(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Output embeddings outside of their model's forward pass, where FSDP has only a part of them in this process."""
-    if not isinstance(head.weight, DTensor):
+    """Output embeddings outside of their model's forward pass, where engines have only a part of them here."""
+    if not is_part(head.weight):
         return head
-    whole = nn.Module()
+    gathered = nn.Module()
     for name, weight in (("weight", head.weight), ("bias", head.bias)):
-        whole.register_buffer(name, weight if weight is None else weight.full_tensor().to(dtype))
-    return whole
+        gathered.register_buffer(name, weight if weight is None else whole(weight).to(dtype))
+    return gathered
 
 
 def _place(model: PreTrainedModel) -> torch.device:

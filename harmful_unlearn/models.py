@@ -425,7 +425,6 @@ class FrozenBase:
     def __init__(self, model: PreTrainedModel, autocast: bool = False):
         self.model = model
         self._autocast = autocast
-        self._device_type = runs_on(model).type
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)
@@ -434,7 +433,7 @@ class FrozenBase:
     def active(self) -> Iterator[PreTrainedModel]:
         """The base model, for one forward pass."""
         if not self.shared:
-            with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(runs_on(self.model).type, torch.bfloat16, enabled=self._autocast):
                 yield self.model
             return
         training = self.model.training

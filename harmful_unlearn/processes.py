@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations import unset_hf_deepspeed_config
 
 from harmful_unlearn import models
 from harmful_unlearn.checkpoints import CODES, NewShards, Spec
@@ -43,7 +44,10 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker and find_spec(tracker) is None:
         raise UserError(f"--report_to {tracker} needs {tracker}: pip install {tracker}, or leave it out")
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpus, timeout=TIMEOUT)
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and (on_cpus or not state.backend):  # it would not be used
+        raise UserError("DeepSpeed needs a GPU, and none was found: use DDP (harmful_unlearn/launch/ddp.yaml)")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != state.num_processes:
         raise UserError(
@@ -68,16 +72,36 @@ def start(args: Namespace) -> tuple[Accelerator, str]:
         if precision == "bf16":  # gradients are added up in float32, as they are without FSDP
             plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     engine = engine_of(accelerator)
-    if args.device_map and accelerator.num_processes > 1:
+    if args.device_map and (accelerator.num_processes > 1 or engine != "DDP"):
         raise UserError("--device_map spreads one process over all devices: start one process, or leave it out")
     if args.quantize and engine != "DDP":
         raise UserError(f"--quantize does not go with {engine}: use DDP (harmful_unlearn/launch/ddp.yaml)")
     if engine == "DeepSpeed":
         if args.save_every or args.resume:
-            raise UserError("DeepSpeed keeps its state in pickles, so no checkpoints with it: use FSDP2 for those")
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.batch_size
+            raise UserError(
+                "DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it: use FSDP2 "
+                "(harmful_unlearn/launch/fsdp2.yaml)"
+            )
+        _set_up_deepspeed(accelerator.state.deepspeed_plugin, args.batch_size)
     return accelerator, precision
+
+
+def _set_up_deepspeed(plugin: DeepSpeedPlugin, batch_size: int) -> None:
+    """Have ZeRO-3 compute what the other engines do. Raises UserError where it is set up for something else."""
+    config = plugin.deepspeed_config
+    own = {"optimizer", "scheduler"} & config.keys()
+    if plugin.zero_stage != 3 or config["gradient_accumulation_steps"] not in (1, "auto") or own:
+        raise UserError(
+            "DeepSpeed has to have zero_stage: 3, gradient_accumulation_steps: 1 and no optimizer or scheduler of its "
+            "own, as in harmful_unlearn/launch/zero3_offload.yaml: use that file"
+        )
+    config["train_micro_batch_size_per_gpu"] = batch_size
+    if config.get("gradient_clipping") == "auto":  # accelerate would make it 1
+        config["gradient_clipping"] = 0.0
+    config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU, too, which needs no compiler
+    for dtype in ("bf16", "fp16"):  # these round the trained weights before they are copied to float32
+        config[dtype] = {"enabled": False}
+    unset_hf_deepspeed_config()  # else the library spreads models as it loads them, and they are looked at whole
 
 
 def start_tracker(accelerator: Accelerator, args: Namespace) -> None:
@@ -106,15 +130,27 @@ def engine_of(accelerator: Accelerator) -> str:
     return ENGINES.get(accelerator.distributed_type, "DDP")
 
 
+def keeps_checkpoints(accelerator: Accelerator) -> bool:
+    """Whether a run can be stopped and resumed; DeepSpeed has its state in pickles only."""
+    return engine_of(accelerator) != "DeepSpeed"
+
+
 def holds_shards(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of every weight."""
     return accelerator.distributed_type in ENGINES
 
 
 def prepare(
-    accelerator: Accelerator, model: PreTrainedModel, base: FrozenBase | None, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    base: FrozenBase | None,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The model, wrapped or sharded by the engine, and its optimizer; under FSDP2 a base of its own is sharded, too.
+    """The model, wrapped or sharded by the engine, and its optimizer; a base of its own is sharded, too.
+
+    Args:
+        precision: "fp32" or "bf16".
 
     Raises:
         UserError: a sharded model is stored under other names than its class has.
@@ -124,13 +160,44 @@ def prepare(
         stored = revert_weight_conversion(model, {name: torch.empty(1, device="meta") for name in names})
         if set(stored) != set(names):
             raise UserError("this model's weights are stored under other names than they have: use DDP, or --lora on")
+    deepspeed = engine_of(accelerator) == "DeepSpeed"
+    if deepspeed:
+        _spread(model, accelerator)
+        if precision == "bf16":  # the other engines' wrappers do it
+            model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
     prepared = accelerator.prepare(model, optimizer)
     if base and not base.shared:
         if accelerator.is_fsdp2:
             base.model = fsdp2_prepare_model(accelerator, base.model)
-        elif holds_shards(accelerator):
-            base.model.to(accelerator.device)
+        elif deepspeed:
+            _gathers_itself(base.model, _spread(base.model, accelerator))
     return prepared
+
+
+def _spread(model: PreTrainedModel, accelerator: Accelerator) -> dict:
+    """Leave each process its part of every weight, for ZeRO-3; returns the configuration that says how.
+
+    DeepSpeed's engine would put the whole model on the GPU before it did so.
+    """
+    import deepspeed
+
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
+    config = {name: config[name] for name in ("train_micro_batch_size_per_gpu", "bf16", "fp16")}
+    config["zero_optimization"] = zero
+    place = zero.get("offload_param", {}).get("device")
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=place)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    return config
+
+
+def _gathers_itself(model: PreTrainedModel, config: dict) -> None:
+    """Have a model that was spread gather each layer while it computes; accelerate knows one engine only."""
+    import deepspeed
+
+    zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
+    deepspeed.initialize(model=model, config={**config, "zero_optimization": zero})
 
 
 def own_parameters(model: torch.nn.Module) -> list[Tensor]:
@@ -148,14 +215,20 @@ def gradient_norm(accelerator: Accelerator, trained: Iterable[Tensor]) -> Tensor
     return whole(torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None]))
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor: FSDP2's, or ZeRO-3's, which calls itself empty."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process holds a part (all have to ask for it); any other as it is."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):  # ZeRO-3
-        from deepspeed.utils import safe_get_full_fp32_param
+    if is_part(tensor):
+        import deepspeed
 
-        return safe_get_full_fp32_param(tensor)
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor
 
 

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             if is_main_process():
                 checkpoints.remove()
             if asked():
-                raise Stopped(asked(), f"stopped before stage 2: {GO_ON}")
+                raise Stopped(asked(), "stopped before stage 2: go on with the same command and --stage negate")
         if "negate" in stages and is_main_process():
             negates = METHODS[args.method].negates
             what = "knowledge negation" if negates else "no negation, the copy in the base's dtype"
@@ -196,7 +196,7 @@ def acquire(
     done = len(log.history)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, fused=True)
-    model, optimizer = processes.prepare(accelerator, model, base, optimizer)
+    model, optimizer = processes.prepare(accelerator, model, base, optimizer, job.precision)
     inner = accelerator.unwrap_model(model)
     trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     set_seed(args.seed + done, device_specific=True)  # of dropout; the draws of data are their own
@@ -209,12 +209,15 @@ def acquire(
     )
 
     def keep() -> None:
-        if processes.engine_of(accelerator) != "DeepSpeed":
+        if processes.keeps_checkpoints(accelerator):
             target = checkpoints.at(len(log.history))
             save_copy(model, job, args, log, target, overwrite=True, optimizer=optimizer, trained=trained)
             if is_main_process():
                 checkpoints.prune()
 
+    none_kept = "no checkpoint was kept (--save_every N)"
+    if not processes.keeps_checkpoints(accelerator):
+        none_kept = "DeepSpeed keeps no checkpoints"
     model.train()
     started = time.perf_counter()
     for step, texts in enumerate(batches.ahead(range(done, args.max_unlearn_steps), accelerator.device), done):
@@ -239,7 +242,7 @@ def acquire(
             if math.isfinite(metrics["total_loss"]) and step:  # the weights are still good
                 keep()
             found = checkpoints.newest()
-            kept = f"the last good weights are in {found}" if found else "no checkpoint was kept (--save_every N)"
+            kept = f"the last good weights are in {found}" if found else none_kept
             log.warn(f"step {step + 1} is not finite ({wrong})")
             raise UserError(f"step {step + 1} is not finite ({wrong}); {kept}: lower --lr or a weight, start again")
         optimizer.step()
@@ -254,14 +257,13 @@ def acquire(
             kept = checkpoints.newest()
             raise Stopped(
                 asked() or signal.SIGTERM,
-                f"stopped after step {step + 1}; " + (f"its checkpoint is {kept}: {GO_ON}" if kept else "start again"),
-            )
+                f"stopped after step {step + 1}; "
+                + (f"its checkpoint is {kept}: go on with the same command and --resume" if kept
+                   else f"{none_kept}: start again"),
+            )  # fmt: skip
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.max_unlearn_steps:
             keep()
     return model
-
-
-GO_ON = "go on with the same command and --resume"
 
 
 class Job(NamedTuple):
@@ -436,9 +438,10 @@ def save_copy(
     except OSError as error:
         newest = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
         after = f"goes on with {newest}, which is whole" if newest else "starts stage 1 again"
+        resume = "with --resume " * processes.keeps_checkpoints(job.accelerator)
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk, then the same "
-            f"command with --resume {after}"
+            f"command {resume}{after}"
         ) from error
     job.accelerator.wait_for_everyone()
     return target

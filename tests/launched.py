@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from harmful_unlearn import processes
 from harmful_unlearn.errors import exit_code
@@ -31,10 +31,25 @@ class Sharded(Accelerator):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
+class Spread(Accelerator):
+    """An Accelerator with DeepSpeed, which else would keep all of a tiny model's weights in each process."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }  # fmt: skip
+
+
 def run(flags: list[str], sharded: bool = False, stop_after: int | None = None) -> int:
     """Run once. With `stop_after`, the last process alone gets a SIGTERM in that step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     processes.Accelerator = Sharded if sharded else Accelerator
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        processes.Accelerator = Spread
+        # accelerate has no backend for DeepSpeed without a GPU, unless there is a state already.
+        PartialState(backend="gloo", timeout=processes.TIMEOUT)
     RunLog.step = lambda log, metrics: stopping(stop_after, log, metrics)
     return exit_code(lambda: main(flags))
 

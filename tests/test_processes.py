@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from conftest import GOLDENS
@@ -42,21 +45,28 @@ def flags(model: Path, out: Path, batch_size: int, more: list[str]) -> list[str]
     ]  # fmt: skip
 
 
-def launch(jobs: list[dict], folder: Path) -> list[int]:
-    """The exit codes of runs in two processes, which are the same in both."""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ZERO3 = [
+    "accelerate.commands.launch", "--config_file", str(ROOT / "harmful_unlearn" / "launch" / "zero3_offload.yaml"),
+    "--num_processes", "2", "--main_process_port", "0",
+]  # fmt: skip
+
+
+def launch(jobs: list[dict], folder: Path, launcher: list[str] = TORCHRUN) -> tuple[list[int], str]:
+    """The exit codes of runs in two processes, which are the same in both, and what they said on stderr."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env |= {"ACCELERATE_USE_CPU": "1"} if launcher is TORCHRUN else {}  # with it there is no DeepSpeed
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(ROOT / "tests" / "launched.py"), str(file)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=120,
+        [sys.executable, "-m", *launcher, str(ROOT / "tests" / "launched.py"), str(file)],
+        env=env, capture_output=True, text=True, timeout=120 if launcher is TORCHRUN else 400,  # it may be compiled
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     codes = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
     assert codes[0] == codes[1]
     assert done.stdout.count("stage 1 model saved") == codes[0].count(0)  # by the main process alone
-    return codes[0]
+    return codes[0], done.stderr
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -99,7 +109,8 @@ def test_two_processes_give_what_one_does_and_resume_to_the_bit(case, tiny_model
             {"flags": [*stopped, "--stage", "acquire"], "sharded": sharded, "stop_after": 2},
             {"flags": [*stopped, "--resume"], "sharded": sharded},
         ]
-    assert launch(jobs, tmp_path) == [0, 143, 0] * 2
+    codes, _ = launch(jobs, tmp_path)
+    assert codes == [0, 143, 0] * 2
     for engine in ("ddp", "fsdp"):
         ours, stopped = tmp_path / engine, tmp_path / f"{engine}-stopped"
         assert_same_run(ours, tmp_path / "one")
@@ -110,6 +121,46 @@ def test_two_processes_give_what_one_does_and_resume_to_the_bit(case, tiny_model
             assert all(torch.equal(one[name], other[name]) for name in one)
         assert [step["step"] for step in metrics_of(stopped)] == [1, 2, 3, 4, 5]
         assert (stopped / "harmful" / "config.json").exists() == (ours / "harmful" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("offloaded", [True, False], ids=["offloaded", "on the device"])
+def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, tiny_model, tmp_path):
+    cases = {
+        "full": CASES["full"],
+        "LoRA": CASES["LoRA"],
+        "plain head": ("llama", ["--method", "ga_mismatch", "--no_packing", "--gradient_checkpointing"]),
+        "no base": ("qwen2", ["--method", "ft"]),
+        "bf16": ("opt", ["--precision", "bf16"]),
+    }
+    jobs = [
+        {"flags": flags(tiny_model(model), tmp_path / case, 2, more)} for case, (model, more) in cases.items()
+    ]
+    for number, more in enumerate((["--save_every", "2"], ["--resume"], ["--method", "lands"])):
+        jobs.append({"flags": flags(tiny_model("opt"), tmp_path / f"refused-{number}", 2, more)})
+    jobs.append({"flags": flags(tiny_model("opt"), tmp_path / "stopped", 2, []), "stop_after": 2})
+    where = [] if offloaded else ["--offload_optimizer_device", "none", "--offload_param_device", "none"]
+    codes, said = launch(jobs, tmp_path, [*ZERO3, *where])
+    assert codes == [0] * len(cases) + [2, 2, 2, 143]
+    assert said.count("error: DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it") == 2
+    assert said.count("error: DeepSpeed updates after every backward pass, and landing needs two") == 1
+    assert "stopping after this step; once more: at once" in said
+    assert "stopped after step 3; DeepSpeed keeps no checkpoints: start again" in said
+    assert not [*tmp_path.glob("refused-*"), *(tmp_path / "stopped").glob("harmful*")]
+    for case, (model, more) in cases.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(flags(tiny_model(model), tmp_path / "one" / case, 4, more))
+        if case == "bf16":  # whose rounding depends on the shares, more with every step
+            first = [metrics_of(folder)[0]["gd_loss"] for folder in (tmp_path / "one" / case, tmp_path / case)]
+            assert first[1] == pytest.approx(first[0], abs=2e-6) != metrics_of(tmp_path / "full")[0]["gd_loss"]
+            continue
+        assert_same_run(tmp_path / case, tmp_path / "one" / case)
+        for stage in ("harmful", "unlearned"):
+            ours, theirs = (folder / stage for folder in (tmp_path / case, tmp_path / "one" / case))
+            assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+            for config in ours.glob("config.json"):
+                assert json.loads(config.read_text()) == json.loads((theirs / config.name).read_text())
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
@@ -159,6 +210,34 @@ def test_processes_without_a_device_are_refused(tiny_model, tmp_path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="ACCELERATE_USE_CPU=1"):
         main(flags(tiny_model("opt"), tmp_path, 2, []))
+
+
+def test_deepspeed_without_a_device_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    with pytest.raises(UserError, match="needs a GPU"):
+        main(flags(tiny_model("opt"), tmp_path, 2, []))
+
+
+def set_up_for(stage: int = 3, **settings) -> dict:
+    """DeepSpeed's configuration once a run has set it up."""
+    config = {"gradient_accumulation_steps": 1, "gradient_clipping": "auto", **settings}
+    processes._set_up_deepspeed(SimpleNamespace(zero_stage=stage, deepspeed_config=config), 2)
+    return config
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stage": 2}, {"gradient_accumulation_steps": 2}, {"optimizer": {"type": "Adam"}}],
+)  # fmt: skip
+def test_deepspeed_that_computes_something_else_is_refused(settings):
+    with pytest.raises(UserError, match="zero3_offload.yaml"):
+        set_up_for(**settings)
+
+
+def test_deepspeed_clips_no_gradients_unless_told_to():
+    assert set_up_for()["gradient_clipping"] == 0
+    assert set_up_for(gradient_clipping=0.5)["gradient_clipping"] == 0.5
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny_model, tmp_path, monkeypatch):
