@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -44,6 +46,19 @@ MENDABLE = {
     errno.ENOTDIR: "a part of the path is a file: give another path",
     errno.EISDIR: "a folder is where a file should be: remove it, or give another path",
 }
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Within the block, what the system says of files is an OSError, also from libraries with errors of their own."""
+    try:
+        yield
+    except Exception as error:  # safetensors' and tokenizers' derive from Exception alone
+        said = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if isinstance(error, OSError) or not said:
+            raise
+        number = int(said[1] or said[2])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -38,9 +38,12 @@ def beside(log_file: Path, suffix: str) -> Path:
 
 
 def new_log(logs: Path, name: str) -> Path:
-    """The log of a new run, in a folder of its own: `logs/NAME/run.log`, or in NAME-2 and so on."""
-    tried = (logs / (name + (f"-{number}" if number > 1 else "")) for number in count(1))
-    return next(folder for folder in tried if not folder.exists()) / "run.log"
+    """The log of a new run, in a folder of its own that is made now: `logs/NAME/run.log`, or in NAME-2 and so on."""
+    for number in count(1):
+        folder = logs / (name + f"-{number}" * (number > 1))
+        with suppress(FileExistsError):  # also by a run that began at the same moment
+            folder.mkdir(parents=True)
+            return folder / "run.log"
 
 
 class RunLog:

@@ -41,8 +41,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harmful_unlearn import losses, models, processes
 from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
-from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked
-from harmful_unlearn.flags import AUTO, parse_flags
+from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked, system_errors
+from harmful_unlearn.flags import parse_flags
 from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.negation import check_landing, negate
@@ -50,15 +50,7 @@ from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
 from harmful_unlearn.processes import is_main_process, say
-from harmful_unlearn.resuming import (
-    Checkpoints,
-    check_same_run,
-    check_whole,
-    history_of,
-    is_done,
-    load_state,
-    save_state,
-)
+from harmful_unlearn.resuming import Checkpoints, history_of, load_state, save_state, what_is_left
 from harmful_unlearn.run_log import LOSSES, METRICS, PICTURE, RunLog, Summary, beside, new_log, not_finite
 from harmful_unlearn.saving import (
     ROOT,
@@ -100,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = models.locate(args.model_name, weights=False)
     finetuned = args.saved_model or args.model_save_dir
     checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
-    check_apart([folder, finetuned, args.task_vector_saving_path, checkpoints.folder])
+    check_apart([folder, finetuned, args.task_vector_saving_path, *[checkpoints.folder] * ("acquire" in stages)])
     job = prepare(args, folder) if "acquire" in stages else None
     if not args.check:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
@@ -108,8 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     at_hand = any(folder.glob("*.safetensors"))
     resumed = None
     if args.resume and at_hand:
-        stages, resumed = what_is_left(args, job, folder, stages, checkpoints)
-    args.log_file = args.log_file or new_log(ROOT / "logs", args.model_save_dir.name)
+        stages, resumed = what_is_left(args, job and record_of(args, job), folder, stages, checkpoints)
     if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
@@ -117,10 +108,15 @@ def main(arguments: list[str] | None = None) -> None:
         say("check passed: nothing was loaded or written" if args.check else "all is there: nothing is left to do")
         return
 
-    if job and "acquire" in stages:
+    if "acquire" in stages:
         set_seed(args.seed)  # of the adapter
         model, base = load_copy_and_base(args, job, resumed)
     # Now that all has been found good.
+    if job and "acquire" not in stages and is_main_process():
+        checkpoints.remove()  # of a run that was killed once it had saved its model
+    if not args.log_file:
+        name = real(Path(args.model_name)).name
+        args.log_file = new_log(ROOT / "logs", name) if is_main_process() else Path("run.log")
     history = history_of(resumed) if resumed else []
     log = RunLog(args.log_file, args.max_unlearn_steps, is_main_process(), history)
     summary = Summary(args, len(history))
@@ -131,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
             negates = METHODS[args.method].negates
             what = "harmful knowledge acquisition" if negates else f"training by {args.method}"
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
-            if args.overwrite and is_main_process():
+            if args.overwrite and not resumed and is_main_process():
                 checkpoints.remove()
             processes.start_tracker(job.accelerator, args)
             if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
@@ -422,7 +418,7 @@ def save_copy(
         UserError: it cannot be written.
     """
     try:
-        with new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
+        with system_errors(target), new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
             processes.save_model(job.accelerator, model, job.base_folder, folder)
             if optimizer:
                 save_state(folder, optimizer, trained, job.accelerator)
@@ -492,45 +488,13 @@ def check_stages(args: argparse.Namespace) -> set[str]:
                 raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
         if not args.resume:
             check_target(args.task_vector_saving_path, args.overwrite)
-    if args.log_file:
-        for file in (args.log_file, beside(args.log_file, METRICS), beside(args.log_file, PICTURE)):
+    if log_file := args.log_file or (None if args.resume else ROOT / "logs" / "a run's" / "run.log"):
+        for file in (log_file, beside(log_file, METRICS), beside(log_file, PICTURE)):
             check_file(file)
         for folder in (args.model_save_dir, args.task_vector_saving_path):
-            if real(args.log_file).is_relative_to(real(folder)):
-                raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
+            if real(log_file).is_relative_to(real(folder)):
+                raise UserError(f"--log_file {log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
-
-
-def what_is_left(
-    args: argparse.Namespace, job: Job | None, base_folder: Path, stages: set[str], checkpoints: Checkpoints
-) -> tuple[set[str], Path | None]:
-    """The stages that a resumed run still has to run, and the checkpoint that stage 1 goes on from, if any.
-
-    Raises:
-        UserError: what is there belongs to another run.
-    """
-    finetuned = args.saved_model or args.model_save_dir
-    resumed = None
-    if job:
-        whole = args.resume == AUTO and (finetuned / "run.json").is_file()
-        resumed = None if whole else checkpoints.newest() if args.resume == AUTO else args.resume
-        if not whole:
-            check_target(finetuned, overwrite=False)
-        if found := finetuned if whole else resumed:
-            if resumed:
-                check_whole(resumed)
-            then = read_record(found)
-            for change in check_same_run(then, record_of(args, job), lands(args), found):
-                say(f"note: {change}")
-            args.log_file = args.log_file or Path(then["flags"]["log_file"])
-        stages = stages - {"acquire"} if whole else stages
-    if "negate" in stages:
-        scale = args.scaling_coef if METHODS[args.method].negates else -1.0
-        fingerprint = Checkpoint(base_folder).fingerprint()
-        if "acquire" not in stages and is_done(args.task_vector_saving_path, finetuned, scale, fingerprint):
-            return stages - {"negate"}, None
-        check_target(args.task_vector_saving_path, overwrite=False)
-    return stages, resumed
 
 
 def free_target(args: argparse.Namespace, log: RunLog) -> Path:
