@@ -24,7 +24,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.flags import AUTO
 from harmful_unlearn.methods import METHODS, lands
 from harmful_unlearn.processes import random_states, say, set_random_states, spread_as, write_whole
-from harmful_unlearn.saving import check_target
+from harmful_unlearn.saving import check_target, real
 
 # Flags that may change when a run goes on. scaling_coef is among them unless a loss is taken at the landing point.
 FREE = {
@@ -47,7 +47,7 @@ class Checkpoints:
     """
 
     def __init__(self, model_save_dir: Path, keep: int):
-        self.folder = model_save_dir.with_name(model_save_dir.name + ".checkpoints")
+        self.folder = Path(f"{real(model_save_dir)}.checkpoints")
         self._keep = keep
 
     def at(self, step: int) -> Path:
@@ -83,8 +83,8 @@ class Checkpoints:
 
 def check_whole(folder: Path) -> None:
     """Raises UserError where a folder is no checkpoint or lacks something."""
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: give a folder step-N, or --resume alone for the newest")
+    if not all((folder / name).is_file() for name in ("run.json", "optimizer.safetensors", "random.safetensors")):
+        raise UserError(f"{folder} is no checkpoint, or half of one: give a step-N, or --resume alone for the newest")
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
         raise UserError(f"{folder} lacks its config.json: use another checkpoint")

@@ -140,17 +140,21 @@ def main(arguments: list[str] | None = None) -> None:
             job.accelerator.end_training()
             if is_main_process():
                 checkpoints.remove()
-            if asked():
+            if asked() and "negate" in stages:
                 raise Stopped(asked(), f"stopped before stage 2: {GO_ON}")
         if "negate" in stages and is_main_process():
             negates = METHODS[args.method].negates
             what = "knowledge negation" if negates else "no negation, the copy in the base's dtype"
             log.say(f"stage 2, {what}: {finetuned} -> {args.task_vector_saving_path}")
-            with summary.timing("stage 2"):
-                negate(
-                    folder, [(finetuned, 1.0)], args.task_vector_saving_path,
-                    args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
-                )  # fmt: skip
+            try:
+                with summary.timing("stage 2"):
+                    negate(
+                        folder, [(finetuned, 1.0)], args.task_vector_saving_path,
+                        args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
+                    )  # fmt: skip
+            except (OSError, KeyboardInterrupt, Stopped):
+                log.say(f"the stage 1 model in {finetuned} is whole: {GO_ON}")
+                raise
             log.say(f"unlearned model saved: {args.task_vector_saving_path}")
         log.say(summary.text(log, stages, finetuned))
     finally:
@@ -426,13 +430,13 @@ def save_copy(
                 job.tokenizer.save_pretrained(folder)
                 write_file(folder / "metrics.jsonl", log.metrics_text)
                 write_record(folder, record_of(args, job, log.history))
-    except OSError as error:
+    except (OSError, UserError) as error:
         newest = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
         after = f"goes on with {newest}, which is whole" if newest else "starts stage 1 again"
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk, then the same "
-            f"command with --resume {after}"
-        ) from error
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk"
+        raise UserError(f"{what}, then the same command with --resume {after}") from error
     job.accelerator.wait_for_everyone()
     return target
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDENS
-from harmful_unlearn import resuming, unlearn_harm_new
+from harmful_unlearn import resuming, run_log, unlearn_harm_new
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.resuming import Checkpoints, check_whole
 from harmful_unlearn.run_log import RunLog, new_log
-from harmful_unlearn.saving import ROOT
+from harmful_unlearn.saving import ROOT, new_folder
 from harmful_unlearn.unlearn_harm_new import main
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
@@ -481,6 +481,67 @@ def test_metrics_that_are_not_the_steps_make_no_checkpoint(text, stopped):
     (checkpoint / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match="use another checkpoint"):
         check_whole(checkpoint)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_log_that_cannot_be_written_ends_no_run(tiny_model, tmp_path, monkeypatch, capsys):
+    """Its disk is full from the third step on: said once, and the model's folder has the metrics."""
+    logged = RunLog.step
+
+    def refuse(*_):
+        raise OSError(28, os.strerror(28))
+
+    def fill(log, metrics):
+        if metrics["step"] == 3:
+            for file in (log._metrics, log._logger.handlers[1].stream):
+                os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+            monkeypatch.setattr(run_log, "write_file", refuse)
+        logged(log, metrics)
+
+    monkeypatch.setattr(RunLog, "step", fill)
+    assert run(tiny_model("opt"), tmp_path) == 0
+    said = capsys.readouterr()
+    assert said.out.count("cannot be written ([Errno 28] No space left on device): going on without it") == 1
+    assert "Traceback" not in said.err
+    assert len((tmp_path / "harmful" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert len(metrics_of(tmp_path)) == 2
+
+
+def test_stopped_in_negation_says_how_to_go_on(tiny_model, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unlearn_harm_new, "negate", stop)
+        assert run(tiny_model("opt"), tmp_path) == 143
+    assert f"the stage 1 model in {tmp_path / 'harmful'} is whole: go on with" in capsys.readouterr().out
+    assert run(tiny_model("opt"), tmp_path, "--resume") == 0
+
+
+def test_a_target_that_turns_read_only_names_the_last_checkpoint(tiny_model, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def refuse(target, overwrite):
+        calls.append(target)
+        if len(calls) == 2:
+            raise UserError(f"{target} cannot be written: give another path")
+        return new_folder(target, overwrite)
+
+    monkeypatch.setattr(unlearn_harm_new, "new_folder", refuse)
+    assert run(tiny_model("opt"), tmp_path, "--save_every", "2") == 2
+    assert "step-4 cannot be written" in (said := capsys.readouterr().err) and "step-2, which is whole" in said
+
+
+def test_a_signal_after_all_that_was_asked_for_is_done(tiny_model, tmp_path, stop_after):
+    stop_after(STEPS)
+    assert run(tiny_model("opt"), tmp_path, "--stage", "acquire") == 0
+
+
+def test_a_model_folder_without_a_name(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = flags(tiny_model("opt"), tmp_path, "--resume", "--model_save_dir", ".", "--log_file", f"{tmp_path}.log")
+    assert exit_code(lambda: main(words)) == 2
+    assert "lie in one another" in capsys.readouterr().err
 
 
 def test_runs_that_begin_together_have_logs_of_their_own(tmp_path):
