@@ -52,7 +52,7 @@ reproduce-demo: $(READY)
 	$(RUN) harmful_unlearn/demo.py --check_judge logs/reproduce-demo-no-refusals --refusal_share 0
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow

@@ -123,7 +123,7 @@ def stop_asked() -> Iterator[Callable[[], int]]:
         if came:
             signal.default_int_handler(number, frame) if number == signal.SIGINT else _terminate(number, frame)
         came.append(number)
-        print("\nstopping after this step, and a checkpoint; once more: at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     with _handled(note, signal.SIGINT, signal.SIGTERM):
         yield lambda: came[0] if came else 0

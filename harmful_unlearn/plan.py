@@ -1,5 +1,6 @@
 """What a run will do and need, before it costs anything: the figures that `--check` prints."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -11,12 +12,13 @@ from harmful_unlearn import losses
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.fused import CHUNK
 from harmful_unlearn.models import Lora, linear_layers
-from harmful_unlearn.packing import Batch, StepBatches
+from harmful_unlearn.packing import Batch, StepBatches, StepTexts
 
 GIB = 2**30
 # Values that training keeps for each token, layer and hidden unit; about what OPT and LLaMA need.
 SAVED_VALUES = 34
 STEPS_SAMPLED = 25
+CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
 FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
 
 
@@ -64,7 +66,7 @@ class Plan:
                 f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length, "
                 f"and about {self.cut_in_rd:,} of RD's rows",
                 f"parameters     {self.parameters:,}, {self.trainable:,} of them trained",
-                f"memory         about {sum(self.memory.values()) / GIB:.2f} GiB ({parts})",
+                f"memory         about {sum(self.memory.values()) / GIB:.2f} GiB a process ({parts})",
                 f"disk           about {self.disk / GIB:.2f} GiB",
             ]
         )
@@ -78,12 +80,16 @@ def make_plan(
     precision: str,
     gradient_checkpointing: bool,
     four_bit: bool = False,
+    shards: int = 1,
+    checkpoints: int = 0,
 ) -> Plan:
     """Count what a run will read, compute and hold.
 
     Args:
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
+        shards: how many processes a model and AdamW's state are spread over.
+        checkpoints: how many may lie on the disk at a time.
     """
     order, harmful, normal = batches.order, batches.harmful, batches.normal
     different = min(steps, order.batches_per_epoch)  # harmful batches come again in the same order
@@ -100,11 +106,11 @@ def make_plan(
             "land (--safe_weight 0)"
         )
     chosen = range(0, steps, max(1, steps // STEPS_SAMPLED))
-    sampled = [[batch for batch in batches(step, torch.device("cpu")) if batch] for step in chosen]
+    sampled = [batches(step, torch.device("cpu")) for step in chosen]
     cut_in_rd = 0
     if batches.losses & {"rd", "rm"}:
         cut_in_rd = sum(one.cut for step in chosen for one in batches.packer.encode(batches.random_pairs(step)))
-    tokens = sum(batch.tokens for step in sampled for batch in step) / len(sampled)
+    tokens = sum(batch.tokens for step in sampled for batch in step if batch) / len(sampled) * batches.share[1]
     parameters = structure.num_parameters()
     trainable = _lora_parameters(structure, lora) if lora else parameters
     dtype = structure.config.dtype
@@ -122,13 +128,22 @@ def make_plan(
         parameters=parameters,
         trainable=trainable,
         memory=_memory(
-            parameters, trainable, sampled, structure.config, lora, precision, gradient_checkpointing,
+            parameters, trainable, [part for step in sampled for part in _parts(step, batches.losses)],
+            structure.config, lora, precision, gradient_checkpointing, shards,
             second_copy=not lora and bool(batches.losses & losses.NEED_BASE),
             lands=any(losses.LOSSES[name].lands for name in batches.losses),
             four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
         ),  # fmt: skip
-        disk=parameters * (dtype.itemsize if dtype else 4) + trainable * 4,
+        disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
+
+
+def _parts(texts: StepTexts, active: set[str]) -> Iterator[list[Batch]]:
+    """The batches of a step that are held at the same time: those of the copy, then those of the landing point."""
+    for lands in (False, True):
+        read = {losses.LOSSES[name].reads for name in active if losses.LOSSES[name].lands == lands}
+        if found := [batch for field, batch in texts._asdict().items() if field in read and batch]:
+            yield found
 
 
 def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
@@ -142,29 +157,34 @@ def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
 def _memory(
     parameters: int,
     trainable: int,
-    batches: list[list[Batch]],
+    parts: list[list[Batch]],
     config: PretrainedConfig,
     lora: Lora | None,
     precision: str,
     gradient_checkpointing: bool,
+    shards: int,
     second_copy: bool,
     lands: bool,
     four_bit: int,
 ) -> dict[str, float]:
     text = config.get_text_config()
     compute = 2 if precision == "bf16" else 4
-    cells = max(sum(batch.input_ids.numel() for batch in step) for step in batches)
-    scored = max(sum(batch.row.numel() for batch in step) for step in batches)
+    cells = max(sum(batch.input_ids.numel() for batch in part) for part in parts)
+    scored = max(batch.row.numel() for part in parts for batch in part)
+    mask = max(batch.input_ids.shape[1] * batch.input_ids.numel() for part in parts for batch in part)
     layers = 1 if gradient_checkpointing else text.num_hidden_layers
     saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
-    return {
+    held = {
         "weights": (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
         + (trainable * 4 if lora else 0),
         "frozen base": parameters * (4 if lands else compute) if second_copy else 0,
         **({"copy set aside": trainable * 4} if lands and second_copy else {}),
         "gradients": trainable * 4,
         "AdamW": trainable * 8,
-        "activations": saved,
+    }
+    return {
+        **{what: size / shards for what, size in held.items()},
+        "activations": saved + mask * compute,  # packed rows have a mask of their own
         "logits": min(scored * text.vocab_size * 4, CHUNK) * 3,
     }
 

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -84,7 +86,7 @@ def _check_parent(path: Path) -> None:
     try:
         # The only sure way: /proc says that root may write there, a mount may be full, and the name, with what
         # new_folder puts beside it, too long.
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-", dir=parent).cleanup()
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-{_process()}", dir=parent).cleanup()
     except OSError as error:
         reason = f"{parent} is not a writable folder: {error.strerror}"
         raise UserError(f"{path} cannot be written ({reason}): give another path") from None
@@ -103,6 +105,32 @@ def revision_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def _clear_up(target: Path) -> None:
+    """Remove what processes that were killed here left beside `target`, but for a folder that nothing has replaced."""
+    left = re.compile(rf"\.{re.escape(target.name)}\.(partial|previous|writable)-{re.escape(_HOST)}-(\d+)-")
+    for path in target.parent.iterdir():
+        found = left.match(path.name)
+        if found and not _runs(int(found[2])) and (found[1] != "previous" or target.exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()  # after a restart of the machine, or of a container, the number may be ours
+
+
+_HOST = socket.gethostname()
+
+
+def _process() -> str:
+    return f"{_HOST}-{os.getpid()}-"  # in the names of temporary folders
+
+
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` to write into, renamed to `target` when all went well.
@@ -118,7 +146,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = real(target)
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    _clear_up(target)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_process()}", dir=target.parent))
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group

@@ -212,7 +212,8 @@ def acquire(
         if processes.engine_of(accelerator) != "DeepSpeed":
             target = checkpoints.at(len(log.history))
             save_copy(model, job, args, log, target, overwrite=True, optimizer=optimizer, trained=trained)
-            checkpoints.prune()
+            if is_main_process():
+                checkpoints.prune()
 
     model.train()
     started = time.perf_counter()
@@ -307,8 +308,10 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     share = accelerator.process_index, accelerator.num_processes
     batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0, share)
     plan = make_plan(
-        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize)
-    )
+        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize),
+        shards=accelerator.num_processes if processes.holds_shards(accelerator) else 1,
+        checkpoints=args.keep_checkpoints + 1 if args.save_every else 0,
+    )  # fmt: skip
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     how += " on a 4-bit base" * bool(args.quantize)
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)

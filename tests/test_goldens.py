@@ -14,8 +14,9 @@ from harmful_unlearn import losses
 from harmful_unlearn.data import Draw, read_harmful, read_normal
 from harmful_unlearn.models import FrozenBase, load_model
 from harmful_unlearn.packing import Packer, StepBatches
+from harmful_unlearn.resuming import Checkpoints
 from harmful_unlearn.run_log import RunLog
-from harmful_unlearn.unlearn_harm_new import acquire, parse_flags
+from harmful_unlearn.unlearn_harm_new import Job, acquire, parse_flags
 from task_vector import TaskVector
 
 LOSS_TOLERANCE = 5e-4  # over the trajectory; relative, absolute for losses below 1e-3
@@ -66,7 +67,9 @@ def trained(request, goldens, batches, tmp_path_factory):
     )
     log = RunLog(tmp_path_factory.mktemp("golden") / "run.log", used["steps"])
     model = load_base()
-    acquire(model, FrozenBase(load_base()), batches, args, Accelerator(cpu=True), log)
+    job = Job(GOLDENS / "model", batches.packer.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None)
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("golden") / "harmful", keep=1)
+    acquire(model, FrozenBase(load_base()), job, args, log, checkpoints, asked=lambda: 0)
     log.close()
     return model, log.history
 

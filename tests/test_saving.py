@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -158,6 +161,22 @@ def test_bugs_keep_their_traceback():
 
         with pytest.raises(type(bug)):
             exit_code(main)
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path):
+    """Of processes of this machine that are gone; not what a living one, or another machine's, is writing."""
+    target, host = tmp_path / "model", socket.gethostname()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f".model.partial-{host}-{gone.pid}-a", f".model.previous-{host}-{gone.pid}-a"]
+    kept = [f".model.partial-{host}-1-b", f".model.partial-elsewhere-{gone.pid}-c", f".models.partial-{host}-1-d"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    with new_folder(target):
+        assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()  # nothing stands in its place yet
+    with new_folder(target, overwrite=True):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *kept}
 
 
 def step(number: int, pd: float = -0.1) -> dict:

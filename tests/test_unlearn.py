@@ -388,7 +388,7 @@ def test_plan_counts_what_is_there(tiny_model, tmp_path, capsys):
     smaller = parse_flags(
         flags(base, tmp_path, "--max_unlearn_steps", "2", "--max_length", "60", "--normal_weight", "0")
     )
-    assert unlearn_harm_new.prepare(smaller, base).plan.memory["logits"] < plan.memory["logits"]
+    assert unlearn_harm_new.prepare(smaller, base).plan.memory["activations"] < plan.memory["activations"]
     with pytest.raises(UserError, match="--max_length leaves no harmful answer"):
         unlearn_harm_new.prepare(parse_flags(flags(base, tmp_path, "--max_length", "8")), base)
 
