@@ -104,16 +104,19 @@ def main(arguments: list[str] | None = None) -> None:
     if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
-    if args.check or not stages:
-        say("check passed: nothing was loaded or written" if args.check else "all is there: nothing is left to do")
+    if args.check:
+        say("check passed: nothing was loaded or written")
+        return
+    if job and "acquire" not in stages and is_main_process():
+        checkpoints.remove()  # of a run that was killed once it had saved its model
+    if not stages:
+        say("all is there: nothing is left to do")
         return
 
     if "acquire" in stages:
         set_seed(args.seed)  # of the adapter
         model, base = load_copy_and_base(args, job, resumed)
     # Now that all has been found good.
-    if job and "acquire" not in stages and is_main_process():
-        checkpoints.remove()  # of a run that was killed once it had saved its model
     if not args.log_file:
         name = real(Path(args.model_name)).name
         args.log_file = new_log(ROOT / "logs", name) if is_main_process() else Path("run.log")

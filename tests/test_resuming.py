@@ -422,9 +422,12 @@ def test_killed_between_saving_and_removing_checkpoints(tiny_model, tmp_path, st
     assert run(base, tmp_path) == 143
     left = shutil.copytree(tmp_path / "harmful.checkpoints", tmp_path / "left")
     assert run(base, tmp_path, "--resume", "--stage", "acquire") == 0
-    left.rename(tmp_path / "harmful.checkpoints")
-    assert run(base, tmp_path, "--resume") == 0
-    assert not (tmp_path / "harmful.checkpoints").exists()
+    for more in (["--stage", "acquire"], []):
+        shutil.copytree(left, tmp_path / "harmful.checkpoints")
+        assert run(base, tmp_path, "--resume", *more, "--check") == 0
+        assert (tmp_path / "harmful.checkpoints").exists()
+        assert run(base, tmp_path, "--resume", *more) == 0
+        assert not (tmp_path / "harmful.checkpoints").exists()
 
 
 def test_a_checkpoint_is_negated_beside_its_own_run(stopped, tiny_model):
