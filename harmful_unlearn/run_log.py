@@ -248,6 +248,7 @@ class Summary:
             following += ["--method", args.method]
             following += ["--scaling_coef", f"{args.scaling_coef:g}"] if METHODS[args.method].negates else []
             following += ["--saved_model", str(finetuned)]
+            following += ["--task_vector_saving_path", str(args.task_vector_saving_path)]
         lines += [f"log            {log.file}", f"next           {shlex.join(['python', *following])}"]
         return "\n".join(lines)
 

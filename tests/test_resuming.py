@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -277,6 +278,25 @@ def test_the_end_says_what_it_came_to(tiny_model, tmp_path, capsys):
     for word in ("stage 2", "stage 1 model", "peak memory", "unlearned", "log"):
         assert any(line.startswith(word) for line in summary)
     assert summary[-1].endswith(f"main.py --base {tiny_model('opt')} --unlearned {tmp_path / 'unlearned'}")
+
+
+def test_the_next_command_after_stage_1_alone_is_stage_2(tiny_model, tmp_path, capsys):
+    assert run(tiny_model("opt"), tmp_path, "--stage", "acquire") == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:3] == ["next", "python", "harmful_unlearn/unlearn_harm_new.py"]
+    assert exit_code(lambda: main([*words[3:], "--log_file", str(tmp_path / "2.log")])) == 0
+    assert (tmp_path / "unlearned" / "model.safetensors").exists()
+
+
+def test_others_may_read_what_the_umask_lets_them(tiny_model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run(tiny_model("opt"), tmp_path) == 0
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "harmful", tmp_path / "unlearned"):
+        assert folder.stat().st_mode & 0o777 == 0o750
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
 
 
 def limited(size: int):
