@@ -69,6 +69,10 @@ class Checkpoints:
                 check_whole(self.at(step))
                 yield self.at(step)
 
+    def size(self) -> int:
+        """Bytes that lie there, all of which the run will take up again."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
     def prune(self) -> None:
         """Remove all but the newest whole ones: one that is broken keeps no place."""
         kept = set(islice(self._whole(), self._keep))

@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
     check_apart([folder, finetuned, args.task_vector_saving_path, *[checkpoints.folder] * ("acquire" in stages)])
     job = prepare(args, folder) if "acquire" in stages else None
+    if job and not (args.resume and (finetuned / "run.json").is_file()):  # else stage 1 is likely done
+        check_disk(args.model_save_dir, job.plan.disk - checkpoints.size())
     if not args.check:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
         job = job and job._replace(base_folder=folder)  # they may be another revision's
@@ -323,7 +325,6 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         where += f" ({processes.engine_of(accelerator)})"
     say(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
         f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}")
-    check_disk(args.model_save_dir, plan.disk)
     return Job(base_folder, tokenizer, lora, precision, accelerator, batches, plan)
 
 

@@ -299,6 +299,17 @@ def test_others_may_read_what_the_umask_lets_them(tiny_model, tmp_path):
         assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
 
 
+def test_a_resumed_run_needs_no_second_room_for_its_checkpoint(stopped, tiny_model, monkeypatch):
+    needed = []
+    monkeypatch.setattr(unlearn_harm_new, "check_disk", lambda folder, size: needed.append(size))
+    assert run(tiny_model("opt"), stopped / "fresh", "--save_every", "2") == 0
+    there = sum(file.stat().st_size for file in (stopped / "harmful.checkpoints" / "step-3").iterdir())
+    assert run(tiny_model("opt"), stopped, "--save_every", "2", "--resume") == 0
+    assert needed == [needed[0], needed[0] - there]
+    assert run(tiny_model("opt"), stopped, "--save_every", "2", "--resume") == 0  # nothing is left to do
+    assert len(needed) == 2
+
+
 def limited(size: int):
     """Files end at `size` bytes, as on a full disk but for the error's name."""
 
