@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -46,6 +48,19 @@ MENDABLE = {
 }
 
 
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Within the block, what the system says of files is an OSError, also from libraries with errors of their own."""
+    try:
+        yield
+    except Exception as error:  # safetensors' and tokenizers' derive from Exception alone
+        said = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if isinstance(error, OSError) or not said:
+            raise
+        number = int(said[1] or said[2])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command and turn its end into an exit code, without a traceback for what users can mend.
 
@@ -70,7 +85,7 @@ def exit_code(main: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        message = f"{error.filename or 'a file'}: {MENDABLE[error.errno]}"
+        message = f"{error.filename2 or error.filename or 'a file'}: {MENDABLE[error.errno]}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

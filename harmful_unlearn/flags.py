@@ -14,7 +14,6 @@ from harmful_unlearn.flag_types import (
 )
 from harmful_unlearn.methods import METHODS, settle
 from harmful_unlearn.packing import VARIANTS
-from harmful_unlearn.run_log import new_log
 from harmful_unlearn.saving import ROOT, user_path
 
 AUTO = "auto"  # --resume without a path
@@ -113,7 +112,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          choices=("none", "tensorboard", "wandb"), default="none")
     flag(running, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
          action="store_true")
-    flag(running, "--overwrite", "start again, and replace folders that are there", action="store_true")
+    flag(running, "--overwrite", "replace folders that are there, and start again but for --resume",
+         action="store_true")
     # fmt: on
 
     args = parser.parse_args(arguments)
@@ -123,8 +123,4 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     name = path.resolve().name if path.is_dir() else path.name
     args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
     args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
-    if not args.resume:  # which goes on with its own
-        args.log_file = args.log_file or new_log(ROOT / "logs", name)
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on and --overwrite starts again: give one of them")
     return args

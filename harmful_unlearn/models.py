@@ -1,7 +1,5 @@
 """Models and tokenizers: where they lie, how they are loaded and saved, LoRA, and the frozen base."""
 
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -381,25 +378,15 @@ def save_model(
 
     Args:
         state: an adapter's weights, where the model holds only parts of them.
-
-    Raises:
-        OSError: no space, or whatever else the system says of the disk.
     """
-    try:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
-        else:
-            published, model.generation_config = model.generation_config, GenerationConfig()
-            try:
-                model.save_pretrained(folder, max_shard_size="5GB")
-            finally:
-                model.generation_config = published
-    except SafetensorError as error:
-        code = re.search(r"code: (\d+)|os error (\d+)", str(error))
-        if code is None:
-            raise
-        number = int(code[1] or code[2])
-        raise OSError(number, os.strerror(number), str(folder)) from error
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+    else:
+        published, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.save_pretrained(folder, max_shard_size="5GB")
+        finally:
+            model.generation_config = published
     copy_generation_config(base_folder, folder)
 
 

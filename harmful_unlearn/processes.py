@@ -105,13 +105,17 @@ def _set_up_deepspeed(plugin: DeepSpeedPlugin, batch_size: int) -> None:
 
 
 def start_tracker(accelerator: Accelerator, args: Namespace) -> None:
-    """Begin to send metrics where --report_to says; TensorBoard's files go beside the log."""
+    """Begin to send metrics where --report_to says; its files go beside the log. Raises UserError: it cannot."""
     if args.report_to == "none":
         return
     accelerator.project_configuration.logging_dir = str(args.log_file.parent)
     flags = {name: one if isinstance(one, int | float | str) else str(one) for name, one in vars(args).items()}
     name = args.log_file.with_suffix(".tensorboard").name if args.report_to == "tensorboard" else "sku"
-    accelerator.init_trackers(name, flags, {"wandb": {"name": args.log_file.parent.name}})
+    folder = args.log_file.parent
+    try:
+        accelerator.init_trackers(name, flags, {"wandb": {"name": folder.name, "dir": str(folder)}})
+    except Exception as error:  # each tracker has its own
+        raise UserError(f"--report_to {args.report_to} cannot start ({error}): mend that, or leave it out") from error
 
 
 def is_main_process() -> bool:

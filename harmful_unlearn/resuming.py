@@ -8,6 +8,9 @@ of the step. Like every folder it is whole or not there (saving.new_folder).
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,9 +18,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harmful_unlearn.checkpoints import Checkpoint, read_record
+from harmful_unlearn.checkpoints import Checkpoint, Spec, read_record
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.processes import random_states, set_random_states, spread_as, write_whole
+from harmful_unlearn.saving import real
 
 # Flags that may change when a run goes on. scaling_coef is among them unless a loss is taken at the landing point.
 FREE = {
@@ -29,6 +33,7 @@ RESOLVED = {
     "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "batch_size", "precision",
     "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length",
 }  # fmt: skip
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each weight
 
 
 class Checkpoints:
@@ -39,7 +44,7 @@ class Checkpoints:
     """
 
     def __init__(self, model_save_dir: Path, keep: int):
-        self.folder = model_save_dir.with_name(model_save_dir.name + ".checkpoints")
+        self.folder = Path(f"{real(model_save_dir)}.checkpoints")
         self._keep = keep
 
     def at(self, step: int) -> Path:
@@ -53,18 +58,24 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files are all there and as long as they should be."""
+        return next(self._whole(), None)
+
+    def _whole(self) -> Iterator[Path]:
         for step in self.steps():
-            try:
+            with suppress(UserError):
                 check_whole(self.at(step))
-            except UserError:
-                continue
-            return self.at(step)
-        return None
+                yield self.at(step)
+
+    def size(self) -> int:
+        """Bytes that lie there, all of which the run will take up again."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
     def prune(self) -> None:
-        """Remove all but the newest ones."""
-        for step in self.steps()[self._keep :]:
-            shutil.rmtree(self.at(step), ignore_errors=True)
+        """Remove all but the newest whole ones: one that is broken keeps no place."""
+        kept = set(islice(self._whole(), self._keep))
+        for step in self.steps():
+            if self.at(step) not in kept:
+                shutil.rmtree(self.at(step), ignore_errors=True)
 
     def remove(self) -> None:
         """Remove them all."""
@@ -73,21 +84,25 @@ class Checkpoints:
 
 def check_whole(folder: Path) -> None:
     """Raises UserError where a folder is no checkpoint or lacks something."""
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: give a folder step-N, or --resume alone for the newest")
-    read_record(folder)
-    Checkpoint(folder, "adapter_model" if (folder / "adapter_config.json").is_file() else "model")
-    for stem in ("optimizer", "random"):
+    if not all((folder / name).is_file() for name in ("run.json", "optimizer.safetensors", "random.safetensors")):
+        raise UserError(f"{folder} is no checkpoint, or half of one: give a step-N, or --resume alone for the newest")
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} lacks its config.json: use another checkpoint")
+    for stem in ("adapter_model" if adapter else "model", "optimizer", "random"):
         Checkpoint(folder, stem)
-    history_of(folder)
+    steps = read_record(folder).get("training", {}).get("steps")
+    found = [metrics.get("step") for metrics in history_of(folder)]
+    if found != [*range(1, len(found) + 1)] or len(found) != steps:
+        raise UserError(f"{folder} has not the metrics of its {steps} steps: use another checkpoint")
 
 
 def history_of(folder: Path) -> list[dict]:
     """The metrics of the steps that a stage 1 folder or checkpoint has behind it. Raises UserError."""
     try:
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
+        return [dict(json.loads(line)) for line in text.splitlines()]
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'metrics.jsonl'} cannot be read ({error}): use another checkpoint") from None
 
 
@@ -116,15 +131,28 @@ def load_state(
 
     Returns:
         False where the generators belong to another number of processes or another device, and were left alone.
+
+    Raises:
+        UserError: the state is not these weights'.
     """
     moments = Checkpoint(folder, "optimizer")
+    for key, spec in moments.specs.items():  # AdamW's fused step looks at no shape, and would write anywhere
+        name, _, what = key.rpartition(".")
+        shape = () if what == "step" else getattr(trained.get(name), "shape", None)
+        if what not in MOMENTS or spec != Spec("F32", shape):
+            raise UserError(f"{key} in {folder / 'optimizer.safetensors'} fits no weight: use another checkpoint")
     for name, weight in trained.items():
         found = {key: moments.read(key) for key in moments.specs if key.rpartition(".")[0] == name}
+        if len(found) not in (0, len(MOMENTS)):
+            raise UserError(f"{folder / 'optimizer.safetensors'} lacks moments of {name}: use another checkpoint")
         optimizer.state[weight] = {
             key.rpartition(".")[2]: spread_as(value, weight) if value.dim() else value.to(weight.device)
             for key, value in found.items()
         }
-    return set_random_states(accelerator, load_file(folder / "random.safetensors"))
+    try:
+        return set_random_states(accelerator, load_file(folder / "random.safetensors"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / 'random.safetensors'} holds no states: use another checkpoint") from error
 
 
 def deciding(record: dict, lands: bool) -> dict[str, object]:
@@ -177,22 +205,3 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
         if name not in quiet and f"--{name}" not in after and name not in RESOLVED
         and json.dumps(value) != json.dumps(then["flags"].get(name))
     ]  # fmt: skip
-
-
-def is_done(target: Path, finetuned: Path, scaling_coef: float, fingerprint: str) -> bool:
-    """Whether the unlearned model is there already, made from that base and that copy.
-
-    Raises:
-        UserError: another one is.
-    """
-    if not (target / "run.json").is_file():
-        return False
-    found = read_record(target)
-    of_base = (found.get("base") or {}).get("fingerprint")
-    made_from = [Path(name).resolve() for name in found.get("finetuned") or ()]
-    if (found.get("scaling_coef"), of_base, made_from) != (scaling_coef, fingerprint, [finetuned.resolve()]):
-        raise UserError(
-            f"{target} holds another model ({', '.join(map(str, made_from))} by {found.get('scaling_coef')}): give "
-            "another --task_vector_saving_path, or start again with --overwrite"
-        )
-    return True

@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -38,9 +38,12 @@ def beside(log_file: Path, suffix: str) -> Path:
 
 
 def new_log(logs: Path, name: str) -> Path:
-    """The log of a new run, in a folder of its own: `logs/NAME/run.log`, or in NAME-2 and so on."""
-    tried = (logs / (name + (f"-{number}" if number > 1 else "")) for number in count(1))
-    return next(folder for folder in tried if not folder.exists()) / "run.log"
+    """The log of a new run, in a folder of its own that is made now: `logs/NAME/run.log`, or in NAME-2 and so on."""
+    for number in count(1):
+        folder = logs / (name + f"-{number}" * (number > 1))
+        with suppress(FileExistsError):  # also by a run that began at the same moment
+            folder.mkdir(parents=True)
+            return folder / "run.log"
 
 
 class RunLog:
@@ -61,7 +64,7 @@ class RunLog:
         self.picture_file = beside(log_file, PICTURE)
         self.history = list(history)
         self._writes = writes
-        self._warned = False
+        self._warned = self._said_lost = False
         self._logger = logging.Logger("sku", logging.INFO)
         self._logger.addHandler(logging.NullHandler())
         self._steps = steps
@@ -72,6 +75,7 @@ class RunLog:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         _end_line(log_file)
         handler = logging.FileHandler(log_file, encoding="utf-8")
+        handler.handleError = lambda record: self._lost(sys.exc_info()[1])
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger.addHandler(handler)
 
@@ -105,12 +109,16 @@ class RunLog:
             return
         if self._bar is None:
             self._bar = tqdm(total=self._steps, initial=len(self.history), desc="acquire", unit="step")
-            # Steps after the checkpoint are computed again: their lines, of which the last may be torn, go.
-            write_file(self.metrics_file, self.metrics_text)
-            self._metrics = self.metrics_file.open("a", encoding="utf-8")
+        try:
+            if self._metrics is None:
+                # Steps after the checkpoint are computed again: their lines, of which the last may be torn, go.
+                write_file(self.metrics_file, self.metrics_text)
+                self._metrics = self.metrics_file.open("a", encoding="utf-8")
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            self._lost(error)
         self.history.append(metrics)
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
         losses = {short: metrics[name] for name, short in LOSSES.items() if metrics.get(name) is not None}
         self._logger.info(
             "step %d/%d  %s  lr %.3e  grad_norm %.4g  %.0f tokens/s",
@@ -141,13 +149,24 @@ class RunLog:
 
     def close(self) -> None:
         """End the bar, close the files and draw the losses; safe to call at any point."""
+        ends = [handler.close for handler in self._logger.handlers]
+        if self._metrics is not None:
+            ends.append(self._metrics.close)
         if self._bar is not None:
             self._bar.close()
-            self._metrics.close()
             self._bar = None
-            draw_losses(self.history, self.picture_file)
-        for handler in self._logger.handlers:
-            handler.close()
+            ends.append(lambda: draw_losses(self.history, self.picture_file))
+        for end in ends:
+            try:
+                end()
+            except OSError as error:
+                self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        """Say, once, that the log cannot be written: no run ends for that, and a model's folder has its metrics too."""
+        if not self._said_lost:
+            self._said_lost = True
+            tqdm.write(f"warning: {self.file} or what lies beside it cannot be written ({error}): going on without it")
 
     @property
     def metrics_text(self) -> str:
@@ -229,6 +248,7 @@ class Summary:
             following += ["--method", args.method]
             following += ["--scaling_coef", f"{args.scaling_coef:g}"] if METHODS[args.method].negates else []
             following += ["--saved_model", str(finetuned)]
+            following += ["--task_vector_saving_path", str(args.task_vector_saving_path)]
         lines += [f"log            {log.file}", f"next           {shlex.join(['python', *following])}"]
         return "\n".join(lines)
 

@@ -150,7 +150,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_process()}", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the model from the user's group
+        mask = _umask()
+        for path in (partial, *partial.rglob("*")):  # mkdtemp's 0700 and safetensors' 0600 would hide it from the group
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # something else lies in them by now

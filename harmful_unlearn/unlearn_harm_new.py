@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +38,10 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn import losses, models, processes
-from harmful_unlearn.checkpoints import Checkpoint, read_record
+from harmful_unlearn.checkpoints import Checkpoint
 from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
-from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked
-from harmful_unlearn.flags import AUTO, parse_flags
+from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked, system_errors
+from harmful_unlearn.flags import parse_flags
 from harmful_unlearn.methods import METHODS, lands, loss_weights
 from harmful_unlearn.models import FrozenBase, Lora
 from harmful_unlearn.negation import check_landing, negate
@@ -50,21 +49,11 @@ from harmful_unlearn.packing import Packer, StepBatches, answer_pool
 from harmful_unlearn.plan import Plan, check_disk, make_plan
 from harmful_unlearn.probe import packs_up_to
 from harmful_unlearn.processes import is_main_process, say
-from harmful_unlearn.resuming import (
-    Checkpoints,
-    check_same_run,
-    check_whole,
-    history_of,
-    is_done,
-    load_state,
-    save_state,
-)
-from harmful_unlearn.run_log import LOSSES, METRICS, PICTURE, RunLog, Summary, beside, new_log, not_finite
+from harmful_unlearn.resuming import Checkpoints, history_of, load_state, save_state
+from harmful_unlearn.run_log import LOSSES, RunLog, Summary, new_log, not_finite
 from harmful_unlearn.saving import (
     ROOT,
     check_apart,
-    check_file,
-    check_target,
     new_folder,
     real,
     revision_of,
@@ -72,6 +61,7 @@ from harmful_unlearn.saving import (
     write_record,
 )
 from harmful_unlearn.sources import open_matched
+from harmful_unlearn.stages import check_stages, free_target, what_is_left
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.
@@ -100,27 +90,36 @@ def main(arguments: list[str] | None = None) -> None:
     folder = models.locate(args.model_name, weights=False)
     finetuned = args.saved_model or args.model_save_dir
     checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
-    check_apart([folder, finetuned, args.task_vector_saving_path, checkpoints.folder])
+    check_apart([folder, finetuned, args.task_vector_saving_path, *[checkpoints.folder] * ("acquire" in stages)])
     job = prepare(args, folder) if "acquire" in stages else None
+    if job and not (args.resume and (finetuned / "run.json").is_file()):  # else stage 1 is likely done
+        check_disk(args.model_save_dir, job.plan.disk - checkpoints.size())
     if not args.check:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
         job = job and job._replace(base_folder=folder)  # they may be another revision's
     at_hand = any(folder.glob("*.safetensors"))
     resumed = None
     if args.resume and at_hand:
-        stages, resumed = what_is_left(args, job, folder, stages, checkpoints)
-    args.log_file = args.log_file or new_log(ROOT / "logs", args.model_save_dir.name)
+        stages, resumed = what_is_left(args, job and record_of(args, job), folder, stages, checkpoints)
     if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
-    if args.check or not stages:
-        say("check passed: nothing was loaded or written" if args.check else "all is there: nothing is left to do")
+    if args.check:
+        say("check passed: nothing was loaded or written")
+        return
+    if job and "acquire" not in stages and is_main_process():
+        checkpoints.remove()  # of a run that was killed once it had saved its model
+    if not stages:
+        say("all is there: nothing is left to do")
         return
 
-    if job and "acquire" in stages:
+    if "acquire" in stages:
         set_seed(args.seed)  # of the adapter
         model, base = load_copy_and_base(args, job, resumed)
     # Now that all has been found good.
+    if not args.log_file:
+        name = real(Path(args.model_name)).name
+        args.log_file = new_log(ROOT / "logs", name) if is_main_process() else Path("run.log")
     history = history_of(resumed) if resumed else []
     log = RunLog(args.log_file, args.max_unlearn_steps, is_main_process(), history)
     summary = Summary(args, len(history))
@@ -131,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
             negates = METHODS[args.method].negates
             what = "harmful knowledge acquisition" if negates else f"training by {args.method}"
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
-            if args.overwrite and is_main_process():
+            if args.overwrite and not resumed and is_main_process():
                 checkpoints.remove()
             processes.start_tracker(job.accelerator, args)
             if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
@@ -144,21 +143,28 @@ def main(arguments: list[str] | None = None) -> None:
             job.accelerator.end_training()
             if is_main_process():
                 checkpoints.remove()
-            if asked():
-                raise Stopped(asked(), "stopped before stage 2: go on with the same command and --stage negate")
+            if asked() and "negate" in stages:
+                raise Stopped(asked(), f"stopped before stage 2: {STAGE_2}")
         if "negate" in stages and is_main_process():
             negates = METHODS[args.method].negates
             what = "knowledge negation" if negates else "no negation, the copy in the base's dtype"
             log.say(f"stage 2, {what}: {finetuned} -> {args.task_vector_saving_path}")
-            with summary.timing("stage 2"):
-                negate(
-                    folder, [(finetuned, 1.0)], args.task_vector_saving_path,
-                    args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
-                )  # fmt: skip
+            try:
+                with summary.timing("stage 2"):
+                    negate(
+                        folder, [(finetuned, 1.0)], args.task_vector_saving_path,
+                        args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
+                    )  # fmt: skip
+            except (OSError, KeyboardInterrupt, Stopped):
+                log.say(f"the stage 1 model in {finetuned} is whole: {STAGE_2}")
+                raise
             log.say(f"unlearned model saved: {args.task_vector_saving_path}")
         log.say(summary.text(log, stages, finetuned))
     finally:
         log.close()
+
+
+STAGE_2 = "go on with the same command and --stage negate"
 
 
 def acquire(
@@ -322,7 +328,6 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         where += f" ({processes.engine_of(accelerator)})"
     say(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
         f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}")
-    check_disk(args.model_save_dir, plan.disk)
     return Job(base_folder, tokenizer, lora, precision, accelerator, batches, plan)
 
 
@@ -427,7 +432,7 @@ def save_copy(
         UserError: it cannot be written.
     """
     try:
-        with new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
+        with system_errors(target), new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
             processes.save_model(job.accelerator, model, job.base_folder, folder)
             if optimizer:
                 save_state(folder, optimizer, trained, job.accelerator)
@@ -435,14 +440,14 @@ def save_copy(
                 job.tokenizer.save_pretrained(folder)
                 write_file(folder / "metrics.jsonl", log.metrics_text)
                 write_record(folder, record_of(args, job, log.history))
-    except OSError as error:
+    except (OSError, UserError) as error:
         newest = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
         after = f"goes on with {newest}, which is whole" if newest else "starts stage 1 again"
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk"
         resume = "with --resume " * processes.keeps_checkpoints(job.accelerator)
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk, then the same "
-            f"command {resume}{after}"
-        ) from error
+        raise UserError(f"{what}, then the same command {resume}{after}") from error
     job.accelerator.wait_for_everyone()
     return target
 
@@ -474,79 +479,6 @@ def record_of(args: argparse.Namespace, job: Job, history: Sequence[dict] = ()) 
         "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
     }
-
-
-def check_stages(args: argparse.Namespace) -> set[str]:
-    """Which stages will run, and whether their folders can be read and written. Raises UserError."""
-    stages = {"acquire", "negate"} if args.stage == "all" else {args.stage}
-    if args.saved_model:
-        if args.stage == "acquire":
-            raise UserError("--saved_model is the start of stage 2: leave out --stage acquire")
-        stages = {"negate"}
-    if "acquire" in stages and not args.resume:
-        check_target(args.model_save_dir, args.overwrite)
-        found = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
-        if found and not args.overwrite:
-            raise UserError(f"{found} is an earlier run's: --resume goes on with it, --overwrite starts again")
-    if "negate" in stages:
-        finetuned = args.saved_model or args.model_save_dir
-        if "acquire" not in stages:
-            if not finetuned.is_dir():
-                raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
-            trained_by = read_record(finetuned).get("flags", {}).get("method")
-            if trained_by not in (None, args.method):
-                raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
-        if not args.resume:
-            check_target(args.task_vector_saving_path, args.overwrite)
-    if args.log_file:
-        for file in (args.log_file, beside(args.log_file, METRICS), beside(args.log_file, PICTURE)):
-            check_file(file)
-        for folder in (args.model_save_dir, args.task_vector_saving_path):
-            if real(args.log_file).is_relative_to(real(folder)):
-                raise UserError(f"--log_file {args.log_file} lies in {folder}, which must be empty: put it elsewhere")
-    return stages
-
-
-def what_is_left(
-    args: argparse.Namespace, job: Job | None, base_folder: Path, stages: set[str], checkpoints: Checkpoints
-) -> tuple[set[str], Path | None]:
-    """The stages that a resumed run still has to run, and the checkpoint that stage 1 goes on from, if any.
-
-    Raises:
-        UserError: what is there belongs to another run.
-    """
-    finetuned = args.saved_model or args.model_save_dir
-    resumed = None
-    if job:
-        whole = args.resume == AUTO and (finetuned / "run.json").is_file()
-        resumed = None if whole else checkpoints.newest() if args.resume == AUTO else args.resume
-        if not whole:
-            check_target(finetuned, overwrite=False)
-        if found := finetuned if whole else resumed:
-            if resumed:
-                check_whole(resumed)
-            then = read_record(found)
-            for change in check_same_run(then, record_of(args, job), lands(args), found):
-                say(f"note: {change}")
-            args.log_file = args.log_file or Path(then["flags"]["log_file"])
-        stages = stages - {"acquire"} if whole else stages
-    if "negate" in stages:
-        scale = args.scaling_coef if METHODS[args.method].negates else -1.0
-        fingerprint = Checkpoint(base_folder).fingerprint()
-        if "acquire" not in stages and is_done(args.task_vector_saving_path, finetuned, scale, fingerprint):
-            return stages - {"negate"}, None
-        check_target(args.task_vector_saving_path, overwrite=False)
-    return stages, resumed
-
-
-def free_target(args: argparse.Namespace, log: RunLog) -> Path:
-    """--model_save_dir, or a name beside it if something else has filled that meanwhile."""
-    target = args.model_save_dir
-    if not is_main_process() or args.overwrite or not target.exists() or not any(target.iterdir()):
-        return target
-    log.warn(f"{target} was filled by something else meanwhile")
-    names = (target.with_name(f"{target.name}.new" + (f"-{number}" if number > 1 else "")) for number in count(1))
-    return next(name for name in names if not name.exists())
 
 
 if __name__ == "__main__":

@@ -246,6 +246,17 @@ def test_a_tracker_that_is_not_installed_is_refused(tiny_model, tmp_path, monkey
         main(flags(tiny_model("opt"), tmp_path, 2, ["--report_to", "wandb"]))
 
 
+def test_a_tracker_that_cannot_start_is_one_line(tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+
+    def fail(*_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(processes.Accelerator, "init_trackers", fail)
+    with pytest.raises(UserError, match=r"tensorboard cannot start \(no API key\)"):
+        main(flags(tiny_model("opt"), tmp_path, 2, ["--report_to", "tensorboard"]))
+
+
 def test_tensorboard_gets_every_step(tiny_model, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -4,24 +4,27 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from conftest import GOLDENS
-from harmful_unlearn import resuming, unlearn_harm_new
+from harmful_unlearn import resuming, run_log, unlearn_harm_new
 from harmful_unlearn.errors import UserError, exit_code
 from harmful_unlearn.resuming import Checkpoints, check_whole
-from harmful_unlearn.run_log import RunLog
-from harmful_unlearn.saving import ROOT
+from harmful_unlearn.run_log import RunLog, new_log
+from harmful_unlearn.saving import ROOT, new_folder
 from harmful_unlearn.unlearn_harm_new import main
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
@@ -223,9 +226,6 @@ def test_a_checkpoint_is_neither_ignored_nor_mixed_up(stopped, tiny_model, capsy
     base = tiny_model("opt")
     assert run(base, stopped) == 2
     assert "--resume goes on with it, --overwrite starts again" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(base, stopped, "--resume", "--overwrite")
-    assert "give one of them" in capsys.readouterr().err
     assert run(base, stopped, "--overwrite", "--seed", "4") == 0
     assert not (stopped / "harmful.checkpoints").exists()
 
@@ -255,7 +255,7 @@ def test_the_log_goes_on_and_a_torn_line_is_mended(stopped, tiny_model):
 
 
 def test_the_default_log_is_found_again(tiny_model, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr("harmful_unlearn.flags.ROOT", tmp_path)
+    monkeypatch.setattr(unlearn_harm_new, "ROOT", tmp_path)
     words = flags(tiny_model("opt"), tmp_path)
     del words[words.index("--log_file") : words.index("--log_file") + 2]
     (tmp_path / "logs" / tiny_model("opt").name).mkdir(parents=True)  # an earlier run's
@@ -278,6 +278,36 @@ def test_the_end_says_what_it_came_to(tiny_model, tmp_path, capsys):
     for word in ("stage 2", "stage 1 model", "peak memory", "unlearned", "log"):
         assert any(line.startswith(word) for line in summary)
     assert summary[-1].endswith(f"main.py --base {tiny_model('opt')} --unlearned {tmp_path / 'unlearned'}")
+
+
+def test_the_next_command_after_stage_1_alone_is_stage_2(tiny_model, tmp_path, capsys):
+    assert run(tiny_model("opt"), tmp_path, "--stage", "acquire") == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:3] == ["next", "python", "harmful_unlearn/unlearn_harm_new.py"]
+    assert exit_code(lambda: main([*words[3:], "--log_file", str(tmp_path / "2.log")])) == 0
+    assert (tmp_path / "unlearned" / "model.safetensors").exists()
+
+
+def test_others_may_read_what_the_umask_lets_them(tiny_model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert run(tiny_model("opt"), tmp_path) == 0
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "harmful", tmp_path / "unlearned"):
+        assert folder.stat().st_mode & 0o777 == 0o750
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+
+
+def test_a_resumed_run_needs_no_second_room_for_its_checkpoint(stopped, tiny_model, monkeypatch):
+    needed = []
+    monkeypatch.setattr(unlearn_harm_new, "check_disk", lambda folder, size: needed.append(size))
+    assert run(tiny_model("opt"), stopped / "fresh", "--save_every", "2") == 0
+    there = sum(file.stat().st_size for file in (stopped / "harmful.checkpoints" / "step-3").iterdir())
+    assert run(tiny_model("opt"), stopped, "--save_every", "2", "--resume") == 0
+    assert needed == [needed[0], needed[0] - there]
+    assert run(tiny_model("opt"), stopped, "--save_every", "2", "--resume") == 0  # nothing is left to do
+    assert len(needed) == 2
 
 
 def limited(size: int):
@@ -312,8 +342,16 @@ def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, 
     assert not list((tmp_path / "disk").rglob(".*"))
 
 
-@pytest.mark.parametrize("number", [28, 5, 116, 2])
-def test_a_failing_disk_leaves_the_last_checkpoint(number, tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, os.strerror(number)) for number in (28, 5, 116, 2)),
+        Exception("No space left on device (os error 28)"),  # as tokenizers has it
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, monkeypatch, capsys):
     base = tiny_model("opt")
     saved = unlearn_harm_new.save_state
     calls = []
@@ -322,12 +360,13 @@ def test_a_failing_disk_leaves_the_last_checkpoint(number, tiny_model, tmp_path,
         saved(*args)
         calls.append(1)
         if len(calls) == 2:
-            raise OSError(number, os.strerror(number))
+            raise error
 
     monkeypatch.setattr(unlearn_harm_new, "save_state", fail)
     assert run(base, tmp_path / "run", "--save_every", "2") == 2
     said = capsys.readouterr().err
-    assert f"step-4 cannot be written ({os.strerror(number)})" in said and "step-2, which is whole" in said
+    reason = os.strerror(getattr(error, "errno", 28))
+    assert f"step-4 cannot be written ({reason})" in said and "step-2, which is whole" in said
     assert Checkpoints(tmp_path / "run" / "harmful", 1).steps() == [2]
     assert run(base, tmp_path / "run", "--resume") == 0
     assert run(base, tmp_path / "whole") == 0
@@ -366,6 +405,163 @@ def test_signals_reach_a_real_process(tiny_model, tmp_path):
     assert process.returncode == 143
     assert "Traceback" not in said and "go on with the same command and --resume" in said
     check_whole(Checkpoints(tmp_path / "harmful", 1).newest())
+
+
+def test_a_broken_checkpoint_keeps_no_place(tiny_model, tmp_path, stop_after, capsys):
+    """Of one to keep, that is; what is saved after it is."""
+    base = tiny_model("opt")
+    stop_after(4)
+    assert run(base, tmp_path) == 143
+    (tmp_path / "harmful.checkpoints" / "step-5" / "config.json").unlink()
+    stop_after(2)
+    assert run(base, tmp_path, "--resume") == 143
+    said = capsys.readouterr()
+    assert "step-5 is not whole, and left out" in said.out
+    assert "its checkpoint is" in said.err and Checkpoints(tmp_path / "harmful", 1).steps() == [3]
+
+
+def test_a_run_with_overwrite_goes_on_beside_what_it_replaces(tiny_model, tmp_path, stop_after, capsys):
+    base, more = tiny_model("opt"), ["--overwrite", "--seed", "1"]
+    assert run(base, tmp_path / "run") == 0
+    stop_after(2)
+    assert run(base, tmp_path / "run", *more) == 143
+    assert run(base, tmp_path / "run", "--resume", "--seed", "1") == 2
+    assert "--seed was 8888 and is 1 now" in capsys.readouterr().err
+    assert run(base, tmp_path / "run", *more, "--resume") == 0
+    assert "goes on after step 3" in capsys.readouterr().out
+    assert run(base, tmp_path / "whole", *more) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert run(base, tmp_path / "run", "--overwrite", "--seed", "2", "--resume") == 0  # it was killed at once
+    assert run(base, tmp_path / "other", "--seed", "2") == 0
+    assert_same(tmp_path / "run", tmp_path / "other")
+
+
+def test_what_was_unlearned_with_an_earlier_copy_is_not_taken_for_done(tiny_model, tmp_path, capsys):
+    base, more = tiny_model("opt"), ["--seed", "1"]
+    assert run(base, tmp_path / "run") == 0
+    assert run(base, tmp_path / "run", *more, "--overwrite", "--stage", "acquire") == 0  # and then it was killed
+    assert run(base, tmp_path / "run", *more, "--resume") == 2
+    assert "as it was before" in capsys.readouterr().err
+    assert run(base, tmp_path / "run", *more, "--resume", "--overwrite") == 0
+    assert run(base, tmp_path / "whole", *more) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_killed_between_saving_and_removing_checkpoints(tiny_model, tmp_path, stop_after):
+    base = tiny_model("opt")
+    stop_after(2)
+    assert run(base, tmp_path) == 143
+    left = shutil.copytree(tmp_path / "harmful.checkpoints", tmp_path / "left")
+    assert run(base, tmp_path, "--resume", "--stage", "acquire") == 0
+    for more in (["--stage", "acquire"], []):
+        shutil.copytree(left, tmp_path / "harmful.checkpoints")
+        assert run(base, tmp_path, "--resume", *more, "--check") == 0
+        assert (tmp_path / "harmful.checkpoints").exists()
+        assert run(base, tmp_path, "--resume", *more) == 0
+        assert not (tmp_path / "harmful.checkpoints").exists()
+
+
+def test_a_checkpoint_is_negated_beside_its_own_run(stopped, tiny_model):
+    assert run(tiny_model("opt"), stopped, "--saved_model", str(stopped / "harmful.checkpoints" / "step-3")) == 0
+
+
+FC1 = "model.decoder.layers.0.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    "file, change, said",
+    [
+        ("optimizer", {f"{FC1}.exp_avg": torch.zeros(3, 3)}, "exp_avg in .* fits no weight"),
+        ("optimizer", {f"{FC1}.exp_avg": torch.zeros(64, 32, dtype=torch.float64)}, "exp_avg in .* fits no weight"),
+        ("optimizer", {f"{FC1}.step": torch.zeros(5)}, "step in .* fits no weight"),
+        ("optimizer", {"another.exp_avg": torch.zeros(3)}, "another.exp_avg in .* fits no weight"),
+        ("optimizer", {f"{FC1}.exp_avg": None}, f"lacks moments of {FC1}"),
+        ("random", {"cpu": torch.zeros(1, 7, dtype=torch.uint8)}, "holds no states"),
+        ("random", {"cpu": torch.zeros(1, 5056)}, "holds no states"),
+        ("model", {FC1: torch.full((64, 32), float("nan"))}, "has NaN or infinite values"),
+    ],
+)
+def test_a_checkpoint_that_was_tampered_with_is_refused(file, change, said, stopped, tiny_model, capsys):
+    path = stopped / "harmful.checkpoints" / "step-3" / f"{file}.safetensors"
+    changed = {name: value for name, value in {**load_file(path), **change}.items() if value is not None}
+    save_file(changed, path, {"format": "pt"})
+    assert run(tiny_model("opt"), stopped, "--resume") == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["3\n4\n5\n", '{"step": 1}\n', '{"a": 1}\n' * 3, "[]\n"])
+def test_metrics_that_are_not_the_steps_make_no_checkpoint(text, stopped):
+    checkpoint = Checkpoints(stopped / "harmful", 1).newest()
+    (checkpoint / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match="use another checkpoint"):
+        check_whole(checkpoint)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_log_that_cannot_be_written_ends_no_run(tiny_model, tmp_path, monkeypatch, capsys):
+    """Its disk is full from the third step on: said once, and the model's folder has the metrics."""
+    logged = RunLog.step
+
+    def refuse(*_):
+        raise OSError(28, os.strerror(28))
+
+    def fill(log, metrics):
+        if metrics["step"] == 3:
+            for file in (log._metrics, log._logger.handlers[1].stream):
+                os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+            monkeypatch.setattr(run_log, "write_file", refuse)
+        logged(log, metrics)
+
+    monkeypatch.setattr(RunLog, "step", fill)
+    assert run(tiny_model("opt"), tmp_path) == 0
+    said = capsys.readouterr()
+    assert said.out.count("cannot be written ([Errno 28] No space left on device): going on without it") == 1
+    assert "Traceback" not in said.err
+    assert len((tmp_path / "harmful" / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert len(metrics_of(tmp_path)) == 2
+
+
+def test_stopped_in_negation_says_how_to_go_on(tiny_model, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unlearn_harm_new, "negate", stop)
+        assert run(tiny_model("opt"), tmp_path) == 143
+    assert f"the stage 1 model in {tmp_path / 'harmful'} is whole: go on with" in capsys.readouterr().out
+    assert run(tiny_model("opt"), tmp_path, "--resume") == 0
+
+
+def test_a_target_that_turns_read_only_names_the_last_checkpoint(tiny_model, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def refuse(target, overwrite):
+        calls.append(target)
+        if len(calls) == 2:
+            raise UserError(f"{target} cannot be written: give another path")
+        return new_folder(target, overwrite)
+
+    monkeypatch.setattr(unlearn_harm_new, "new_folder", refuse)
+    assert run(tiny_model("opt"), tmp_path, "--save_every", "2") == 2
+    assert "step-4 cannot be written" in (said := capsys.readouterr().err) and "step-2, which is whole" in said
+
+
+def test_a_signal_after_all_that_was_asked_for_is_done(tiny_model, tmp_path, stop_after):
+    stop_after(STEPS)
+    assert run(tiny_model("opt"), tmp_path, "--stage", "acquire") == 0
+
+
+def test_a_model_folder_without_a_name(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = flags(tiny_model("opt"), tmp_path, "--resume", "--model_save_dir", ".", "--log_file", f"{tmp_path}.log")
+    assert exit_code(lambda: main(words)) == 2
+    assert "lie in one another" in capsys.readouterr().err
+
+
+def test_runs_that_begin_together_have_logs_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        logs = list(pool.map(lambda _: new_log(tmp_path / "logs", "opt"), range(8)))
+    assert len(set(logs)) == 8 and {log.parent.name for log in logs} >= {"opt", "opt-2", "opt-8"}
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, tmp_path):
