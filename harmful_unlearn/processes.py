@@ -123,10 +123,10 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(message: str) -> None:
-    """Print a line, once."""
+def say(message: str, end: str = "\n") -> None:
+    """Print, in one process only."""
     if is_main_process():
-        print(message, flush=True)
+        print(message, end=end, flush=True)
 
 
 def engine_of(accelerator: Accelerator) -> str:

@@ -8,7 +8,7 @@ from harmful_unlearn.checkpoints import Checkpoint, read_record
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.flags import AUTO
 from harmful_unlearn.methods import METHODS, lands
-from harmful_unlearn.processes import is_main_process, say
+from harmful_unlearn.processes import is_main_process
 from harmful_unlearn.resuming import Checkpoints, check_same_run, check_whole
 from harmful_unlearn.run_log import METRICS, PICTURE, RunLog, beside
 from harmful_unlearn.saving import ROOT, check_file, check_target, real
@@ -47,8 +47,8 @@ def check_stages(args: Namespace) -> set[str]:
 
 def what_is_left(
     args: Namespace, now: dict | None, base_folder: Path, stages: set[str], checkpoints: Checkpoints
-) -> tuple[set[str], Path | None]:
-    """The stages that a resumed run still has to run, and the checkpoint that stage 1 goes on from, if any.
+) -> tuple[set[str], Path | None, list[str]]:
+    """The stages that a resumed run still has to run; the checkpoint that stage 1 goes on from, if any; what to note.
 
     With --overwrite, what an earlier run left is replaced rather than refused.
 
@@ -59,7 +59,7 @@ def what_is_left(
         UserError: what is there belongs to another run.
     """
     finetuned = args.saved_model or args.model_save_dir
-    resumed = None
+    resumed, notes = None, []
     if now:
         auto = args.resume == AUTO
         resumed = checkpoints.newest() if auto else args.resume
@@ -72,17 +72,15 @@ def what_is_left(
         for step in checkpoints.steps() if auto and not whole else ():
             if checkpoints.at(step) == resumed:
                 break
-            say(f"note: {checkpoints.at(step)} is not whole, and left out")
+            notes.append(f"{checkpoints.at(step)} is not whole, and left out")
         found = finetuned if whole else resumed
         try:
             then = read_record(found) if found else {}
-            changes = check_same_run(then, now, lands(args), found) if found else []
+            notes += check_same_run(then, now, lands(args), found) if found else []
         except UserError:
             if not (whole and args.overwrite):
                 raise
-            whole, then, changes = False, {}, []
-        for change in changes:
-            say(f"note: {change}")
+            whole, then = False, {}
         if not whole:
             check_target(finetuned, args.overwrite)
         logged = then.get("flags", {}).get("log_file")
@@ -95,9 +93,9 @@ def what_is_left(
         if "acquire" not in stages and is_done(
             args.task_vector_saving_path, finetuned, scale, fingerprint, args.overwrite
         ):
-            return stages - {"negate"}, None
+            return stages - {"negate"}, None, notes
         check_target(args.task_vector_saving_path, args.overwrite)
-    return stages, resumed
+    return stages, resumed, notes
 
 
 def is_done(target: Path, finetuned: Path, scaling_coef: float, fingerprint: str, overwrite: bool) -> bool:

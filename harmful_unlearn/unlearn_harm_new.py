@@ -98,9 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
         job = job and job._replace(base_folder=folder)  # they may be another revision's
     at_hand = any(folder.glob("*.safetensors"))
-    resumed = None
+    resumed, notes = None, []
     if args.resume and at_hand:
-        stages, resumed = what_is_left(args, job and record_of(args, job), folder, stages, checkpoints)
+        stages, resumed, notes = what_is_left(args, job and record_of(args, job), folder, stages, checkpoints)
+        say("".join(f"note: {note}\n" for note in notes), end="")
     if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
@@ -125,6 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     summary = Summary(args, len(history))
     try:
         log.record_flags(args)
+        for note in notes:
+            log.record(note)
         if "acquire" in stages:
             log.record(str(job.plan))
             negates = METHODS[args.method].negates
