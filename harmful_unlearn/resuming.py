@@ -21,7 +21,7 @@ from torch import Tensor
 from harmful_unlearn.checkpoints import Checkpoint, Spec, read_record
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.processes import random_states, set_random_states, spread_as, write_whole
-from harmful_unlearn.saving import real
+from harmful_unlearn.saving import real, remove_folder
 
 # Flags that may change when a run goes on. scaling_coef is among them unless a loss is taken at the landing point.
 FREE = {
@@ -75,10 +75,12 @@ class Checkpoints:
         kept = set(islice(self._whole(), self._keep))
         for step in self.steps():
             if self.at(step) not in kept:
-                shutil.rmtree(self.at(step), ignore_errors=True)
+                remove_folder(self.at(step))
 
     def remove(self) -> None:
         """Remove them all."""
+        for step in self.steps():
+            remove_folder(self.at(step))
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

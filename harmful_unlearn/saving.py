@@ -171,6 +171,16 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; if this is stopped half-way, nothing half of it has its name."""
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.previous-{_process()}", dir=folder.parent))
+        folder.rename(hidden / folder.name)
+    except OSError:  # a full disk has no room for the new name
+        hidden = folder
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

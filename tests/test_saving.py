@@ -207,3 +207,16 @@ def test_run_log(tmp_path, capsys):
 def test_files_beside_the_log(tmp_path):
     assert beside(tmp_path / "opt-2.7b.log", ".png") == tmp_path / "opt-2.7b.png"
     assert beside(tmp_path / "opt-2.7b", ".png") == tmp_path / "opt-2.7b.png"
+
+
+def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
+    """Killed in the middle of removing, no half of it is left under its name."""
+    (tmp_path / "step-1").mkdir()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saving.remove_folder(tmp_path / "step-1")
+    assert not (tmp_path / "step-1").exists()
