@@ -213,7 +213,7 @@ def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
     """Killed in the middle of removing, no half of it is left under its name."""
     (tmp_path / "step-1").mkdir()
 
-    def killed(*_):
+    def killed(*_, **_more):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(saving.shutil, "rmtree", killed)
