@@ -145,7 +145,7 @@ def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, t
     assert codes == [0] * len(cases) + [2, 2, 2, 143]
     assert said.count("error: DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it") == 2
     assert said.count("error: DeepSpeed updates after every backward pass, and landing needs two") == 1
-    assert "stopping after this step; once more: at once" in said
+    assert "stopping after this step; once more to stop at once" in said
     assert "stopped after step 3; DeepSpeed keeps no checkpoints: start again" in said
     assert not [*tmp_path.glob("refused-*"), *(tmp_path / "stopped").glob("harmful*")]
     for case, (model, more) in cases.items():
