@@ -235,16 +235,15 @@ def acquire(
             accelerator.backward(part * accelerator.num_processes)  # engines average over processes
             loss |= each
         grad_norm = processes.gradient_norm(accelerator, trained.values())
-        tokens = sum(batch.tokens for batch in texts if batch)
-        measured = torch.stack([*loss.values(), *(torch.tensor(one).to(grad_norm) for one in (tokens, float(asked())))])
-        measured = [*accelerator.reduce(measured, "sum").tolist(), grad_norm.item()]
-        measured = dict(zip([*loss, "tokens", "asked", "grad_norm"], measured, strict=True))
+        counts = torch.tensor([sum(batch.tokens for batch in texts if batch), asked()], device=accelerator.device)
+        measured = accelerator.reduce(torch.stack([*loss.values(), *counts.float()]), "sum").tolist()
+        measured = dict(zip([*loss, "tokens", "asked"], measured, strict=True))
         metrics = {
             "step": step + 1,
             **{f"{name}_loss": measured[name] + 0.0 if name in loss else None for name in weights},  # no -0.0
             "total_loss": sum(weights[name] * measured[name] for name in loss),
             "lr": scheduler.get_last_lr()[0],
-            "grad_norm": measured["grad_norm"],
+            "grad_norm": grad_norm.item(),
             "tokens": int(measured["tokens"]),
         }
         if wrong := not_finite(metrics):
@@ -264,12 +263,9 @@ def acquire(
         if measured["asked"]:
             keep()
             kept = checkpoints.newest()
-            raise Stopped(
-                asked() or signal.SIGTERM,
-                f"stopped after step {step + 1}; "
-                + (f"its checkpoint is {kept}: go on with the same command and --resume" if kept
-                   else f"{none_kept}: start again"),
-            )  # fmt: skip
+            go_on = f"its checkpoint is {kept}: go on with the same command and --resume"
+            go_on = go_on if kept else f"{none_kept}: start again"
+            raise Stopped(asked() or signal.SIGTERM, f"stopped after step {step + 1}; {go_on}")
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.max_unlearn_steps:
             keep()
     return model
