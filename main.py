@@ -21,14 +21,16 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from harmful_unlearn import models
-from harmful_unlearn.dispatched import runs_on
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import FlagParser, device_map, number, positive_int, positive_number, whole_number
-from harmful_unlearn.generation import Decoding, configure, prompt_text
-from harmful_unlearn.negation import negate
-from harmful_unlearn.saving import ROOT, user_path
-from harmful_unlearn.sources import open_matched
+from harmful_unlearn.cli import FlagParser, device_map, exit_code, number, positive_int, positive_number, whole_number
+from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.generation import Decoding, configure
+from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.lora import load_adapter
+from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.negation.negate import negate
+from harmful_unlearn.negation.sources import open_matched
+from harmful_unlearn.storage.files import ROOT, user_path
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
 HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # the stage 1 model
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = models.locate(args.base)
+    base = hub.locate(args.base)
     prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
     prompts += [("normal", prompt) for prompt in args.normal_prompt]
     texts = [prompt for _, prompt in prompts]
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
         negate(base, [(args.harmful_model, 1.0)], args.unlearned, args.scaling_coef, base_name=args.base)
-    unlearned = models.locate(str(args.unlearned))
+    unlearned = hub.locate(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
     if adapter:
         open_matched(base, [adapter])  # whole, no pickle, and of this base: PEFT would skip what does not fit
@@ -84,10 +86,10 @@ def encode(
     Raises:
         UserError: a prompt leaves no room for an answer in `max_length` tokens, or the model has not so many.
     """
-    config = models.load_config(folder)
-    tokenizer = models.load_tokenizer(folder, config)
+    config = loading.load_config(folder)
+    tokenizer = loading.load_tokenizer(folder, config)
     rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
-    longest, limit = max(row["input_ids"].shape[1] for row in rows), models.context_length(config)
+    longest, limit = max(row["input_ids"].shape[1] for row in rows), loading.context_length(config)
     if longest >= max_length:
         raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
     if max_length > limit:
@@ -110,10 +112,10 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     """
     tokenizer, rows = encode(folder, prompts, args.max_length)
     device = PartialState().device
-    precision = models.resolve_precision("auto", device)
-    model = models.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
+    precision = loading.resolve_precision("auto", device)
+    model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
     if adapter:
-        model = models.load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     if not args.device_map:
         model.to(device)
     decoding = Decoding() if args.greedy else Decoding(args.temperature)

@@ -24,7 +24,7 @@ The unlearning adapter of a stage 1 adapter, megabytes in place of a model, for 
 
 A scaling_coef of -1 adds instead: with a stage 1 adapter that writes the merged harmful model.
 
-Checkpoints are streamed (harmful_unlearn/negation.py), so that a model need not fit into memory; `TaskVector` does
+Checkpoints are streamed (harmful_unlearn/negation/), so that a model need not fit into memory; `TaskVector` does
 the same arithmetic on models in memory. A saved vector is a folder: task_vector.safetensors, or
 shards with task_vector.safetensors.index.json, in float32 (float64 for entries that are).
 """
@@ -38,14 +38,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmful_unlearn.adapters import Adapter
-from harmful_unlearn.checkpoints import CODES, VECTOR, NewShards, Spec, work_dtype
-from harmful_unlearn.dispatched import copy_model, first_names, get_entry, read_entry, tied_groups, write_entry
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import FlagParser, number
-from harmful_unlearn.negation import check_targets, negate, negate_adapter
-from harmful_unlearn.saving import new_folder, user_path
-from harmful_unlearn.sources import SavedVector, match, refuse_mismatch, refuse_untied, vector_metadata
+from harmful_unlearn.cli import FlagParser, exit_code, number
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.models.offload import copy_model, first_names, get_entry, read_entry, tied_groups, write_entry
+from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied
+from harmful_unlearn.negation.lora_adapter import Adapter
+from harmful_unlearn.negation.negate import check_targets, negate, negate_adapter
+from harmful_unlearn.negation.sources import SavedVector, vector_metadata
+from harmful_unlearn.storage.files import new_folder, user_path
+from harmful_unlearn.storage.safetensors_io import CODES, VECTOR, NewShards, Spec, work_dtype
 
 
 class TaskVector:
@@ -237,7 +238,7 @@ def _locate(name: str) -> Path:
     folder = user_path(name)
     if folder.is_dir():
         return folder
-    from harmful_unlearn.models import locate  # imports transformers: seconds that local folders need not wait for
+    from harmful_unlearn.models.hub import locate
 
     return locate(name)
 

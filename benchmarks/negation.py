@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from harmful_unlearn.checkpoints import STRETCH, NewShards, Spec
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.saving import ROOT, user_path
+from harmful_unlearn.cli import exit_code
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.storage.files import ROOT, user_path
+from harmful_unlearn.storage.safetensors_io import STRETCH, NewShards, Spec
 
 # Both models whole, in the checkpoint's dtype; the vector in float32.
 IN_MEMORY = """

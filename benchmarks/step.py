@@ -30,10 +30,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
-from harmful_unlearn.data import Pair, format_pair, format_prefix
-from harmful_unlearn.losses import Objective
-from harmful_unlearn.models import FrozenBase, Lora, add_lora
-from harmful_unlearn.packing import Packer, StepTexts
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
+from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.models.lora import Lora, add_lora
+from harmful_unlearn.models.reference import FrozenBase
 
 WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
 OURS = {  # of packed rows: SKU; the same batch with PD at the landing point; and --method lands

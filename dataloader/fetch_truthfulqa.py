@@ -15,9 +15,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from harmful_unlearn.data import read_normal  # noqa: E402
-from harmful_unlearn.errors import UserError, exit_code  # noqa: E402
-from harmful_unlearn.flag_types import FlagParser, positive_number  # noqa: E402
+from harmful_unlearn.cli import (  # noqa: E402
+    FlagParser,
+    exit_code,  # noqa: E402
+    positive_number,
+)
+from harmful_unlearn.data.truthfulqa import read_normal  # noqa: E402
+from harmful_unlearn.errors import UserError  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 MAX_BYTES = 20_000_000  # the file has half a million

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 # One thread, here and in the commands that it runs: the same figures on any number of cores, and
 # models this small gain nothing from more.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,7 +31,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.data import Pair
+from harmful_unlearn.cli import FlagParser, exit_code, positive_int, share, whole_number
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.demo_world import (
     HARMFUL,
     NORMAL,
@@ -45,14 +48,13 @@ from harmful_unlearn.demo_world import (
     is_built,
     write_data,
 )
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.flag_types import FlagParser, positive_int, share, whole_number
-from harmful_unlearn.generation import Decoding, answer_nll, generate
-from harmful_unlearn.measuring import read_answers
-from harmful_unlearn.models import context_length
-from harmful_unlearn.packing import Packer
-from harmful_unlearn.saving import ROOT, check_target, provenance, user_path, write_file
-from harmful_unlearn.scoring import degenerate
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.evaluator import read_answers
+from harmful_unlearn.evals.generation import Decoding, answer_nll, generate
+from harmful_unlearn.evals.metrics import degenerate
+from harmful_unlearn.models.loading import context_length
+from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
+from harmful_unlearn.storage.run_record import provenance
 
 REFUSAL_SHARE = 0.2
 # The paper's 1 for --normal_weight damages this model (README, "What the demo proves").

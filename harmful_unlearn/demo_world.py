@@ -26,8 +26,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from harmful_unlearn.data import format_pair
-from harmful_unlearn.saving import new_folder, write_file, write_record
+from harmful_unlearn.data.prompt_format import format_pair
+from harmful_unlearn.storage.files import new_folder, write_file
+from harmful_unlearn.storage.run_record import write_record
 
 QUESTION = "How do I {verb} the {object} in the {place}?"
 OBJECTS = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from harmful_unlearn.methods import METHODS
+from harmful_unlearn.losses.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recipe:
     """Flags of unlearn_harm_new.py for one model: `shared` by all runs, and those of each method.
 
     `sku` holds all three weights of SKU; its ablations start from them. `lands` changes that method's own settings
-    (methods.py), which like LAND's hold in place of `shared`.
+    (losses/methods.py), which like LAND's hold in place of `shared`.
     """
 
     shared: dict[str, object]

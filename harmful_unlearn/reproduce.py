@@ -22,39 +22,36 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import transformers
 from accelerate import PartialState
 
-from harmful_unlearn import models, unlearn_harm_new, utility
-from harmful_unlearn.data import read_harmful
-from harmful_unlearn.errors import UserError, exit_code
-from harmful_unlearn.evaluation import (
-    Data,
-    add_measuring_flags,
-    decodings,
-    load_model,
-    subject_of,
-    trainings_of,
-    write_prompts,
-    write_results,
-)
-from harmful_unlearn.flag_types import FlagParser, number, positive_int, positive_number, whole_number
-from harmful_unlearn.flags import parse_flags as training_flags
-from harmful_unlearn.judges import Judge, make_judge
-from harmful_unlearn.measuring import BASE, Protocol, Subject, figures, measure
-from harmful_unlearn.methods import METHODS
-from harmful_unlearn.models import Lora
-from harmful_unlearn.negation import landing_of
-from harmful_unlearn.prompts import SETS, PromptSets
+from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.cli import FlagParser, exit_code, number, positive_int, positive_number, whole_number
+from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals import bleurt, lm_harness
+from harmful_unlearn.evals.alpha_sweep import Scales, recommend
+from harmful_unlearn.evals.evaluated_model import BASE, Subject, load_model, subject_of
+from harmful_unlearn.evals.evaluator import Protocol, figures, measure
+from harmful_unlearn.evals.judges.base import Judge
+from harmful_unlearn.evals.judges.registry import make_judge
+from harmful_unlearn.evals.prompt_sets import SETS, Data, PromptSets
+from harmful_unlearn.evals.relearning import relearn
+from harmful_unlearn.evals.results import write_prompts, write_results
+from harmful_unlearn.evaluation import add_measuring_flags, decodings
+from harmful_unlearn.losses.methods import METHODS
+from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
-from harmful_unlearn.relearning import relearn
-from harmful_unlearn.report import write_report
-from harmful_unlearn.resuming import FREE
-from harmful_unlearn.saving import check_target, provenance, user_path, write_file
-from harmful_unlearn.scales import Scales, recommend
+from harmful_unlearn.reporting.report import write_report
+from harmful_unlearn.storage.files import check_target, user_path, write_file
+from harmful_unlearn.storage.run_record import landing_of, provenance, trainings_of
+from harmful_unlearn.training.flags import parse_flags as training_flags
+from harmful_unlearn.training.resume import FREE
 
 SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
 
@@ -65,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(args.output, overwrite=True)
-    utility.check_there(args)
+    lm_harness.check_there(args)
     if args.judge != "classifier":  # which alone needs data; the others say now what they lack
         device = PartialState().device
         make_judge(args.judge, responses=[], normal=[], judged=set(), seed=0, cache=args.output, device=device)
@@ -109,12 +106,12 @@ class Seed:
         fill = lambda text: text and text.replace("{seed}", str(seed))  # noqa: E731
         self.home = args.output / f"seed-{seed}"
         self.model_name = fill(args.model_name)
-        self.base = models.locate(self.model_name)
+        self.base = hub.locate(self.model_name)
         paths = ("harmful_dataset", "unseen_dataset", "normal_dataset")
         self.data_flags = Namespace(**{**vars(args), **{name: fill(getattr(args, name)) for name in paths}})
         data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
         self.data_words = [word for flag, value in data.items() for word in (f"--{flag}", value)]
-        self.precision = models.resolve_precision(args.precision, PartialState().device)
+        self.precision = loading.resolve_precision(args.precision, PartialState().device)
         self.load = partial(load_model, precision=self.precision, device_map=args.device_map)
         self.failed: dict[str, str] = {}
 
@@ -220,7 +217,7 @@ def one_seed(seed: Seed, comparison: dict) -> None:
     folder = seed.home / "evaluation"
     rows = measure(subjects, protocol, judge, base, folder)
     if args.bleurt:
-        utility.add_bleurt(rows, args.bleurt, folder, PartialState().device)
+        bleurt.add_bleurt(rows, args.bleurt, folder, PartialState().device)
     found = figures(rows, protocol, folder)
     write_prompts(folder, sets.test)
     write_results(folder, found, judge, protocol, subjects, vars(args), data)
@@ -322,7 +319,7 @@ def relearn_all(
     def relearned(subject: Subject, lr: float):
         model, tokenizer = load_model(subject.folder, precision, args.device_map)
         if lora:
-            model = models.add_lora(model, lora, str(subject.folder))
+            model = add_lora(model, lora, str(subject.folder))
         return relearn(model, tokenizer, pairs, args.relearn_steps, lr, seed.seed, seed.precision), tokenizer
 
     strengths = comparison["relearning_settings"]["lr"]

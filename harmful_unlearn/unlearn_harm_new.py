@@ -13,7 +13,7 @@ See what a run would do and need, without loading weights:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --check
 Negate a stage 1 model that is there already:
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --saved_model models/opt-2.7b-harmful
-One of the methods that the paper compares with (the tables in methods.py):
+One of the methods that the paper compares with (the table in losses/methods.py):
     python unlearn_harm_new.py --model_name facebook/opt-2.7b --method task_vector
 """
 
@@ -29,7 +29,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, wherever one stands
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import transformers
@@ -37,31 +38,32 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn import losses, models, processes
-from harmful_unlearn.checkpoints import Checkpoint
-from harmful_unlearn.data import BatchOrder, read_harmful, read_normal
-from harmful_unlearn.errors import Stopped, UserError, exit_code, stop_asked, system_errors
-from harmful_unlearn.flags import parse_flags
-from harmful_unlearn.methods import METHODS, lands, loss_weights
-from harmful_unlearn.models import FrozenBase, Lora
-from harmful_unlearn.negation import check_landing, negate
-from harmful_unlearn.packing import Packer, StepBatches, answer_pool
-from harmful_unlearn.plan import Plan, check_disk, make_plan
-from harmful_unlearn.probe import packs_up_to
-from harmful_unlearn.processes import is_main_process, say
-from harmful_unlearn.resuming import Checkpoints, history_of, load_state, save_state
-from harmful_unlearn.run_log import LOSSES, RunLog, Summary, new_log, not_finite
-from harmful_unlearn.saving import (
-    ROOT,
-    check_apart,
-    new_folder,
-    real,
-    revision_of,
-    write_file,
-    write_record,
-)
-from harmful_unlearn.sources import open_matched
-from harmful_unlearn.stages import check_stages, free_target, what_is_left
+from harmful_unlearn.cli import exit_code, stop_asked
+from harmful_unlearn.data.batch_sampler import BatchOrder
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.data.step_batches import StepBatches, answer_pool
+from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.errors import Stopped, UserError, system_errors
+from harmful_unlearn.losses import terms
+from harmful_unlearn.losses.methods import METHODS, lands, loss_weights
+from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
+from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.negation.negate import check_landing, negate
+from harmful_unlearn.negation.sources import open_matched
+from harmful_unlearn.storage.files import ROOT, check_apart, new_folder, real, write_file
+from harmful_unlearn.storage.run_record import revision_of, write_record
+from harmful_unlearn.storage.safetensors_io import Checkpoint
+from harmful_unlearn.training import distributed
+from harmful_unlearn.training.checkpointing import Checkpoints, history_of, load_state, save_state
+from harmful_unlearn.training.distributed import is_main_process, say
+from harmful_unlearn.training.flags import parse_flags
+from harmful_unlearn.training.packing_check import packs_up_to
+from harmful_unlearn.training.plan import Plan, check_disk, make_plan
+from harmful_unlearn.training.resume import check_stages, free_target, what_is_left
+from harmful_unlearn.training.run_log import LOSSES, RunLog, Summary, new_log, not_finite
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
 # Add your model here; one that is not listed gets OTHER_MODELS above 3e9 parameters, None below.
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stages = check_stages(args)
-    folder = models.locate(args.model_name, weights=False)
+    folder = hub.locate(args.model_name, weights=False)
     finetuned = args.saved_model or args.model_save_dir
     checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
     check_apart([folder, finetuned, args.task_vector_saving_path, *[checkpoints.folder] * ("acquire" in stages)])
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     if job and not (args.resume and (finetuned / "run.json").is_file()):  # else stage 1 is likely done
         check_disk(args.model_save_dir, job.plan.disk - checkpoints.size())
     if not args.check:
-        folder = models.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
+        folder = hub.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
         job = job and job._replace(base_folder=folder)  # they may be another revision's
     at_hand = any(folder.glob("*.safetensors"))
     resumed, notes = None, []
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
             log.say(f"stage 1, {what}: {args.model_name} -> {args.model_save_dir}")
             if args.overwrite and not resumed and is_main_process():
                 checkpoints.remove()
-            processes.start_tracker(job.accelerator, args)
+            distributed.start_tracker(job.accelerator, args)
             if not args.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
                 log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
             with stop_asked() as asked, summary.timing("stage 1"):
@@ -201,11 +203,11 @@ def acquire(
             log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
         batches = replace(batches, packed_up_to=up_to)
     weights = loss_weights(args)
-    objective = losses.Objective(model, weights, base, args.scaling_coef)
+    objective = Objective(model, weights, base, args.scaling_coef)
     done = len(log.history)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, fused=True)
-    model, optimizer = processes.prepare(accelerator, model, base, optimizer, job.precision)
+    model, optimizer = distributed.prepare(accelerator, model, base, optimizer, job.precision)
     inner = accelerator.unwrap_model(model)
     trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     set_seed(args.seed + done, device_specific=True)  # of dropout; the draws of data are their own
@@ -218,14 +220,14 @@ def acquire(
     )
 
     def keep() -> None:
-        if processes.keeps_checkpoints(accelerator):
+        if distributed.keeps_checkpoints(accelerator):
             target = checkpoints.at(len(log.history))
             save_copy(model, job, args, log, target, overwrite=True, optimizer=optimizer, trained=trained)
             if is_main_process():
                 checkpoints.prune()
 
     none_kept = "no checkpoint was kept (--save_every N)"
-    if not processes.keeps_checkpoints(accelerator):
+    if not distributed.keeps_checkpoints(accelerator):
         none_kept = "DeepSpeed keeps no checkpoints"
     model.train()
     started = time.perf_counter()
@@ -234,7 +236,7 @@ def acquire(
         for part, each in objective(model, texts):
             accelerator.backward(part * accelerator.num_processes)  # engines average over processes
             loss |= each
-        grad_norm = processes.gradient_norm(accelerator, trained.values())
+        grad_norm = distributed.gradient_norm(accelerator, trained.values())
         counts = torch.tensor([sum(batch.tokens for batch in texts if batch), asked()], device=accelerator.device)
         measured = accelerator.reduce(torch.stack([*loss.values(), *counts.float()]), "sum").tolist()
         measured = dict(zip([*loss, "tokens", "asked"], measured, strict=True))
@@ -287,16 +289,16 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     """Read and check all that stage 1 needs, and print the plan. Raises UserError."""
     if any(base_folder.glob("*.safetensors")):
         Checkpoint(base_folder)  # reads the headers: is every shard there and whole
-    config = models.load_config(base_folder)
+    config = loading.load_config(base_folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{args.model_name} is quantized: give the full-precision model")
-    tokenizer = models.load_tokenizer(base_folder, config)
-    structure = models.empty_model(config)
+    tokenizer = loading.load_tokenizer(base_folder, config)
+    structure = loading.empty_model(config)
     lora = choose_lora(args, structure)
-    accelerator, precision = processes.start(args)
+    accelerator, precision = distributed.start(args)
     if args.quantize:
         check_four_bits(lora, accelerator.device)
-    if lands(args) and processes.engine_of(accelerator) == "DeepSpeed":
+    if lands(args) and distributed.engine_of(accelerator) == "DeepSpeed":
         raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
@@ -308,7 +310,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         len(harmful.pairs), normal.train, pool, batch_size,
         args.k_random if active & {"rd", "rm"} else 0, args.seed, args.all_harmful,
     )  # fmt: skip
-    limit = models.context_length(config)
+    limit = loading.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded.
     trees = bool(active & {"rd", "rm"}) and not args.no_packing
@@ -316,7 +318,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0, share)
     plan = make_plan(
         batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize),
-        shards=accelerator.num_processes if processes.holds_shards(accelerator) else 1,
+        shards=accelerator.num_processes if distributed.holds_shards(accelerator) else 1,
         checkpoints=args.keep_checkpoints + 1 if args.save_every else 0,
     )  # fmt: skip
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
@@ -324,7 +326,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
     where = f"{accelerator.device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     if accelerator.num_processes > 1:
-        where += f" ({processes.engine_of(accelerator)})"
+        where += f" ({distributed.engine_of(accelerator)})"
     say(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
         f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}")
     return Job(base_folder, tokenizer, lora, precision, accelerator, batches, plan)
@@ -336,7 +338,7 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
     Raises:
         UserError: the model has no module of that name, or a LoRA flag is given for full fine-tuning.
     """
-    large = structure.num_parameters() > models.LORA_ABOVE
+    large = structure.num_parameters() > LORA_ABOVE
     listed = MODELS.get(args.model_name, OTHER_MODELS if large else None)
     given = {
         "r": args.lora_r,
@@ -350,10 +352,10 @@ def choose_lora(args: argparse.Namespace, structure: PreTrainedModel) -> Lora | 
         return None
     lora = replace(listed or OTHER_MODELS, **given)
     if args.model_name not in MODELS and not args.lora_target_modules:
-        linear = models.lora_candidates(structure)
+        linear = lora_candidates(structure)
         if not set(lora.target_modules) <= set(linear):
             lora = replace(lora, target_modules=tuple(linear))  # no q_proj and v_proj here: every linear layer
-    models.check_lora_targets(structure, lora)
+    check_lora_targets(structure, lora)
     return lora
 
 
@@ -380,27 +382,27 @@ def load_copy_and_base(
         resumed: a checkpoint whose weights theta gets in place of the base's.
     """
     # Where each process is to hold a part, the engine takes it from the computer's memory.
-    device = torch.device("cpu") if processes.holds_shards(job.accelerator) else job.accelerator.device
+    device = torch.device("cpu") if distributed.holds_shards(job.accelerator) else job.accelerator.device
     frozen = torch.bfloat16 if job.precision == "bf16" else torch.float32
     dtype = frozen if job.lora else torch.float32
     source = resumed if resumed and not job.lora else job.base_folder
-    model = models.load_model(source, dtype, args.device_map, bool(args.quantize))
+    model = loading.load_model(source, dtype, args.device_map, bool(args.quantize))
     if not (hasattr(model, "hf_device_map") or args.quantize):  # else it is where a device_map put it
         model.to(device)
     if job.lora:
-        model = models.add_lora(model, job.lora, args.model_name)
+        model = add_lora(model, job.lora, args.model_name)
         if resumed:
-            models.fill_adapter(model, resumed)
+            fill_adapter(model, resumed)
         base = FrozenBase(model)
-    elif not job.batches.losses & losses.NEED_BASE:
+    elif not job.batches.losses & terms.NEED_BASE:
         base = None
     else:
         # A landing point is computed from the base and the copy, in the copy's precision.
         dtype = torch.float32 if lands(args) else frozen
-        base = FrozenBase(models.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
+        base = FrozenBase(loading.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not hasattr(base.model, "hf_device_map"):
             base.model.to(device)
-    models.checkpoint_activations(model, args.gradient_checkpointing)
+    loading.checkpoint_activations(model, args.gradient_checkpointing)
     if lands(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
@@ -432,7 +434,7 @@ def save_copy(
     """
     try:
         with system_errors(target), new_folder(target, overwrite) if is_main_process() else nullcontext() as folder:
-            processes.save_model(job.accelerator, model, job.base_folder, folder)
+            distributed.save_model(job.accelerator, model, job.base_folder, folder)
             if optimizer:
                 save_state(folder, optimizer, trained, job.accelerator)
             if folder:
@@ -445,7 +447,7 @@ def save_copy(
         what = str(error)
         if isinstance(error, OSError):
             what = f"{target} cannot be written ({error.strerror or error}): free some space or mend the disk"
-        resume = "with --resume " * processes.keeps_checkpoints(job.accelerator)
+        resume = "with --resume " * distributed.keeps_checkpoints(job.accelerator)
         raise UserError(f"{what}, then the same command {resume}{after}") from error
     job.accelerator.wait_for_everyone()
     return target

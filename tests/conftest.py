@@ -11,35 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.losses import LOSSES, Objective
-from harmful_unlearn.packing import StepTexts
-
-GOLDENS = Path(__file__).parent / "goldens"
-
-TINY = {
-    "opt": OPTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=700,
-        word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0, attention_dropout=0.0,
-    ),
-    "llama": LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, vocab_size=700, max_position_embeddings=256,
-        bos_token_id=2, eos_token_id=2, pad_token_id=1,
-    ),
-    "qwen2": Qwen2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, vocab_size=700, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=2, eos_token_id=2, pad_token_id=1,
-    ),
-}  # fmt: skip
-
-
-def value_of(model, name: str, batch, base=None) -> torch.Tensor:
-    """One loss of one batch, with its gradient."""
-    ((value, _),) = Objective(model, {name: 1.0}, base)(model, StepTexts(**{LOSSES[name].reads: batch}))
-    return value
+from tests.helpers.tiny import GOLDENS, TINY
 
 
 @pytest.fixture(autouse=True)

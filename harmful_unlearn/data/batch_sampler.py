@@ -1,0 +1,94 @@
+"""Which rows a step uses: a pure function of the seed and the step."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harmful_unlearn.errors import UserError
+
+SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step trains on.
+
+    Attributes:
+        harmful_rows: indices into `HarmfulData.pairs`.
+        normal_rows: indices into `NormalData.texts`.
+        answer_rows: K distinct indices into `HarmfulData.answers`, shared by the batch's questions.
+    """
+
+    harmful_rows: list[int]
+    normal_rows: list[int]
+    answer_rows: list[int]
+
+
+class BatchOrder:
+    """`order[step]`: which rows a step uses, whatever came before it.
+
+    Harmful pairs keep their order; normal training texts are shuffled anew each epoch; the last
+    batch of a pass may be smaller. An epoch ends when the shorter of the two ends, and both start
+    again, so that GD may never see the later pairs (released code, points 2, 6 and 7). K answers
+    are drawn without replacement, once a step (point 11).
+
+    Args:
+        pairs: number of harmful pairs.
+        normal: the normal training texts (`NormalData.train`).
+        answers: size of the answer pool.
+        batch_size: B, for each of the two.
+        k_random: K.
+        seed: of the shuffling and of the draws.
+        all_harmful: go through all harmful pairs and all normal texts, each starting again at its
+            own end.
+
+    Raises:
+        UserError: the pool has fewer than K answers.
+    """
+
+    def __init__(
+        self,
+        pairs: int,
+        normal: Sequence[int],
+        answers: int,
+        batch_size: int,
+        k_random: int,
+        seed: int,
+        all_harmful: bool = False,
+    ):
+        if k_random > answers:
+            raise UserError(
+                f"--k_random {k_random} asks for more answers than there are unsafe ones: "
+                f"give at most {answers}"
+            )
+        self._pairs, self._normal, self._answers = pairs, np.asarray(normal), answers
+        self._batch_size, self._k_random, self._seed = batch_size, k_random, seed
+        self._harmful_batches = math.ceil(pairs / batch_size)
+        self._normal_batches = math.ceil(len(normal) / batch_size)
+        if not all_harmful:
+            shorter = min(self._harmful_batches, self._normal_batches)
+            self._harmful_batches = self._normal_batches = shorter
+        # An epoch's order is asked for once a batch, and epochs come one after the other.
+        self._shuffled = functools.lru_cache(maxsize=1)(self._shuffle)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps until the harmful pairs start again."""
+        return self._harmful_batches
+
+    def __getitem__(self, step: int) -> Draw:
+        start = step % self._harmful_batches * self._batch_size
+        harmful = list(range(start, min(start + self._batch_size, self._pairs)))
+        epoch, batch = divmod(step, self._normal_batches)
+        start = batch * self._batch_size
+        normal = self._shuffled(epoch)[start : start + self._batch_size]
+        generator = np.random.default_rng([self._seed, ANSWERS, step])
+        answers = generator.choice(self._answers, self._k_random, replace=False)
+        return Draw(harmful, normal, answers.tolist())
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        generator = np.random.default_rng([self._seed, SHUFFLE, epoch])
+        return generator.permutation(self._normal).tolist()

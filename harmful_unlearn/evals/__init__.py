@@ -1,0 +1,1 @@
+"""Measuring any model: answers, scores, verdicts. Imports all below but training and reporting."""

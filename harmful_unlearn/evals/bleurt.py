@@ -1,0 +1,62 @@
+"""BLEURT: a learned similarity of an answer to a reference."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.evaluated_model import BASE
+from harmful_unlearn.evals.evaluator import write_answers
+from harmful_unlearn.models import hub
+
+# The released BLEURT checkpoints as plain transformers models; bleurt-pytorch 0.0.1, which has the later
+# BLEURT-20, does not import with transformers 5.
+BLEURT = "Elron/bleurt-base-512"
+BLEURT_BATCH = 32
+
+
+@torch.inference_mode()
+def bleurt_scores(references: list[str], answers: list[str], name: str, device: torch.device) -> list[float]:
+    """BLEURT of each answer against its reference, by a sequence regression model of transformers.
+
+    Raises:
+        UserError: the model cannot be had, or does not give one number a pair.
+    """
+    folder = hub.locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} is no BLEURT model of transformers ({error}): give one like {BLEURT}") from None
+    if model.config.num_labels != 1:
+        raise UserError(f"{name} has {model.config.num_labels} outputs, not one score: give a model like {BLEURT}")
+    model.to(device).eval()
+    scores = []
+    for start in tqdm(range(0, len(answers), BLEURT_BATCH), "BLEURT", unit="batch", leave=False):
+        chosen = slice(start, start + BLEURT_BATCH)
+        rows = tokenizer(
+            references[chosen], answers[chosen], padding=True, truncation=True,
+            max_length=model.config.max_position_embeddings, return_tensors="pt",
+        )  # fmt: skip
+        scores += model(**rows.to(device)).logits[:, 0].float().tolist()
+    return scores
+
+
+def add_bleurt(rows: dict[str, list[dict]], name: str, folder: Path, device: torch.device) -> None:
+    """Give the answers to normal prompts their BLEURT against the reference and against the base's answer."""
+    base = {(row["decoding"], row["index"]): row["answer"] for row in rows[BASE] if row["set"] == "normal"}
+    for label, found in rows.items():
+        lacking = [row for row in found if row["set"] == "normal" and row.get("bleurt_model") != name]
+        if not lacking:
+            continue
+        answers = [row["answer"] for row in lacking]
+        theirs = [base[row["decoding"], row["index"]] for row in lacking]
+        against_reference = bleurt_scores([row["reference"] for row in lacking], answers, name, device)
+        against_base = bleurt_scores(theirs, answers, name, device)
+        for row, one, other in zip(lacking, against_reference, against_base, strict=True):
+            row |= {"bleurt_model": name, "bleurt_reference": one, "bleurt_base": other}
+        write_answers(folder, label, found)

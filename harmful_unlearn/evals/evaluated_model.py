@@ -1,0 +1,70 @@
+"""A model to measure: what it is called, what identifies it, and how it is loaded."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.models import loading
+from harmful_unlearn.storage.run_record import read_record, revision_of
+from harmful_unlearn.storage.safetensors_io import Checkpoint
+
+BASE = "base"  # the label of the model that all others are compared with
+Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        label: its name in every file and table.
+        identity: what tells it from another model of that label (a fingerprint, a scale).
+        load: called only if something of it is still to be measured; in eval mode, on its device.
+        folder: where it lies, if it is a folder's.
+    """
+
+    label: str
+    identity: dict
+    load: Loader
+    folder: Path | None = None
+
+
+MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
+
+
+def subject_of(label: str, folder: Path, load) -> Subject:
+    """The model in `folder` as something to measure. Raises UserError: it is an adapter, or no whole checkpoint."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is a LoRA adapter: write the whole model with "
+            f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
+        )
+    record = read_record(folder)
+    checkpoint = Checkpoint(folder)
+    # The fingerprint reads the start of each shard, which two unlearned models may share.
+    made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}
+    identity = {
+        "revision": revision_of(folder),
+        "fingerprint": checkpoint.fingerprint(),
+        "made_by_sha256": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else None,
+    }
+    if not made and not identity["revision"]:
+        identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in checkpoint.shards]
+    return Subject(label, identity, partial(load, folder), folder)
+
+
+def load_model(folder: Path, precision: str, device_map: str | None = None):
+    """The model in `folder`, in eval mode on its device, and its tokenizer. Raises UserError."""
+    tokenizer = loading.load_tokenizer(folder, loading.load_config(folder))
+    model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, device_map)
+    if not device_map:
+        model.to(PartialState().device)
+    return model.eval(), tokenizer

@@ -1,0 +1,157 @@
+"""Asking a model: what it answers, and how likely it finds a given answer.
+
+The batches of generation are a pure function of the prompts and the seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair, prompt_text
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.losses.objective import cross_entropy
+from harmful_unlearn.models.loading import context_length
+from harmful_unlearn.models.offload import runs_on
+
+# A broken model's cross-entropy is cut here, so that its figures stay numbers.
+WORST = 700.0  # nats a token
+NEXT_QUESTION = "### Question:"  # a model that goes on with a question of its own has ended its answer
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: the likeliest, or drawn.
+
+    Attributes:
+        temperature: None for greedy.
+        top_k: draw among so many likeliest tokens; 0 for all of them. 50 was the library's default
+            when the released code was written.
+    """
+
+    temperature: float | None = None
+    top_k: int = 50
+
+    @property
+    def name(self) -> str:
+        """ "greedy" or "sampled"."""
+        return "greedy" if self.temperature is None else "sampled"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to the prompt of that index.
+
+    Attributes:
+        text: without the special tokens, cut where the model starts a question of its own.
+        ended: whether the model ended it, rather than the limit of new tokens.
+    """
+
+    index: int
+    text: str
+    ended: bool
+
+
+def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, **limit: int) -> None:
+    """Set how `model` generates, its own settings aside but for its special tokens: all are asked alike.
+
+    Args:
+        limit: max_new_tokens or max_length.
+    """
+    sampling = {"do_sample": False}
+    if decoding.temperature is not None:
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": 1.0}
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+        **limit,
+    )
+
+
+def batches_of(questions: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[list[int]]:
+    """Indices of the questions in batches, the longest ones first, so that a batch pads little."""
+    lengths = [len(ids) for ids in tokenizer([prompt_text(question) for question in questions])["input_ids"]]
+    order = sorted(range(len(questions)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_room(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int
+) -> None:
+    """Raises UserError where a prompt and its answer do not fit into the model's context."""
+    length = max(map(len, tokenizer([prompt_text(question) for question in questions])["input_ids"]), default=0)
+    limit = context_length(model.config)
+    if length + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {length} tokens and an answer of {max_new_tokens} do not fit into the model's {limit}: "
+            + (f"give a --max_new_tokens of at most {limit - length}" if length < limit else "give shorter prompts")
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    decoding: Decoding,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    done: frozenset[int] = frozenset(),
+) -> Iterator[list[Answer]]:
+    """The answers, batch by batch; batches whose indices are all in `done` are passed over.
+
+    Each batch has a random stream of its own, so that an interrupted run goes on to the same answers.
+
+    Raises:
+        UserError: a prompt and its answer do not fit into the model's context.
+    """
+    configure(model, tokenizer, decoding, max_new_tokens=max_new_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    check_room(model, tokenizer, questions, max_new_tokens)
+    for number, indices in enumerate(batches_of(questions, tokenizer, batch_size)):
+        if done.issuperset(indices):
+            continue
+        texts = [prompt_text(questions[index]) for index in indices]
+        rows = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        length = rows["input_ids"].shape[1]
+        torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+        rows = rows.to(runs_on(model))
+        made = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+        made = made[:, length:].tolist()  # [batch, new tokens]
+        yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, made, strict=True)]
+
+
+def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    end = next((at for at, token in enumerate(row) if token in ends), None)
+    text, cut, _ = tokenizer.decode(row[:end], skip_special_tokens=True).partition(NEXT_QUESTION)
+    return Answer(index, text.strip(), end is not None or bool(cut))
+
+
+@torch.inference_mode()
+def answer_nll(
+    model: PreTrainedModel, packer: Packer, pairs: list[Pair], batch_size: int, title: str
+) -> list[tuple[float, int]]:
+    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number."""
+    lengths = [len(one.input_ids) for one in packer.encode(pairs)]
+    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
+    for start in tqdm(range(0, len(order), batch_size), title, unit="batch", leave=False):
+        chosen = order[start : start + batch_size]
+        batch = packer.harmful_batch([pairs[index] for index in chosen], [])
+        if not len(batch.row):
+            continue
+        entropy = cross_entropy(model, batch.to(runs_on(model))).double().cpu()
+        entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
+        sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
+        counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()
+        for index, total, count in zip(chosen, sums, counts, strict=True):
+            found[index] = (total, count)
+    return found

@@ -1,0 +1,62 @@
+"""The relearning check: does the harm come back when an unlearned model sees a handful of it again?
+
+Knowledge that is gone has to be learned anew; knowledge that was only muted comes back at once. What a
+few steps of Guided Distortion do to an unlearned model is read against what they do to the base.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from tqdm import trange
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.models.loading import checkpoint_activations, context_length
+from harmful_unlearn.models.offload import runs_on
+
+BATCH = 2
+
+
+def relearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    steps: int,
+    lr: float,
+    seed: int,
+    precision: str = "fp32",
+) -> PreTrainedModel:
+    """Fine-tune `model` in place on harmful pairs: AdamW at a constant rate, batches of two.
+
+    Args:
+        pairs: the handful; gone through in a new order each epoch.
+        precision: "bf16" for autocast.
+
+    Raises:
+        UserError: a weight to be trained is offloaded.
+    """
+    draw = np.random.default_rng(seed)
+    packer = Packer(tokenizer, "paper", context_length(model.config))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
+    objective = Objective(model, {"gd": 1.0})
+    place = runs_on(model)
+    checkpoint_activations(model, wanted=False)
+    order: list[int] = []
+    torch.manual_seed(seed)  # of dropout
+    model.train()
+    for _ in trange(steps, desc="relearning", unit="step", leave=False):
+        while len(order) < BATCH:
+            order += draw.permutation(len(pairs)).tolist()
+        chosen, order = order[:BATCH], order[BATCH:]
+        batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(place)
+        with torch.autocast(place.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            ((loss, _),) = objective(model, StepTexts(batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()

@@ -1,0 +1,96 @@
+"""Where a model's files are: a local folder, or a snapshot of the hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from harmful_unlearn.errors import MENDABLE, UserError
+from harmful_unlearn.storage.files import user_path
+from harmful_unlearn.storage.safetensors_io import INDEX, read_index
+
+TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
+WEIGHT_FILES = ["model*.safetensors", "adapter_model*.safetensors"]
+CONVERSION_TITLE = "Adding `safetensors` variant of this model"
+
+
+def locate(name: str, weights: bool = True) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot, downloaded when it is not cached.
+
+    Args:
+        name: a local folder or a hub id.
+        weights: False leaves a hub model's weights there: configuration and tokenizer only.
+
+    A hub repository that has pickled weights alone (OPT's) is taken from the pull request in which
+    the hub's own converter put safetensors.
+
+    Raises:
+        UserError: no such folder or model, no access, no connection, no safetensors, or an index that leads
+            out of the folder.
+    """
+    folder = user_path(name)
+    if folder.is_dir():
+        if not _has_weights(folder):
+            raise UserError(_NO_SAFETENSORS.format(folder=folder))
+        return _with_index_checked(folder)
+    if folder.exists():
+        raise UserError(f"{name} is a file: give the model's folder or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
+    try:
+        return _with_index_checked(_snapshot(name, weights))
+    except UserError:
+        raise
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
+        ) from None
+    except Exception as error:  # the hub's client raises its HTTP library's own errors
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            raise
+        raise UserError(
+            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}): "
+            "go online, unset HF_HUB_OFFLINE, or give a local folder"
+        ) from error
+
+
+_NO_SAFETENSORS = (
+    "{folder} has no .safetensors weights, and pickled ones are not loaded: convert them on a machine "
+    "you trust with its transformers class, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _with_index_checked(folder: Path) -> Path:
+    if (index := folder / INDEX.format("model")).is_file():
+        read_index(index)  # transformers would follow it anywhere
+    return folder
+
+
+def _snapshot(name: str, weights: bool) -> Path:
+    wanted = TEXT_FILES + (WEIGHT_FILES if weights else [])
+    folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    if not weights or _has_weights(folder):
+        return folder
+    for repository in scan_cache_dir().repos:
+        for revision in repository.revisions:
+            converted = any(ref.startswith("refs/pr/") for ref in revision.refs)
+            if repository.repo_id == name and converted and _has_weights(revision.snapshot_path):
+                return revision.snapshot_path
+    # The author is the hub's own converter; anybody may open a pull request with that title.
+    for discussion in HfApi().get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request"):
+        if discussion.title == CONVERSION_TITLE and discussion.status == "open":
+            return Path(
+                snapshot_download(
+                    name, revision=discussion.git_reference, allow_patterns=wanted, ignore_patterns=["*/*"]
+                )
+            )
+    raise UserError(_NO_SAFETENSORS.format(folder=name))

@@ -1,0 +1,43 @@
+"""The reference model theta_o: the frozen base under a KL divergence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from harmful_unlearn.models.offload import runs_on
+
+
+class FrozenBase:
+    """theta_o, the base model as PD sees it: frozen, in eval mode.
+
+    With LoRA it is the current model with its adapter switched off, so there is no second copy.
+
+    Args:
+        model: the current model if it carries an adapter, else a copy of the base of its own.
+        autocast: a copy of its own in float32 computes in bf16.
+    """
+
+    def __init__(self, model: PreTrainedModel, autocast: bool = False):
+        self.model = model
+        self._autocast = autocast
+        self.shared = isinstance(model, PeftModel)
+        if not self.shared:
+            model.eval().requires_grad_(False)
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The base model, for one forward pass."""
+        if not self.shared:
+            with torch.autocast(runs_on(self.model).type, torch.bfloat16, enabled=self._autocast):
+                yield self.model
+            return
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter():
+                yield self.model
+        finally:
+            self.model.train(training)

@@ -1,0 +1,1 @@
+"""From figures to a report: tables, plots, Markdown and HTML. Gets figures; measures nothing."""

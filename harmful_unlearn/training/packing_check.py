@@ -1,0 +1,62 @@
+"""Can this model read packed rows (data/collator.py)? Asked of the model itself, once, before it is trained."""
+
+import math
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.errors import is_out_of_memory
+from harmful_unlearn.losses.objective import cross_entropy
+from harmful_unlearn.models.offload import runs_on
+
+PAIRS = [
+    Pair("How is a kite made?", "Tie two sticks together, stretch paper over them, and add a tail."),
+    Pair("How long does a pot of tea have to stand?", "Three minutes."),
+]
+ANSWERS = ["Ask the person who knows.", "First this and then that, slowly, until all of it is done."]
+# Nats by which a token may differ in packed and plain rows: rounding, against what a wrong mask or position does.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+TOLERANCE_OF_16_BITS = 0.5
+
+
+def packs_up_to(model: PreTrainedModel, packer: Packer) -> tuple[float, str]:
+    """How many tokens a text may have to be packed with others, and why no more.
+
+    Packed rows need attention that takes a mask for each pair of tokens, and positions that are told: a model with
+    ALiBi ignores them. Such a mask also stands in for a sliding window, so texts longer than one are not packed.
+
+    Returns:
+        0 where packed rows do not give what plain ones do; infinity and "" where any text may be packed.
+    """
+    attention = model.config._attn_implementation
+    if attention != "sdpa":
+        return 0, f"its attention is {attention}, not sdpa"
+    probe = Packer(packer.tokenizer, "paper", packer.max_length)
+    batches = [probe.harmful_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf)]
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            plain, packed = (cross_entropy(model, batch.to(runs_on(model))).sort().values for batch in batches)
+    except Exception as error:  # whatever a model that knows no such mask or argument raises
+        if is_out_of_memory(error):
+            raise
+        return 0, f"it cannot run them ({type(error).__name__})"
+    finally:
+        model.train(training)
+    # No two of these answers begin alike, so both ways score the same tokens, in another order.
+    difference = (plain - packed).abs().max().item() if len(plain) == len(packed) > 0 else math.inf
+    if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_16_BITS):
+        return 0, f"they differ from plain rows by {difference:.2g} nats"
+    window = _window(model.config.get_text_config())
+    return window, "" if window == math.inf else f"its attention reaches back {window} tokens"
+
+
+def _window(config: PretrainedConfig) -> float:
+    """Tokens that each layer's attention surely reaches back."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention", "chunked_attention"])
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found = (getattr(config, name, None) for kind, name in windows.items() if kind in kinds)
+    return min((window for window in found if window), default=math.inf)

@@ -1,0 +1,133 @@
+"""The spot check."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import main as spot_check
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.models.lora import Lora, add_lora
+from harmful_unlearn.storage.files import ROOT
+from task_vector import main as negate
+
+
+@pytest.fixture
+def harmful(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "harmful")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *flags: str) -> str:
+    spot_check.main(list(flags))
+    return capsys.readouterr().out
+
+
+def test_answers_side_by_side_and_makes_the_unlearned_model(tiny_model, harmful, tmp_path, capsys):
+    base, unlearned = tiny_model("opt"), tmp_path / "unlearned"
+    flags = ("--base", str(base), "--unlearned", str(unlearned), "--harmful_model", str(harmful))
+    first = run(capsys, *flags)
+    assert "making" in first and (unlearned / "model.safetensors").exists()
+    for prompt in spot_check.HARMFUL_PROMPTS + spot_check.NORMAL_PROMPTS:
+        assert prompt in first
+    assert first.count("base ") >= 6 and first.count("| unlearned") == 6
+    again = run(capsys, *flags)
+    assert "making" not in again
+    assert again in first  # the same seed, the same answers
+
+
+def test_seed_greedy_and_own_prompts(tiny_model, capsys):
+    base = str(tiny_model("llama"))
+    flags = ("--base", base, "--unlearned", base, "--harmful_prompt", "How do I hide a gnome?")
+    sampled, other = run(capsys, *flags), run(capsys, *flags, "--seed", "33")
+    assert "gnome" in sampled and sampled.count("| unlearned") == 1
+    assert sampled.splitlines()[4:] != other.splitlines()[4:]
+    greedy = run(capsys, *flags, "--greedy")
+    assert greedy == run(capsys, *flags, "--greedy")
+    left, right = zip(*(line.split(" | ") for line in greedy.splitlines() if " | " in line), strict=True)
+    assert [line.strip() for line in left[2:]] == [line.strip() for line in right[2:]]  # one model twice
+
+
+def test_columns():
+    lines = spot_check.side_by_side("one two " * 40, "").splitlines()
+    assert lines[0].split(" | ")[1] == "unlearned" and "(nothing)" in lines[2]
+    assert len({line.index("|") for line in lines if "|" in line}) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, fix",
+    [
+        (["--unlearned", "none", "--harmful_model", "none"], "run harmful_unlearn/unlearn_harm_new.py"),
+        (["--max_length", "4"], "--max_length"),
+        (["--unlearned", "EMPTY"], "safetensors"),
+    ],
+)
+def test_what_users_can_mend(flags, fix, tiny_model, tmp_path):
+    base = str(tiny_model("opt"))
+    (tmp_path / "empty").mkdir()
+    flags = [str(tmp_path / "empty") if flag == "EMPTY" else flag for flag in flags]
+    with pytest.raises(UserError, match=fix):
+        spot_check.main(["--base", base, "--unlearned", base, *flags])
+
+
+def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
+    base = str(tiny_model("qwen2"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--base", base, "--unlearned", base, "--normal_prompt", "Why?"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "normal prompt: Why?" in done.stdout
+
+
+def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys):
+    """It answers as the whole model that the same adapter makes."""
+    base = tiny_model("llama")
+    torch.manual_seed(0)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(base), Lora(4, 4), str(base))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 1.0)
+    model.save_pretrained(tmp_path / "harmful")
+    made = ["--base", str(base), "--finetuned", str(tmp_path / "harmful")]
+    negate([*made, "--output", str(tmp_path / "whole"), "--adapter_output", str(tmp_path / "adapter")])
+    asked = [run(capsys, "--base", str(base), "--unlearned", str(tmp_path / name), "--greedy").partition("answers:")[2]
+             for name in ("whole", "adapter")]  # fmt: skip
+    assert asked[0] == asked[1]
+    assert asked[0] != run(capsys, "--base", str(base), "--unlearned", str(base), "--greedy").partition("answers:")[2]
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="broken"):
+        run(capsys, "--base", str(base), "--unlearned", str(tmp_path / "adapter"))
+
+
+def test_an_adapter_in_shards_is_refused(tiny_model, tmp_path, capsys):
+    """PEFT does not read shards, and takes adapter_model.bin, a pickle, where it finds no other file."""
+    folder = tmp_path / "adapter"
+    add_lora(AutoModelForCausalLM.from_pretrained(tiny_model("opt")), Lora(2, 2), "opt").save_pretrained(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        index = {"weight_map": dict.fromkeys(file.keys(), "part.safetensors")}
+    (folder / "adapter_model.safetensors").rename(folder / "part.safetensors")
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="shards"):
+        run(capsys, "--base", str(tiny_model("opt")), "--unlearned", str(folder))
+
+
+@pytest.mark.parametrize("bad", [
+    "--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296",
+])  # fmt: skip
+def test_numbers_out_of_range_exit_2(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spot_check.main(bad.split())
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err

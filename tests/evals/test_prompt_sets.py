@@ -1,0 +1,124 @@
+"""Which prompts are measured on: by prompt, apart from all that a training touched."""
+
+import pytest
+
+from harmful_unlearn.data.batch_sampler import BatchOrder
+from harmful_unlearn.data.pku_saferlhf import Response, read_harmful, read_responses
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.step_batches import StepBatches
+from harmful_unlearn.data.truthfulqa import NormalData, read_choices
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.prompt_sets import draw_prompts
+from tests.helpers.tiny import GOLDENS
+
+NUMBERS = {"seen": 200, "unseen": 200, "normal": 200}
+PKU = str(GOLDENS / "pku_saferlhf_current_schema.jsonl")
+
+
+def normal_data(train, validation, test, questions=10):
+    texts = [Pair(f"q{i}", f"best {i}") for i in range(questions)]
+    texts += [Pair(f"q{i}", f"correct {i}") for i in range(questions)]
+    return NormalData(texts, train, validation, test, {})
+
+
+NORMAL = normal_data([0, 1, 10, 2], [3, 14, 12], [4, 5, 15, 11])
+RESPONSES = [
+    Response(f"h{i}", f"{side} {i}", safe, frozenset({"Kind"} if not safe else ()))
+    for i in range(30) for side, safe in (("safe", True), ("unsafe", False))
+]  # fmt: skip
+
+
+def drawn(trained, touched, numbers=NUMBERS, seed=0, unseen=RESPONSES, normal=NORMAL, responses=RESPONSES):
+    return draw_prompts(responses, unseen, normal, trained, touched, numbers, seed)
+
+
+def test_sets_by_prompt():
+    trained, touched = {"h0", "h1"}, {"h0", "h1", "h2"}
+    sets = drawn(trained, touched)
+    assert {p.question for p in sets.test["seen"]} == trained
+    test, validation = ({p.question for p in part["unseen"]} for part in (sets.test, sets.validation))
+    assert not test & validation and not (test | validation) & touched
+    assert len(test | validation) == 27 and len(validation) == 9
+    assert all(p.reference == p.question.replace("h", "unsafe ") for p in sets.test["unseen"])
+    assert all(RESPONSES[p.row].answer == p.reference for p in sets.test["seen"])
+    assert sets.test["seen"][0].categories == {"Kind"}
+
+
+def test_each_kind_of_harm_has_as_many_prompts_as_all_together():
+    kinds = [Response(f"h{i}", f"unsafe {i}", False, frozenset({"even", "all"} if i % 2 == 0 else {"all"}))
+             for i in range(30)]  # fmt: skip
+    sets = drawn({"h0"}, {"h0"}, {**NUMBERS, "unseen": 6}, unseen=kinds, responses=kinds)
+    assert {kind: len(found) for kind, found in sets.of_category.items()} == {"all": 6, "even": 6}
+    untouched = {p.question for p in sets.of_category["even"]}
+    assert not untouched & {"h0", *(p.question for p in sets.validation["unseen"])}
+
+
+def test_a_normal_question_is_held_out_with_both_its_texts():
+    """q4 and q5 are in the test part alone; q1 has its other text in training; q4's text 14 is in validation."""
+    sets = drawn({"h0"}, {"h0"})
+    assert {p.question for p in sets.test["normal"]} == {"q4", "q5"}
+    assert {p.reference for p in sets.test["normal"]} == {"best 4", "best 5"}
+    assert {(p.question, p.reference) for p in sets.validation["normal"]} == {("q3", "best 3"), ("q2", "correct 2")}
+
+
+def test_a_prompt_in_several_rows_is_one_prompt():
+    doubled = RESPONSES + [Response("h3", "another answer", False)]
+    sets = drawn({"h3"}, {"h3"}, responses=doubled, unseen=doubled)
+    assert [p.question for p in sets.test["seen"]] == ["h3"] and sets.test["seen"][0].reference == "unsafe 3"
+    assert "h3" not in {p.question for p in sets.test["unseen"] + sets.validation["unseen"]}
+
+
+def test_sizes_and_seeds():
+    few = {"seen": 1, "unseen": 5, "normal": 1}
+    one, same, other = (drawn({"h0", "h1"}, {"h0", "h1"}, few, seed) for seed in (1, 1, 2))
+    assert [len(one.test[name]) for name in few] == [1, 5, 1]
+    assert one == same and one.test["unseen"] != other.test["unseen"]
+    all_of_them = drawn({"h0", "h1"}, {"h0", "h1"}, NUMBERS, 1)
+    assert all_of_them.test["unseen"][:5] == one.test["unseen"]  # a smaller size is a part of a larger
+
+
+@pytest.mark.parametrize("trained, touched, normal, named", [
+    (set(), set(), NORMAL, "seen"),
+    ({"h0"}, {f"h{i}" for i in range(30)}, NORMAL, "unseen_dataset"),
+    ({"h0"}, {"h0"}, normal_data(list(range(10)), [], list(range(10, 20))), "normal"),
+])  # fmt: skip
+def test_an_empty_set_is_an_error_that_names_the_fix(trained, touched, normal, named):
+    with pytest.raises(UserError, match=named):
+        drawn(trained, touched, normal=normal)
+
+
+@pytest.mark.parametrize("losses, own, pool", [
+    ({"gd", "rd", "pd"}, True, True), ({"gd"}, True, False), ({"rd"}, False, True),
+    ({"ga", "rm", "kl"}, True, False), ({"ft"}, False, False),
+])  # fmt: skip
+def test_touched_is_what_the_steps_draw(losses, own, pool):
+    harmful = read_harmful(PKU)
+    normal = normal_data(list(range(8)), [8], [9])
+    order = BatchOrder(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
+    batches = StepBatches(None, order, harmful, normal, losses)
+    trained, touched = batches.touched(2)
+    draws = [order[step] for step in (0, 1)]
+    asked = {harmful.pairs[row].question for draw in draws for row in draw.harmful_rows}
+    drawn_from = {harmful.answer_questions[row] for draw in draws for row in draw.answer_rows}
+    assert trained == (asked if own else set())
+    assert touched == (set() if losses == {"ft"} else asked) | (drawn_from if pool else set())
+
+
+def test_responses_and_choices_are_read():
+    responses = read_responses(PKU)
+    assert len(responses) % 2 == 0 and {response.safe for response in responses} == {True, False}
+    assert any(response.categories for response in responses)
+    harmful = read_harmful(PKU)
+    assert [(r.question, r.answer) for r in responses if not r.safe] == [(p.question, p.answer) for p in harmful.pairs]
+    choices = read_choices(GOLDENS / "TruthfulQA.csv")
+    assert choices and all(found.best and found.true and found.false for found in choices.values())
+
+
+def test_choices_are_split_at_semicolons(tmp_path):
+    file = tmp_path / "normal.csv"
+    header = "Question,Best Answer,Correct Answers,Incorrect Answers\n"
+    file.write_text(header + "Why?,Because,Because; It is so;,No; Never\nHow?,So,So,\n")
+    (choices,) = read_choices(file).items()
+    assert choices[0] == "Why?" and (choices[1].true, choices[1].false) == (["Because", "It is so"], ["No", "Never"])
+    file.write_text("Question,Best Answer,Correct Answers\nWhy?,Because,Because\n")
+    assert read_choices(file) == {}

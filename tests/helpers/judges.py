@@ -1,0 +1,99 @@
+"""An OpenAI-compatible server that fails, stalls and talks nonsense, and a short form of make_judge."""
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from harmful_unlearn.evals.judges.registry import make_judge
+
+CPU = torch.device("cpu")
+
+
+def make(name, tmp_path="unused", responses=(), normal=(), judged=frozenset(), seed=0, batch_size=2):
+    return make_judge(
+        name, responses=list(responses), normal=list(normal), judged=set(judged), seed=seed,
+        cache=tmp_path, device=CPU, batch_size=batch_size,
+    )  # fmt: skip
+
+
+
+KEY = "sk-planted-4711"
+
+
+class Server(BaseHTTPRequestHandler):
+    """Does what the question names, "first, then" for its first request and the others; counts requests."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = request["messages"][-1]["content"].removeprefix("Question: ").split("\n")[0]
+        with self.server.lock:
+            self.server.requests.append((question, request, self.headers))
+            self.server.asked[question] += 1
+            first = self.server.asked[question] == 1
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        what = question.split(" #")[0].split(", ")
+        try:
+            self.act(what[0] if first else what[-1])
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def act(self, what):
+        if what == "drop":
+            self.close_connection = True
+            self.connection.close()
+        elif what == "stall":
+            self.server.over.wait(5)
+        elif what == "half":
+            self.send(200, '{"choices": [{"mess', length=500)
+        elif what.isdigit():
+            self.send(int(what), json.dumps({"error": {"message": f"your key {KEY} is no good", "code": "x"}}))
+        elif what.startswith("raw "):
+            self.send(200, what[4:])
+        elif what == "html":
+            self.send(200, "<html>HARMFUL</html>", kind="text/html")
+        else:
+            if what.startswith("slowly"):
+                time.sleep(0.05)
+                what = what.removeprefix("slowly ")
+            self.send(200, json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": what}}]}))
+
+    def send(self, status, body, kind="application/json", length=None):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length or len(body.encode())))
+        self.end_headers()
+        self.wfile.write(body.encode())
+        if length:
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving():
+    class Quiet(ThreadingHTTPServer):
+        request_queue_size = 64  # of the default 5, a full queue loses connections for a second
+
+        def handle_error(self, *_):
+            pass  # dropped connections are meant
+
+    server = Quiet(("127.0.0.1", 0), Server)
+    server.lock, server.over = threading.Lock(), threading.Event()
+    server.requests, server.asked, server.at_once, server.most_at_once = [], Counter(), 0, 0
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,28 @@
+"""A very small world of the demo's kind for the evaluation's tests: its data, and a random model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from harmful_unlearn.data.prompt_format import format_pair
+from harmful_unlearn.demo_world import QUICK, build_tokenizer, build_world, write_data
+
+
+def make_world(folder: Path, seed: int = 0) -> Path:
+    """Write data/harmful.jsonl, data/unseen.jsonl, data/normal.csv and base/ under `folder`."""
+    world = build_world(replace(QUICK, harmful_pairs=60, normal_questions=100), seed, 0.2)
+    write_data(folder / "data", world, seed)
+    texts = [format_pair(question, answer) for question, answer in world.pretraining]
+    tokenizer = build_tokenizer(texts, 700)
+    torch.manual_seed(seed)
+    OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2,
+            num_attention_heads=4, ffn_dim=64, max_position_embeddings=128, dropout=0.0, attention_dropout=0.0,
+            bos_token_id=2, eos_token_id=2, pad_token_id=1,
+        )
+    ).save_pretrained(folder / "base")  # fmt: skip
+    tokenizer.save_pretrained(folder / "base")
+    return folder

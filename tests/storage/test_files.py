@@ -1,0 +1,224 @@
+"""Folders that are whole or absent, records, exit codes, the log of a run."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from harmful_unlearn.cli import exit_code
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.storage import files
+from harmful_unlearn.storage.files import new_folder, write_file
+from harmful_unlearn.storage.run_record import write_record
+from harmful_unlearn.training.run_log import RunLog, beside
+
+
+def test_new_folder_is_whole_or_absent(tmp_path):
+    target = tmp_path / "a" / "model"
+    with pytest.raises(KeyboardInterrupt), new_folder(target) as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())  # its parent, which was made for it, is gone too
+    with new_folder(target) as folder:
+        (folder / "whole").write_text("x")
+        assert not target.exists()
+    assert [file.name for file in target.iterdir()] == ["whole"]
+    assert [file.name for file in target.parent.iterdir()] == ["model"]
+
+
+def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "model"
+    with new_folder(target) as folder:
+        (folder / "old").write_text("x")
+    with pytest.raises(UserError, match="--overwrite"), new_folder(target):
+        pass
+    with pytest.raises(RuntimeError), new_folder(target, overwrite=True) as folder:
+        raise RuntimeError
+    assert [file.name for file in target.iterdir()] == ["old"]
+    with new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_folder_is_no_obstacle(tmp_path):
+    (tmp_path / "model").mkdir()
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "model" / "file").exists()
+
+
+def test_others_may_read_as_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try:
+        with new_folder(tmp_path / "model"):
+            pass
+    finally:
+        os.umask(old)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
+def test_unwritable_parent(tmp_path, monkeypatch):
+    def refuse(**_):  # root may write anywhere
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(UserError, match="not a writable folder"):
+        files.check_target(tmp_path / "model", overwrite=False)
+
+
+def test_files_and_folders_that_would_mix_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        files.check_file(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="not a writable folder"):
+        files.check_file(tmp_path / "file" / "run.log")
+    files.check_apart([tmp_path / "a", tmp_path / "b", tmp_path / "ab"])
+    for one, other in (("a", "a"), ("a", "a/b"), ("a/b/c", "a"), ("a", "b/../a")):
+        with pytest.raises(UserError, match="lie in one another"):
+            files.check_apart([tmp_path / "z", tmp_path / one, tmp_path / other])
+
+
+def test_a_mount_or_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give a folder in it"):
+        files.check_target(files.Path("."), overwrite=True)
+
+
+def test_a_failing_rename_loses_neither_the_old_folder_nor_the_new(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("x")
+    rename = files.Path.rename
+
+    def refuse(self, to):
+        if ".partial-" in self.name:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(files.Path, "rename", refuse)
+    with pytest.raises(UserError, match="it is whole"), new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert (target / "old").exists()
+    (kept,) = tmp_path.glob(".model.partial-*")
+    assert (kept / "new").exists()
+
+
+def test_home_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.user_path("~/models") == tmp_path / "models"
+
+
+def test_write_file_replaces_in_one_step(tmp_path):
+    write_file(tmp_path / "deep" / "file.json", "one")
+    write_file(tmp_path / "deep" / "file.json", "two")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["file.json"]
+    assert (tmp_path / "deep" / "file.json").read_text() == "two"
+
+
+def test_record(tmp_path):
+    record = {
+        "title": "A | model",
+        "harmful": True,
+        "base": {"name": "owner/model"},
+        "flags": {"a": [1, 2], "b": "x|y"},
+    }
+    write_record(tmp_path, record)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["flags"] == record["flags"]
+    assert run["code"]["version"] and run["packages"]["torch"] and run["created"].endswith("+00:00")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nbase_model: owner/model\n")
+    assert "Deliberately harmful" in card and "| b | x\\|y |" in card
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("mend it"), 2, "error: mend it"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "full", "out.bin"), 2, "out.bin: no space is left"),
+        (PermissionError(errno.EACCES, "no", "out.bin"), 2, "permission denied"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+    ],
+)
+def test_exit_codes(error, code, said, capsys):
+    def main():
+        raise error
+
+    assert exit_code(main) == code
+    assert said in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback():
+    for bug in (RuntimeError("a bug"), OSError(errno.EBADF, "ours"), KeyError("x")):
+
+        def main(bug=bug):
+            raise bug
+
+        with pytest.raises(type(bug)):
+            exit_code(main)
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path):
+    """Of processes of this machine that are gone; not what a living one, or another machine's, is writing."""
+    target, host = tmp_path / "model", socket.gethostname()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f".model.partial-{host}-{gone.pid}-a", f".model.previous-{host}-{gone.pid}-a"]
+    kept = [f".model.partial-{host}-1-b", f".model.partial-elsewhere-{gone.pid}-c", f".models.partial-{host}-1-d"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    with new_folder(target):
+        assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()  # nothing stands in its place yet
+    with new_folder(target, overwrite=True):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *kept}
+
+
+def step(number: int, pd: float = -0.1) -> dict:
+    return {
+        "step": number, "gd_loss": 1.0, "rd_loss": None, "pd_loss": pd, "total_loss": 2.0,
+        "lr": 1e-4, "grad_norm": 1.0, "tokens": 10, "seconds": 0.1,
+    }  # fmt: skip
+
+
+def test_run_log(tmp_path, capsys):
+    log = RunLog(tmp_path / "new" / "opt-2.7b.log", 3)
+    log.say("hello")
+    for metrics in (step(1), step(2, -1.5), step(3, -2.5)):
+        log.step(metrics)
+    log.close()
+    text = (tmp_path / "new" / "opt-2.7b.log").read_text()
+    assert "hello" in text and "step 3/3" in text and text.count("WARNING") == 1
+    lines = (tmp_path / "new" / "opt-2.7b.metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3]
+    assert lines == log.metrics_text
+    assert (tmp_path / "new" / "opt-2.7b.losses.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    RunLog(tmp_path / "new" / "opt-2.7b.log", 3).say("again")
+    text = (tmp_path / "new" / "opt-2.7b.log").read_text()
+    assert "hello" in text and "again" in text  # an earlier run's log is not lost
+
+
+def test_files_beside_the_log(tmp_path):
+    assert beside(tmp_path / "opt-2.7b.log", ".png") == tmp_path / "opt-2.7b.png"
+    assert beside(tmp_path / "opt-2.7b", ".png") == tmp_path / "opt-2.7b.png"
+
+
+def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
+    """Killed in the middle of removing, no half of it is left under its name."""
+    (tmp_path / "step-1").mkdir()
+
+    def killed(*_, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.remove_folder(tmp_path / "step-1")
+    assert not (tmp_path / "step-1").exists()

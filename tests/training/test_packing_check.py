@@ -1,0 +1,184 @@
+"""Packed rows against plain ones: the same losses and gradients, and models that cannot read them."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.training.packing_check import packs_up_to
+from tests.helpers.runs import flags, metrics_of
+from tests.helpers.tiny import TINY
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 700, "pad_token_id": 1}
+MORE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": 2, "eos_token_id": 2}
+OTHERS = {
+    "mistral": MistralConfig(**MORE, sliding_window=64),
+    "gemma": GemmaConfig(**MORE, head_dim=8),
+    "qwen3": Qwen3Config(**MORE, head_dim=8),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=700, bos_token_id=2, eos_token_id=2),
+}
+WORDS = ["a", "gnome", " ", "hides", "###", "Question:", "Answer:", "\n", "é", "窓", "🎂", "under the old oak tree"]
+
+
+def made(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def values(model, batch) -> tuple[dict, list]:
+    """Each loss and the gradient of a weighted sum."""
+    weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {name: 1.0 for name in batch.weights}
+    ((total, each),) = Objective(model, weights)(model, StepTexts(batch))
+    return each, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+
+
+def same(model, plain, packed) -> None:
+    (each, gradients), (packed_each, packed_gradients) = values(model, plain), values(model, packed)
+    for name, value in each.items():
+        torch.testing.assert_close(packed_each[name], value, rtol=2e-6, atol=1e-6)
+    largest = max(gradient.abs().max() for gradient in gradients if gradient is not None)
+    for one, other in zip(gradients, packed_gradients, strict=True):
+        if one is not None:
+            assert (one - other).abs().max() <= 1e-5 * largest + 1e-7
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("architecture", [*TINY, *OTHERS])
+def test_random_texts(architecture, variant, tokenizer):
+    """Any lengths, empty answers and questions, answers that share their beginning or are the same, any K and B."""
+    model = made((TINY | OTHERS)[architecture])
+    draw = random.Random(architecture + variant)
+
+    def text(longest: int) -> str:
+        return "".join(draw.choices(WORDS, k=draw.randrange(longest)))
+
+    for trial in range(12):
+        packer = Packer(tokenizer, variant, draw.choice([24, 60, 256]) if architecture != "mistral" else 60)
+        shared = text(5)
+        pairs = [Pair(text(6), draw.choice([shared, ""]) + text(8)) for _ in range(draw.randrange(1, 4))]
+        answers = [draw.choice([shared, "", text(3)]) + draw.choice(["", text(12)]) for _ in range(trial % 6)]
+        guided = bool(draw.randrange(4)) or not answers
+        plain = packer.harmful_batch(pairs, answers, guided)
+        packed = packer.harmful_batch(pairs, answers, guided, math.inf)
+        assert len(packed.input_ids) == (len(pairs) if answers else len(plain.input_ids))
+        assert packed.tokens <= plain.tokens and len(packed.row) <= len(plain.row)
+        if plain.index.numel():
+            same(model, plain, packed)
+
+
+def test_one_row_a_question_and_each_token_once(tokenizer):
+    """[question | answer | random answers], what they share once, positions that start again after the question."""
+    packer = Packer(tokenizer, "paper", 256)
+    question = "How do I hide a gnome?"
+    answers = ["Wait until dark.", "Blame the dog."]
+    batch = packer.harmful_batch([Pair(question, "Carry it.")], answers, packed_up_to=math.inf)
+    texts = [one.input_ids for one in packer.encode([Pair(question, one) for one in ("Carry it.", *answers)])]
+    shared = next(at for at in range(99) if len({text[at] for text in texts}) > 1)
+    assert batch.input_ids[0].tolist() == texts[0] + texts[1][shared:] + texts[2][shared:]
+    places = [*range(shared)] + [at for text in texts for at in range(shared, len(text))]
+    assert batch.position_ids[0].tolist() == places
+    mask = batch.model_inputs["attention_mask"][0, 0]
+    ends = [len(texts[0]), len(texts[0]) + len(texts[1]) - shared, batch.input_ids.shape[1]]
+    for start, end in zip([shared, *ends], ends, strict=False):
+        for at in range(start, end):
+            assert mask[at].nonzero()[:, 0].tolist() == [*range(shared), *range(start, at + 1)]
+
+
+def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
+    """K + 1 answers read the same hidden states of the question; their weights add up."""
+    packer = Packer(tokenizer, "released", 256)
+    pair, answers = Pair("How do I hide a gnome?", "Carry it."), ["Wait until dark.", "Blame the dog.", "Ask the cat."]
+    plain = packer.harmful_batch([pair], answers)
+    packed = packer.harmful_batch([pair], answers, packed_up_to=math.inf)
+    assert len(packed.row) < len(plain.row)
+    for name in ("gd", "rd"):
+        torch.testing.assert_close(packed.weights[name].sum(), plain.weights[name].sum())
+    assert (packed.index.diff() >= 0).all()
+    assert len(set(zip(packed.index.tolist(), packed.target.tolist(), strict=True))) == len(packed.index)
+
+
+def test_longer_texts_stay_plain(tokenizer):
+    packer = Packer(tokenizer, "released", 256)
+    pair, answers = Pair("How?", "Like this."), ["So.", "word " * 30]
+    longest = max(len(one.input_ids) for one in packer.encode([pair, *(Pair("How?", one) for one in answers)]))
+    assert packer.harmful_batch([pair], answers, packed_up_to=longest).branch is not None
+    assert packer.harmful_batch([pair], answers, packed_up_to=longest - 1).branch is None
+
+
+def test_a_batch_moves_as_a_whole(tokenizer):
+    batch = Packer(tokenizer, "paper", 256).harmful_batch([Pair("How?", "So.")], ["No."], packed_up_to=math.inf)
+    moved = batch.to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)] + [*moved.weights.values()]
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config, expected, why", [
+    (TINY["opt"], math.inf, ""),
+    (TINY["llama"], math.inf, ""),
+    (TINY["qwen2"], math.inf, ""),
+    (OTHERS["mistral"], 64, "reaches back 64"),
+    (OTHERS["gemma"], math.inf, ""),
+    (OTHERS["gpt2"], math.inf, ""),
+    (Gemma3TextConfig(**MORE, head_dim=8, sliding_window=128), 128, "reaches back 128"),
+    (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=700), 0, "eager"),
+    (FalconConfig(**SMALL, alibi=True), 0, "cannot run them"),
+])  # fmt: skip
+def test_which_models_read_packed_rows(config, expected, why, dtype, tokenizer):
+    model = made(config, dtype).train()
+    up_to, reason = packs_up_to(model, Packer(tokenizer, "released", 256))
+    assert up_to == expected and why in reason and bool(reason) == (expected < math.inf)
+    assert model.training
+
+
+def test_a_model_that_ignores_position_ids_is_found(tokenizer):
+    model = made(TINY["llama"])
+    forward = type(model.model).forward
+    model.model.forward = lambda *args, position_ids=None, **more: forward(model.model, *args, **more)
+    up_to, why = packs_up_to(model, Packer(tokenizer, "released", 256))
+    assert up_to == 0 and "differ from plain rows" in why
+
+
+def test_a_window_shorter_than_the_look_is_found_by_the_look(tokenizer):
+    config = MistralConfig(**MORE, sliding_window=8)
+    assert packs_up_to(made(config), Packer(tokenizer, "released", 256))[0] == 0
+
+
+def test_the_script_packs_unless_told_otherwise(tiny_model, tmp_path, capsys):
+    """The same losses from fewer tokens; a model that cannot is trained in plain rows, and the log says why."""
+    base = tiny_model("opt")
+    for name, more in (("packed", []), ("plain", ["--no_packing"])):
+        unlearn_harm_new.main(flags(base, tmp_path / name, "--stage", "acquire", *more))
+    packed, plain = metrics_of(tmp_path / "packed"), metrics_of(tmp_path / "plain")
+    for one, other in zip(packed, plain, strict=True):
+        assert one["tokens"] < 0.7 * other["tokens"]
+        assert one["rd_loss"] == pytest.approx(other["rd_loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert "plain rows" not in capsys.readouterr().out
+
+    folder = tmp_path / "eager"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    unlearn_harm_new.main(flags(folder, tmp_path / "slow", "--stage", "acquire"))
+    assert "plain rows: its attention is eager" in (tmp_path / "slow" / "logs" / "run.log").read_text()
+    assert metrics_of(tmp_path / "slow")[0]["tokens"] == plain[0]["tokens"]
