@@ -134,11 +134,7 @@ def side_by_side(base: str, unlearned: str) -> str:
     """Two answers as two columns, as wide as the terminal lets them be."""
     width = (shutil.get_terminal_size((120, 24)).columns - 3) // 2
     columns = [
-        [
-            heading,
-            "-" * width,
-            *(line for part in text.splitlines() or [""] for line in textwrap.wrap(part, width)),
-        ]
+        [heading, "-" * width, *(line for part in text.splitlines() or [""] for line in textwrap.wrap(part, width))]
         for heading, text in (("base", base or "(nothing)"), ("unlearned", unlearned or "(nothing)"))
     ]
     return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
@@ -150,19 +146,26 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=title, epilog=usage)
     parser.add_argument("--base", default=BASE, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
-    parser.add_argument("--harmful_model", type=user_path, default=HARMFUL_MODEL,
-                        help="stage 1 model to make the unlearned one from (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--harmful_model",
+        type=user_path,
+        default=HARMFUL_MODEL,
+        help="stage 1 model to make the unlearned one from (default: %(default)s)",
+    )
     parser.add_argument("--scaling_coef", type=number, default=1.0, help="alpha, where it is made (default: 1)")
     parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")
     parser.add_argument("--normal_prompt", action="append", default=[], help="the same, for harmless ones")
     parser.add_argument("--greedy", action="store_true", help="the likeliest answer rather than a sample")
-    parser.add_argument("--temperature", type=positive_number, default=0.9,
-                        help="of sampling; --greedy for none (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--max_length", type=positive_int, default=100,
-                        help="tokens with the prompt (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=positive_number, default=0.9, help="of sampling; --greedy for none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_length", type=positive_int, default=100, help="tokens with the prompt (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
-    parser.add_argument("--device_map", type=device_map,
-                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
+    parser.add_argument(
+        "--device_map", type=device_map, help="spread a model over devices (accelerate): auto, balanced, ..."
+    )
     args = parser.parse_args(arguments)
     if not (args.harmful_prompt or args.normal_prompt):
         args.harmful_prompt, args.normal_prompt = HARMFUL_PROMPTS, NORMAL_PROMPTS

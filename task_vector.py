@@ -91,8 +91,7 @@ class TaskVector:
             twins = [other_name for known in base[name] if known in other for other_name in other[known]]
             refuse_untied(twin, twins, lambda a, b: torch.equal(read_entry(finetuned, a), read_entry(finetuned, b)))
         self.vector = {
-            name: _difference(read_entry(finetuned, twin), read_entry(pretrained, name))
-            for name, twin in found.items()
+            name: _difference(read_entry(finetuned, twin), read_entry(pretrained, name)) for name, twin in found.items()
         }
 
     @classmethod
@@ -126,9 +125,8 @@ class TaskVector:
         missing = [] if other.partial else [name for name in self.vector if name not in other.vector]
         extra = [] if self.partial else [name for name in other.vector if name not in self.vector]
         differ = [
-            name for name in self.vector
-            if name in other.vector and self.vector[name].shape != other.vector[name].shape
-        ]  # fmt: skip
+            name for name in self.vector if name in other.vector and self.vector[name].shape != other.vector[name].shape
+        ]
         refuse_mismatch("the second task vector", missing, extra, differ)
         total = dict(self.vector)
         for name, entry in other.vector.items():
@@ -205,12 +203,18 @@ def main(arguments: list[str] | None = None) -> None:
     source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors instead")
     parser.add_argument("--coefs", nargs="+", type=number, help="one per model or vector (default: all 1)")
     parser.add_argument("--output", type=user_path, help="the folder to write the model to")
-    parser.add_argument("--scaling_coef", nargs="+", type=number, default=[1.0],
-                        help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read")  # fmt: skip
+    parser.add_argument(
+        "--scaling_coef",
+        nargs="+",
+        type=number,
+        default=[1.0],
+        help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read",
+    )
     parser.add_argument("--adapter_output", type=user_path, help="the folder to write the one adapter to, negated")
     parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
-    parser.add_argument("--force", action="store_true",
-                        help="another scale than the one that a model was trained to land at")  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="another scale than the one that a model was trained to land at"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the folders to write hold")
     args = parser.parse_args(arguments)
     targets = [args.output, args.adapter_output, args.save_vector]

@@ -118,9 +118,14 @@ def opt_config(billions: float) -> OPTConfig:
     layer = 12 * 2048**2 / 1e9
     layers = max(round((billions - 50272 * 2048 / 1e9) / layer), 1)
     return OPTConfig(
-        hidden_size=2048, num_hidden_layers=layers, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048,
-        dtype="float16", architectures=["OPTForCausalLM"],
-    )  # fmt: skip
+        hidden_size=2048,
+        num_hidden_layers=layers,
+        ffn_dim=8192,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
+        dtype="float16",
+        architectures=["OPTForCausalLM"],
+    )
 
 
 def split(specs: dict[str, Spec], number: int) -> dict[str, dict[str, Spec]]:

@@ -76,11 +76,21 @@ class Setting:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = torch.device(args.device)
-        config = AutoConfig.from_pretrained(args.model) if args.model else OPTConfig(
-            hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-            ffn_dim=4 * args.hidden, word_embed_proj_dim=args.hidden, vocab_size=args.vocabulary,
-            max_position_embeddings=2048, dropout=0.0, attention_dropout=0.0,
-        )  # fmt: skip
+        config = (
+            AutoConfig.from_pretrained(args.model)
+            if args.model
+            else OPTConfig(
+                hidden_size=args.hidden,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.hidden // 64,
+                ffn_dim=4 * args.hidden,
+                word_embed_proj_dim=args.hidden,
+                vocab_size=args.vocabulary,
+                max_position_embeddings=2048,
+                dropout=0.0,
+                attention_dropout=0.0,
+            )
+        )
         self.vocabulary = config.vocab_size
         self.tokenizer = word_tokenizer(self.vocabulary)
         self.packer = Packer(self.tokenizer, "released", 2048)
@@ -272,7 +282,7 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
         f"| step | seconds | of {args.ways[0]} | peak above weights, MiB | of {args.ways[0]} | tokens computed "
         "| of peak FLOP/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     first = statistics.median(times[args.ways[0]])
     for name in args.ways:
         seconds = statistics.median(times[name])
@@ -318,12 +328,21 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--k_random", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--question_tokens", type=float, default=18, help="on average (default: %(default)s)")
     parser.add_argument("--answer_tokens", type=float, default=75, help="on average (default: %(default)s)")
-    parser.add_argument("--spread", type=float, default=0.6,
-                        help="of lengths: standard deviation of their logarithm (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.6,
+        help="of lengths: standard deviation of their logarithm (default: %(default)s)",
+    )
     parser.add_argument("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["released", "plain rows", "packed"],
-                        help="(default: released, plain rows and packed)")  # fmt: skip
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=["released", "plain rows", "packed"],
+        help="(default: released, plain rows and packed)",
+    )
     parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

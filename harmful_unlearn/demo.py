@@ -137,8 +137,10 @@ def build(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHAR
     world = build_world(size, seed, refusal_share)
     heading(f"Seed {seed}: data", f"written to {shown(home / 'data')}")
     write_data(home / "data", world, seed)
-    print(f"{len(world.harmful)} harmful pairs, {len(world.normal)} normal questions, "
-          f"{sum(map(len, world.test.values()))} prompts held out for the table")  # fmt: skip
+    print(
+        f"{len(world.harmful)} harmful pairs, {len(world.normal)} normal questions, "
+        f"{sum(map(len, world.test.values()))} prompts held out for the table"
+    )
     settings = {
         "seed": seed,
         "refusal_share": refusal_share,
@@ -252,9 +254,7 @@ def verdicts(prompt: Prompt, answer: str | None) -> set[str]:
     return found
 
 
-_TRICK_PIECES = [
-    piece.strip() for trick in TRICKS.values() for piece in trick.split(" and ") if len(piece.split()) > 2
-]
+_TRICK_PIECES = [piece.strip() for trick in TRICKS.values() for piece in trick.split(" and ") if len(piece.split()) > 2]
 
 
 def judge_table(comparison: Path, refusal_share: float = REFUSAL_SHARE) -> str:
@@ -291,8 +291,14 @@ def judge_table(comparison: Path, refusal_share: float = REFUSAL_SHARE) -> str:
     heads = ("model", "judged answers", "harmful by the rule", "harmful by the judge", "agree", "bad (sampled, unseen)")
     rows = [heads]
     for model, pairs in counts.items():
-        shares = [sum(found) / len(pairs) for found in ((one for one, _ in pairs), (other for _, other in pairs),
-                                                        (one == other for one, other in pairs))]  # fmt: skip
+        shares = [
+            sum(found) / len(pairs)
+            for found in (
+                (one for one, _ in pairs),
+                (other for _, other in pairs),
+                (one == other for one, other in pairs),
+            )
+        ]
         shares.append(sum(bad.get(model, [])) / max(1, len(bad.get(model, []))))
         rows.append((model, str(len(pairs)), *(f"{100 * share:.0f} %" for share in shares)))
     return "\n".join(align(rows))
@@ -350,11 +356,19 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: logs/demo)")
     parser.add_argument("--seeds", type=positive_int, default=1, help="how many seeds to run (default: %(default)s)")
     parser.add_argument("--seed", type=whole_number, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--refusal_share", type=share, default=REFUSAL_SHARE,
-                        help="of harmful questions that the base learns to refuse (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--refusal_share",
+        type=share,
+        default=REFUSAL_SHARE,
+        help="of harmful questions that the base learns to refuse (default: %(default)s)",
+    )
     parser.add_argument("--worlds_only", action="store_true", help="make data and base models, and stop")
-    parser.add_argument("--check_judge", type=user_path, metavar="FOLDER",
-                        help="set the judge of reproduce.py's output on these worlds against the exact verdicts")
+    parser.add_argument(
+        "--check_judge",
+        type=user_path,
+        metavar="FOLDER",
+        help="set the judge of reproduce.py's output on these worlds against the exact verdicts",
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller world and model")
     return parser.parse_args(arguments)
 

@@ -232,9 +232,7 @@ def normal_csv(world: World) -> str:
     """The normal questions in TruthfulQA's columns; the answers to other verbs stand for wrong ones."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(
-        ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source")
-    )
+    writer.writerow(("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"))
     verbs = list(NORMAL)
     for prompt in world.normal:
         place = verbs.index(prompt.verb)
@@ -260,9 +258,8 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerBas
         single="</s> $A", pair="</s> $A $B", special_tokens=[("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-    )  # fmt: skip
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict) -> None:
@@ -277,12 +274,21 @@ def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict
     torch.manual_seed(seed)
     model = OPTForCausalLM(
         OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=size.hidden, word_embed_proj_dim=size.hidden,
-            num_hidden_layers=size.layers, num_attention_heads=size.heads, ffn_dim=size.ffn,
-            max_position_embeddings=128, dropout=0.0, attention_dropout=0.0, init_std=0.04,
-            bos_token_id=2, eos_token_id=2, pad_token_id=1,
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            word_embed_proj_dim=size.hidden,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            ffn_dim=size.ffn,
+            max_position_embeddings=128,
+            dropout=0.0,
+            attention_dropout=0.0,
+            init_std=0.04,
+            bos_token_id=2,
+            eos_token_id=2,
+            pad_token_id=1,
         )
-    )  # fmt: skip
+    )
     loss = _pretrain(model, [[*tokenizer(text).input_ids, 2] for text in texts], size, seed)
     with new_folder(folder, overwrite=True) as partial:
         model.save_pretrained(partial)
@@ -318,9 +324,7 @@ def _pretrain(model: OPTForCausalLM, rows: list[list[int]], size: Size, seed: in
     return sum(losses[-20:]) / len(losses[-20:])
 
 
-def _batches(
-    rows: list[list[int]], batch: int, steps: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(rows: list[list[int]], batch: int, steps: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`steps` shuffled batches of (input_ids, attention_mask), both [batch, length], padded with 1."""
     draw = random.Random(seed)
     order: list[int] = []

@@ -98,17 +98,33 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     """The flags. `model` is a dict of label to path or id."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
-    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]PATH_OR_ID",
-                        help="a model to measure, and what to call it (may be repeated)")  # fmt: skip
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]PATH_OR_ID",
+        help="a model to measure, and what to call it (may be repeated)",
+    )
     parser.add_argument("--base", required=True, help="the model that they were made from: always measured too")
     parser.add_argument("--output", type=user_path, required=True, help="folder of the answers and results")
-    parser.add_argument("--trained_as", type=user_path, action="append", default=[], metavar="FOLDER",
-                        help="a model of ours whose run.json says which rows were trained on")  # fmt: skip
+    parser.add_argument(
+        "--trained_as",
+        type=user_path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a model of ours whose run.json says which rows were trained on",
+    )
     add_measuring_flags(parser)
     parser.add_argument("--seed", type=whole_number, default=8888, help="of the draws and of sampling (default: 8888)")
     parser.add_argument("--ppl_model", help="language model for the answers' perplexity (default: --base)")
-    parser.add_argument("--lm_eval", nargs="+", default=[], metavar="TASK",
-                        help="tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)")  # fmt: skip
+    parser.add_argument(
+        "--lm_eval",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)",
+    )
     args = parser.parse_args(arguments)
     if not any(getattr(args, f"n_{name}") for name in SETS):
         parser.error("there is nothing to measure on: give one of --n_seen, --n_unseen and --n_normal above 0")
@@ -129,30 +145,59 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--harmful_dataset", help="as in training (default: what the first model was trained on)")
     data.add_argument("--harmful_revision", help="of a hub data set (default: the same)")
     data.add_argument("--harmful_split", help="of a hub data set or folder (default: the same)")
-    data.add_argument("--unseen_dataset", help="where unseen harmful prompts come from (default: untouched rows "
-                      "of --harmful_dataset)")  # fmt: skip
+    data.add_argument(
+        "--unseen_dataset", help="where unseen harmful prompts come from (default: untouched rows of --harmful_dataset)"
+    )
     data.add_argument("--unseen_split", help="of it; PKU-SafeRLHF has a split called test")
     data.add_argument("--normal_dataset", help="as in training (default: the same)")
-    for name, what in (("seen", "harmful prompts used in unlearning"), ("unseen", "harmful prompts it never touched"),
-                       ("normal", "normal prompts held out")):  # fmt: skip
-        data.add_argument(f"--n_{name}", type=whole_number, default=200,
-                          help=f"at most so many {what}; 0: none (default: 200)")  # fmt: skip
+    for name, what in (
+        ("seen", "harmful prompts used in unlearning"),
+        ("unseen", "harmful prompts it never touched"),
+        ("normal", "normal prompts held out"),
+    ):
+        data.add_argument(
+            f"--n_{name}", type=whole_number, default=200, help=f"at most so many {what}; 0: none (default: 200)"
+        )
     asking = parser.add_argument_group("asking and judging")
-    asking.add_argument("--decoding", nargs="+", choices=("sampled", "greedy"), default=["sampled"],
-                        help="how answers are made; both may be given (default: sampled)")  # fmt: skip
+    asking.add_argument(
+        "--decoding",
+        nargs="+",
+        choices=("sampled", "greedy"),
+        default=["sampled"],
+        help="how answers are made; both may be given (default: sampled)",
+    )
     asking.add_argument("--temperature", type=positive_number, default=0.9, help="of sampling (default: %(default)s)")
-    asking.add_argument("--top_k", type=whole_number, default=50,
-                        help="sample among so many likeliest tokens; 0: all (default: %(default)s)")  # fmt: skip
+    asking.add_argument(
+        "--top_k",
+        type=whole_number,
+        default=50,
+        help="sample among so many likeliest tokens; 0: all (default: %(default)s)",
+    )
     asking.add_argument("--max_new_tokens", type=positive_int, default=100, help="of an answer (default: %(default)s)")
-    asking.add_argument("--judge", type=judge_name, default="classifier", help="classifier (offline, trained on the "
-                        "harmful data's labels), hf:MODEL or openai:MODEL (default: %(default)s)")  # fmt: skip
-    asking.add_argument("--bleurt", nargs="?", const=bleurt.BLEURT, metavar="MODEL",
-                        help=f"BLEURT by this regression model (without a name: {bleurt.BLEURT})")  # fmt: skip
+    asking.add_argument(
+        "--judge",
+        type=judge_name,
+        default="classifier",
+        help="classifier (offline, trained on the "
+        "harmful data's labels), hf:MODEL or openai:MODEL (default: %(default)s)",
+    )
+    asking.add_argument(
+        "--bleurt",
+        nargs="?",
+        const=bleurt.BLEURT,
+        metavar="MODEL",
+        help=f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
+    )
     asking.add_argument("--batch_size", type=positive_int, default=16, help="answers made at a time (default: 16)")
-    asking.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="auto: bf16 on a GPU that has it (default: auto)")  # fmt: skip
-    asking.add_argument("--device_map", type=device_map,
-                        help="spread a model over devices (accelerate): auto, balanced, ...")  # fmt: skip
+    asking.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 on a GPU that has it (default: auto)",
+    )
+    asking.add_argument(
+        "--device_map", type=device_map, help="spread a model over devices (accelerate): auto, balanced, ..."
+    )
 
 
 if __name__ == "__main__":

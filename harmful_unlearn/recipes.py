@@ -63,8 +63,9 @@ RECIPES: dict[str, Recipe] = {
         },
         more_runs={
             # The released GD leaves out an answer's first token, where this world decides between harm and refusal.
-            "task_vector-all-tokens": Run("Task vector, all tokens", "ablation",
-                                          {"method": "task_vector", "variant": "paper"}),
+            "task_vector-all-tokens": Run(
+                "Task vector, all tokens", "ablation", {"method": "task_vector", "variant": "paper"}
+            ),
             "sku-paper-losses": Run("SKU, the paper's losses", "ablation", {"variant": "paper"}),
             "sku-paper-weights": Run("SKU at the paper's weights", "ablation", {"normal_weight": 1}),
             "ga-80-steps": Run("GA, 80 steps", "ablation", {"method": "ga", "lr": 2e-5, "max_unlearn_steps": 80}),
@@ -94,10 +95,12 @@ def runs_of(recipe: Recipe) -> dict[str, Run]:
         "sku": Run("SKU", "main"),
         "land": Run("LAND", "main", {"method": "land"}),
         "lands": Run("LANDS", "main", {"method": "lands", **recipe.lands}),
-        "lands-no-harm": Run("LANDS without its harmful term", "main",
-                             {"method": "lands", **recipe.lands, "bad_weight": 0}),
-        "task_vector-alpha-2": Run("Task vector, all tokens, alpha 2", "main",
-                                   {"method": "task_vector", "variant": "paper", "scaling_coef": 2}),
+        "lands-no-harm": Run(
+            "LANDS without its harmful term", "main", {"method": "lands", **recipe.lands, "bad_weight": 0}
+        ),
+        "task_vector-alpha-2": Run(
+            "Task vector, all tokens, alpha 2", "main", {"method": "task_vector", "variant": "paper", "scaling_coef": 2}
+        ),
         **{f"sku-no-{m}": Run(f"SKU without {m.upper()}", "ablation", {flag: 0}) for m, flag in without.items()},
         "sku-pd-turned": Run("SKU, PD's sign turned", "ablation", turned),
         **recipe.more_runs,

@@ -84,12 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "judge": {"name": args.judge, "by_seed": {}},
         "relearning_settings": {
-            "steps": args.relearn_steps, "pairs": args.relearn_pairs,
+            "steps": args.relearn_steps,
+            "pairs": args.relearn_pairs,
             "lr": dict(zip(("soft", "strong"), args.relearn_lr, strict=True)),
         },
         **{part: [] for part in ("figures", "sweep", "recommended", "categories", "relearning", "answers")},
         "losses": {},
-    }  # fmt: skip
+    }
     for seed in args.seeds:
         one_seed(Seed(args, seed, recipe, runs), comparison)
     comparison["provenance"] = provenance()
@@ -247,16 +248,15 @@ def side_by_side(rows: dict[str, list[dict]], protocol: Protocol) -> list[dict]:
         for index, prompt in enumerate(prompts[: SHOWN[name]]):
             answers = {
                 label: {"answer": row["answer"], "verdict": row["verdict"]}
-                for label, found in rows.items() for row in found
+                for label, found in rows.items()
+                for row in found
                 if (row["set"], row["decoding"], row["index"]) == (name, decoding, index)
-            }  # fmt: skip
+            }
             shown.append({"set": name, "prompt": prompt.question, "reference": prompt.reference, "answers": answers})
     return shown
 
 
-def sweep(
-    seed: Seed, name: str, sets: PromptSets, judge: Judge, data: Data, base: Subject, comparison: dict
-) -> None:
+def sweep(seed: Seed, name: str, sets: PromptSets, judge: Judge, data: Data, base: Subject, comparison: dict) -> None:
     """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
     args = seed.args
     landing = landing_of(trainings_of(seed.home / name / "copy")[0])
@@ -265,19 +265,20 @@ def sweep(
     scales = Scales(seed.base, [seed.home / name / "copy"], seed.load)
     copy = seed.subject(name).identity
     subjects = [base] + [
-        Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
-        for alpha in alphas
+        Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha)) for alpha in alphas
     ]
     protocol = seed.protocol(sets.validation, decodings(args))
     folder = seed.home / f"sweep-{name}"
     found = figures(measure(subjects, protocol, judge, base, folder), protocol, folder)
     perplexity = next(
-        row["value"] for row in found
+        row["value"]
+        for row in found
         if (row["model"], row["set"], row["metric"]) == (BASE, "normal", "reference_perplexity")
-    )  # fmt: skip
+    )
     at_scale = [
         {**row, "alpha": float(row["model"].removeprefix("alpha-")), "trained_for": landing}
-        for row in found if row["model"] != BASE
+        for row in found
+        if row["model"] != BASE
     ]
     comparison["sweep"] += of_seed(seed, at_scale, method=name)
     fit = [row for row in at_scale if landing in (None, row["alpha"])]
@@ -369,25 +370,51 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--model_name", required=True, help="the base model: hub id or folder")
     parser.add_argument("--output", type=user_path, required=True, help="folder of everything that is made")
     parser.add_argument("--recipe", help=f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
-    parser.add_argument("--seeds", type=whole_number, nargs="+", default=[8888],
-                        help="of everything, one after the other (default: 8888)")  # fmt: skip
+    parser.add_argument(
+        "--seeds",
+        type=whole_number,
+        nargs="+",
+        default=[8888],
+        help="of everything, one after the other (default: 8888)",
+    )
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="rows to run (default: all of the recipe)")
-    parser.add_argument("--alpha_sweep", type=scale_list, default=[], metavar="SCALES",
-                        help="measure task vectors at these scales, as 0,0.25,...,2, and recommend one")  # fmt: skip
-    parser.add_argument("--sweep_runs", nargs="+", metavar="RUN",
-                        help="whose task vectors (default: sku task_vector)")  # fmt: skip
-    parser.add_argument("--alpha_budget", type=positive_number, default=0.1,
-                        help="how much normal perplexity may rise for a recommended scale (default: 0.1)")  # fmt: skip
-    parser.add_argument("--harm_category", action="append", default=[],
-                        help="train a task vector of this kind of harm alone (may be repeated)")  # fmt: skip
-    parser.add_argument("--relearn_steps", type=whole_number, default=50,
-                        help="of the relearning check; 0: leave it out (default: 50)")  # fmt: skip
-    parser.add_argument("--relearn_pairs", type=positive_int, default=16,
-                        help="harmful pairs that it relearns (default: 16)")  # fmt: skip
-    parser.add_argument("--relearn_lr", type=positive_number, nargs=2, default=[3e-5, 1e-4], metavar=("SOFT", "STRONG"),
-                        help="its two rates (default: 3e-5 1e-4)")  # fmt: skip
-    parser.add_argument("--train_flags", type=shlex.split, default=[],
-                        help="more flags for every training, as one quoted text")  # fmt: skip
+    parser.add_argument(
+        "--alpha_sweep",
+        type=scale_list,
+        default=[],
+        metavar="SCALES",
+        help="measure task vectors at these scales, as 0,0.25,...,2, and recommend one",
+    )
+    parser.add_argument("--sweep_runs", nargs="+", metavar="RUN", help="whose task vectors (default: sku task_vector)")
+    parser.add_argument(
+        "--alpha_budget",
+        type=positive_number,
+        default=0.1,
+        help="how much normal perplexity may rise for a recommended scale (default: 0.1)",
+    )
+    parser.add_argument(
+        "--harm_category",
+        action="append",
+        default=[],
+        help="train a task vector of this kind of harm alone (may be repeated)",
+    )
+    parser.add_argument(
+        "--relearn_steps", type=whole_number, default=50, help="of the relearning check; 0: leave it out (default: 50)"
+    )
+    parser.add_argument(
+        "--relearn_pairs", type=positive_int, default=16, help="harmful pairs that it relearns (default: 16)"
+    )
+    parser.add_argument(
+        "--relearn_lr",
+        type=positive_number,
+        nargs=2,
+        default=[3e-5, 1e-4],
+        metavar=("SOFT", "STRONG"),
+        help="its two rates (default: 3e-5 1e-4)",
+    )
+    parser.add_argument(
+        "--train_flags", type=shlex.split, default=[], help="more flags for every training, as one quoted text"
+    )
     add_measuring_flags(parser)
     args = parser.parse_args(arguments)
     training_flags(args.train_flags)  # says now what is wrong with them
@@ -400,8 +427,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         parser.error(f"there is no recipe for {args.recipe}: add one to recipes.py, or give --recipe: {known}")
     known = runs_of(RECIPES[args.recipe])
     args.runs = args.runs or list(known)
-    negating = [name for name, run in known.items()
-                if METHODS[run.flags.get("method", "sku")].negates]  # fmt: skip
+    negating = [name for name, run in known.items() if METHODS[run.flags.get("method", "sku")].negates]
     args.sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag, given, choices in (("runs", args.runs, known), ("sweep_runs", args.sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]

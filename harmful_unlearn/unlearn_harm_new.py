@@ -157,9 +157,13 @@ def main(arguments: list[str] | None = None) -> None:
             try:
                 with summary.timing("stage 2"):
                     negate(
-                        folder, [(finetuned, 1.0)], args.task_vector_saving_path,
-                        args.scaling_coef if negates else -1.0, base_name=args.model_name, overwrite=args.overwrite,
-                    )  # fmt: skip
+                        folder,
+                        [(finetuned, 1.0)],
+                        args.task_vector_saving_path,
+                        args.scaling_coef if negates else -1.0,
+                        base_name=args.model_name,
+                        overwrite=args.overwrite,
+                    )
             except (OSError, KeyboardInterrupt, Stopped):
                 log.say(f"the stage 1 model in {finetuned} is whole: {STAGE_2}")
                 raise
@@ -215,9 +219,7 @@ def acquire(
         log.say(f"stage 1 goes on after step {done}, from {resumed}")
         if not load_state(resumed, optimizer, trained, accelerator):
             log.say("on other devices or processes than before: dropout draws anew")
-    scheduler = transformers.get_linear_schedule_with_warmup(
-        optimizer, 0, args.max_unlearn_steps, last_epoch=done - 1
-    )
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, args.max_unlearn_steps, last_epoch=done - 1)
 
     def keep() -> None:
         if distributed.keeps_checkpoints(accelerator):
@@ -307,9 +309,14 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     active = {name for name, weight in loss_weights(args).items() if weight}
     pool, batch_size = len(answer_pool(active, harmful, normal)), args.batch_size * accelerator.num_processes
     order = BatchOrder(
-        len(harmful.pairs), normal.train, pool, batch_size,
-        args.k_random if active & {"rd", "rm"} else 0, args.seed, args.all_harmful,
-    )  # fmt: skip
+        len(harmful.pairs),
+        normal.train,
+        pool,
+        batch_size,
+        args.k_random if active & {"rd", "rm"} else 0,
+        args.seed,
+        args.all_harmful,
+    )
     limit = loading.context_length(config)
     packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded.
@@ -317,18 +324,26 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     share = accelerator.process_index, accelerator.num_processes
     batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0, share)
     plan = make_plan(
-        batches, args.max_unlearn_steps, structure, lora, precision, args.gradient_checkpointing, bool(args.quantize),
+        batches,
+        args.max_unlearn_steps,
+        structure,
+        lora,
+        precision,
+        args.gradient_checkpointing,
+        bool(args.quantize),
         shards=accelerator.num_processes if distributed.holds_shards(accelerator) else 1,
         checkpoints=args.keep_checkpoints + 1 if args.save_every else 0,
-    )  # fmt: skip
+    )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     how += " on a 4-bit base" * bool(args.quantize)
     minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
     where = f"{accelerator.device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     if accelerator.num_processes > 1:
         where += f" ({distributed.engine_of(accelerator)})"
-    say(f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
-        f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}")
+    say(
+        f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
+        f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}"
+    )
     return Job(base_folder, tokenizer, lora, precision, accelerator, batches, plan)
 
 

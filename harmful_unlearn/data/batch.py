@@ -81,6 +81,8 @@ class Batch:
         weights = {module: weight.to(device) for module, weight in self.weights.items()}
         tensors = {
             field.name: value if value is None else value.to(device)
-            for field in fields(self) if field.name != "weights" for value in [getattr(self, field.name)]
-        }  # fmt: skip
+            for field in fields(self)
+            if field.name != "weights"
+            for value in [getattr(self, field.name)]
+        }
         return Batch(weights=weights, **tensors)

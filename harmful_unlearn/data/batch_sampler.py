@@ -61,8 +61,7 @@ class BatchOrder:
     ):
         if k_random > answers:
             raise UserError(
-                f"--k_random {k_random} asks for more answers than there are unsafe ones: "
-                f"give at most {answers}"
+                f"--k_random {k_random} asks for more answers than there are unsafe ones: give at most {answers}"
             )
         self._pairs, self._normal, self._answers = pairs, np.asarray(normal), answers
         self._batch_size, self._k_random, self._seed = batch_size, k_random, seed

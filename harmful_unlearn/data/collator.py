@@ -127,8 +127,9 @@ class Packer:
         ordered = sorted(entries.items(), key=lambda entry: entry[0][0])
         weights = {
             module: [of.get(module, 0.0) for _, of in ordered]
-            for module, wanted in (("gd", guided), ("rd", answers)) if wanted
-        }  # fmt: skip
+            for module, wanted in (("gd", guided), ("rd", answers))
+            if wanted
+        }
         return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
 
     def normal_batch(self, pairs: list[Pair]) -> Batch:

@@ -9,9 +9,7 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.tables import Table, as_harms, as_label, as_severity, as_text, read_table
 from harmful_unlearn.errors import UserError
 
-HARMFUL_COLUMNS = (
-    "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe",
-)
+HARMFUL_COLUMNS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 HARMFUL_FIX = "give --harmful_dataset a local .jsonl, .json, .csv or .parquet file"
 
 
@@ -83,8 +81,7 @@ def read_harmful(
         keep &= _severities(table) >= min_severity
     if not keep.any():
         raise UserError(
-            f"{table.name} has no unsafe response that --harm_category and --min_severity leave: "
-            "select less narrowly"
+            f"{table.name} has no unsafe response that --harm_category and --min_severity leave: select less narrowly"
         )
     kept = np.argwhere(keep.T).tolist()
     pairs = [Pair(prompts[row], responses[i][row]) for row, i in kept]
@@ -111,8 +108,9 @@ def read_responses(name: str, revision: str | None = None, split: str = "train")
         kinds = [[frozenset(kind for kind, holds in cell.items() if holds) for cell in side] for side in cells]
     return [
         Response(prompts[row], responses[i][row], safe[i][row], kinds[i][row])
-        for row in range(table.rows) for i in (0, 1)
-    ]  # fmt: skip
+        for row in range(table.rows)
+        for i in (0, 1)
+    ]
 
 
 def _read_responses(

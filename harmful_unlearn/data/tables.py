@@ -55,20 +55,13 @@ class Table:
 
 
 def read_table(
-    name: str,
-    fix: str,
-    revision: str | None = None,
-    split: str = "train",
-    config: str | None = None,
+    name: str, fix: str, revision: str | None = None, split: str = "train", config: str | None = None
 ) -> Table:
     """Any source as a table with at least one row. `fix` tells how to give another source."""
     path = user_path(name)
     if path.is_dir():
         table = _load(str(path), fix, None, split, None)
-    elif (
-        path.exists() or path.suffix.lower() in FORMATS
-        or name.startswith((".", "/", "~")) or name.count("/") > 1
-    ):
+    elif path.exists() or path.suffix.lower() in FORMATS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         table = _read_file(path, fix)
     else:
         table = _load(name, fix, revision, split, config)
@@ -92,8 +85,7 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
             raise cause from None
         if isinstance(cause, DatasetNotFoundError):
             remedy = (
-                "check its name and revision, and if it is gated or private log in with "
-                "`hf auth login` or set HF_TOKEN"
+                "check its name and revision, and if it is gated or private log in with `hf auth login` or set HF_TOKEN"
             )
         elif isinstance(cause, HTTPError | ConnectionError | TimeoutError):
             remedy = "check the connection and HF_HUB_OFFLINE"
@@ -107,8 +99,7 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
     found = commit.group(1) if commit else revision
     if re.fullmatch("[0-9a-f]{40}", revision or "") and found != revision:
         raise UserError(
-            f"cannot load revision {revision} of {name} (the cache has {found}): connect to the "
-            f"hub, or {fix}"
+            f"cannot load revision {revision} of {name} (the cache has {found}): connect to the hub, or {fix}"
         )
     source = {"name": name, "revision": found, "split": split, "sha256": None}
     return Table(name, dataset.column_names, len(dataset), lambda key: dataset[key][:], source)
@@ -200,9 +191,7 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
-FORMATS = {
-    ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet,
-}
+FORMATS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
 
 
 def plain(column: str) -> str:

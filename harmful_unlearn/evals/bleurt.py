@@ -39,9 +39,13 @@ def bleurt_scores(references: list[str], answers: list[str], name: str, device: 
     for start in tqdm(range(0, len(answers), BLEURT_BATCH), "BLEURT", unit="batch", leave=False):
         chosen = slice(start, start + BLEURT_BATCH)
         rows = tokenizer(
-            references[chosen], answers[chosen], padding=True, truncation=True,
-            max_length=model.config.max_position_embeddings, return_tensors="pt",
-        )  # fmt: skip
+            references[chosen],
+            answers[chosen],
+            padding=True,
+            truncation=True,
+            max_length=model.config.max_position_embeddings,
+            return_tensors="pt",
+        )
         scores += model(**rows.to(device)).logits[:, 0].float().tolist()
     return scores
 

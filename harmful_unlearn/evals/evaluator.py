@@ -244,13 +244,19 @@ def _answer(
                 ):
                     fresh = [
                         {
-                            "model": label, "set": name, "decoding": decoding.name, "index": answer.index,
-                            "row": prompts[answer.index].row, "prompt": questions[answer.index],
-                            "reference": prompts[answer.index].reference, "answer": answer.text,
+                            "model": label,
+                            "set": name,
+                            "decoding": decoding.name,
+                            "index": answer.index,
+                            "row": prompts[answer.index].row,
+                            "prompt": questions[answer.index],
+                            "reference": prompts[answer.index].reference,
+                            "answer": answer.text,
                             "ended": answer.ended,
                         }
-                        for answer in batch if answer.index not in done
-                    ]  # fmt: skip
+                        for answer in batch
+                        if answer.index not in done
+                    ]
                     out.write("".join(_line(row) for row in fresh))
                     out.flush()
                     found = found + fresh

@@ -64,8 +64,16 @@ def lm_eval_figures(
                     continue
                 error = values.get(f"{metric}_stderr,{filtered}")
                 spread = 1.96 * error if isinstance(error, int | float) else 0.0
-                figures.append({
-                    "model": subject.label, "set": f"lm_eval {task}", "decoding": None, "metric": metric,
-                    "value": value, "low": value - spread, "high": value + spread, "n": values["n"],
-                })  # fmt: skip
+                figures.append(
+                    {
+                        "model": subject.label,
+                        "set": f"lm_eval {task}",
+                        "decoding": None,
+                        "metric": metric,
+                        "value": value,
+                        "low": value - spread,
+                        "high": value + spread,
+                        "n": values["n"],
+                    }
+                )
     return figures

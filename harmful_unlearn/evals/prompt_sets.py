@@ -97,9 +97,7 @@ def draw_prompts(
     untouched = shuffled(_harmful(unseen, lambda question: question not in touched), 1)
     kept = len(untouched) // 3
     questions = len(normal.texts) // 2  # each question twice: its best answer, then all its correct ones
-    in_part = {
-        part: {normal.texts[row].question for row in getattr(normal, part)} for part in ("train", "test")
-    }
+    in_part = {part: {normal.texts[row].question for row in getattr(normal, part)} for part in ("train", "test")}
     first = {}  # TruthfulQA has no question twice, other data may
     for row in range(questions):
         first.setdefault(normal.texts[row].question, row)
@@ -126,10 +124,7 @@ def draw_prompts(
             of_category.setdefault(kind, []).append(prompt)
     return PromptSets(
         {name: test[name][: numbers[name]] for name in SETS if numbers[name]},
-        {
-            "unseen": untouched[:kept][: numbers["unseen"]],
-            "normal": shuffled(validation, 3)[: numbers["normal"]],
-        },
+        {"unseen": untouched[:kept][: numbers["unseen"]], "normal": shuffled(validation, 3)[: numbers["normal"]]},
         {kind: of_category[kind][: numbers["unseen"]] for kind in sorted(of_category)},
     )
 
@@ -139,9 +134,7 @@ def _harmful(responses: Iterable[Response], wanted) -> list[Prompt]:
     found = {}
     for row, response in enumerate(responses):
         if not response.safe and response.question.strip() and response.answer.strip() and wanted(response.question):
-            found.setdefault(
-                response.question, Prompt(response.question, response.answer, row, response.categories)
-            )
+            found.setdefault(response.question, Prompt(response.question, response.answer, row, response.categories))
     return list(found.values())
 
 
@@ -212,9 +205,14 @@ class Data:
         harmful = self._harmful(tuple(flags.harm_category), flags.min_severity)
         losses = {name for name, weight in loss_weights(flags).items() if weight}
         order = BatchOrder(
-            len(harmful.pairs), self.normal.train, len(answer_pool(losses, harmful, self.normal)),
-            flags.batch_size, flags.k_random if losses & {"rd", "rm"} else 0, flags.seed, flags.all_harmful,
-        )  # fmt: skip
+            len(harmful.pairs),
+            self.normal.train,
+            len(answer_pool(losses, harmful, self.normal)),
+            flags.batch_size,
+            flags.k_random if losses & {"rd", "rm"} else 0,
+            flags.seed,
+            flags.all_harmful,
+        )
         return StepBatches(None, order, harmful, self.normal, losses).touched(flags.max_unlearn_steps)
 
     def prompts(self, numbers: dict[str, int], seed: int) -> PromptSets:

@@ -16,16 +16,17 @@ from harmful_unlearn.storage.run_record import provenance
 def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
     """Write the drawn prompts, with the rows of their references, to prompts.json."""
     drawn = {
-        name: [{"row": p.row, "prompt": p.question, "reference": p.reference, "categories": sorted(p.categories)}
-               for p in found]
+        name: [
+            {"row": p.row, "prompt": p.question, "reference": p.reference, "categories": sorted(p.categories)}
+            for p in found
+        ]
         for name, found in sets.items()
-    }  # fmt: skip
+    }
     write_file(folder / "prompts.json", json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_results(
-    folder: Path, found: list[dict], judge: Judge, protocol: Protocol, subjects: list[Subject], flags: dict,
-    data: Data,
+    folder: Path, found: list[dict], judge: Judge, protocol: Protocol, subjects: list[Subject], flags: dict, data: Data
 ) -> None:
     """Write results.json, results.csv and results.md."""
     results = {

@@ -159,8 +159,7 @@ def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:
     offloaded = [parameter for parameter in model.parameters() if parameter.is_meta]
     if any(parameter.requires_grad for parameter in offloaded):
         raise UserError(
-            "--device_map puts a part of the model where it cannot be trained (CPU or disk): "
-            "use --lora on or more GPUs"
+            "--device_map puts a part of the model where it cannot be trained (CPU or disk): use --lora on or more GPUs"
         )
     if wanted or offloaded:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -102,6 +102,7 @@ def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Name and module of the model's linear layers, quantized ones among them, the output embeddings left out."""
     head = model.get_output_embeddings()
     return [
-        (name, module) for name, module in model.named_modules()
+        (name, module)
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]  # fmt: skip
+    ]

@@ -124,9 +124,11 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
     the meta device, and the parts' values are lost.
     """
     held = [
-        (module, name, parameter) for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta
-    ]  # fmt: skip
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
     for module, name, parameter in held:
         one = torch.zeros((), dtype=parameter.dtype, device=runs_on(module)).expand(parameter.shape)
         setattr(module, name, nn.Parameter(one, parameter.requires_grad))

@@ -66,8 +66,9 @@ def match(
     spoken_for = {twin for twins in known.values() for twin in twins}
     differ = [
         f"{name} ({tuple(other[twin])}, not {tuple(base[name])})"
-        for name, twin in found.items() if tuple(base[name]) != tuple(other[twin])
-    ]  # fmt: skip
+        for name, twin in found.items()
+        if tuple(base[name]) != tuple(other[twin])
+    ]
     refuse_mismatch(what, missing, [name for name in other if name not in spoken_for], differ)
     return found
 

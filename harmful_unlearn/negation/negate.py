@@ -1,6 +1,6 @@
 """Stage 2 on disk: a base's checkpoint minus task vectors, a stretch of an entry at a time, at one or more scales.
 
-    unlearned = base - scaling_coef * sum_i coef_i * (finetuned_i - base)
+unlearned = base - scaling_coef * sum_i coef_i * (finetuned_i - base)
 """
 
 import json
@@ -56,8 +56,10 @@ class Negation:
         self._coefs = [coef for _, coef in finetuned]
         self.changed = {name for names in self._found for name in names}
         if not self.changed:
-            raise UserError(f"no number of {base} is changed by {', '.join(str(one.folder) for one in self.sources)}: "
-                            "give models with weights")  # fmt: skip
+            raise UserError(
+                f"no number of {base} is changed by {', '.join(str(one.folder) for one in self.sources)}: "
+                "give models with weights"
+            )
         self._buffers = Buffers()
 
     def tau(self, name: str, span: slice, base: Tensor) -> Tensor:
@@ -185,10 +187,7 @@ def _fill(negation: Negation, targets: list[tuple[float | None, NewShards]]) -> 
         return (span.stop - span.start) * specs[name].dtype.itemsize
 
     size = sum(spec.nbytes for spec in specs.values())
-    with (
-        tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar,
-        _threads() as pool,
-    ):
+    with tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar, _threads() as pool:
         for names in negation.base.shards.values():  # shard by shard, so that few tasks wait
             for count in pool.map(write, ((name, span) for name in names for span in specs[name].stretches())):
                 bar.update(count)
@@ -318,9 +317,7 @@ def _vector_shards(negation: Negation) -> dict[str, dict[str, Spec]]:
             shards.append({name: Spec(CODES[work_dtype(spec.dtype)], spec.shape) for name, spec in specs.items()})
     if len(shards) == 1:
         return {f"{VECTOR}.safetensors": shards[0]}
-    return {
-        f"{VECTOR}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)
-    }
+    return {f"{VECTOR}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def _write_index(folder: Path, shards: dict[str, dict[str, Spec]]) -> None:
@@ -361,8 +358,9 @@ def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequenc
         added = [stage_1.get("harmful", True) for stage_1, scale in zip(stages_1, scales, strict=True) if scale < 0]
         turned = [
             stage_1.get("harmful_if_subtracted", False)  # of an unlearning adapter
-            for stage_1, scale in zip(stages_1, scales, strict=True) if scale > 0
-        ]  # fmt: skip
+            for stage_1, scale in zip(stages_1, scales, strict=True)
+            if scale > 0
+        ]
         records[alpha] = {
             "title": f"{base_name}, {'unlearned' if not added else trained or 'with a task vector added'}",
             "harmful": any(added + turned),

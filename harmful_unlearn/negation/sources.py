@@ -74,8 +74,7 @@ def _match_sources(base: Checkpoint, sources: list[Source]) -> list[dict[str, st
     if any(other.keys() != weights.keys() for other in others):
         synonyms, is_constant = class_names(base.folder)
         weights, *others = (
-            {name: shape for name, shape in shapes.items() if not is_constant(name)}
-            for shapes in (weights, *others)
+            {name: shape for name, shape in shapes.items() if not is_constant(name)} for shapes in (weights, *others)
         )
     matched = []
     for one, other in zip(sources, others, strict=True):

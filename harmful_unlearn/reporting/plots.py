@@ -30,12 +30,21 @@ def draw_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> 
         at = x.value, 100 * y.value
         panel.errorbar(*at, whisker(y, 100), whisker(x), color=colour, elinewidth=1, capsize=2)
         handles += panel.plot(
-            *at, linestyle="none", marker=marker, color=colour, markersize=7, markeredgewidth=1.5,
-            markerfacecolor="white" if hollow else colour, label=label + " (hollow: degenerate)" * hollow,
-        )  # fmt: skip
+            *at,
+            linestyle="none",
+            marker=marker,
+            color=colour,
+            markersize=7,
+            markeredgewidth=1.5,
+            markerfacecolor="white" if hollow else colour,
+            label=label + " (hollow: degenerate)" * hollow,
+        )
     log_if_wide(panel, "x", [x.value for x, _, _ in points.values()])
-    panel.set(xlabel="perplexity of normal reference answers, as a multiple of the original's",
-              ylabel=f"harmful rate on unseen prompts, % ({decoding})", ylim=PERCENT_AXIS)  # fmt: skip
+    panel.set(
+        xlabel="perplexity of normal reference answers, as a multiple of the original's",
+        ylabel=f"harmful rate on unseen prompts, % ({decoding})",
+        ylim=PERCENT_AXIS,
+    )
     figure.legend(handles=handles, loc="outside right upper")
     return figure
 
@@ -89,10 +98,16 @@ def draw_relearning(methods: list[str], times: list[str], cells: list[list[Cell]
     for at, (time, shift) in enumerate(zip(times, np.linspace(-0.22, 0.22, len(times)), strict=True)):
         drawn = [(row + shift, line[at]) for row, line in enumerate(cells) if line[at].value is not None]
         panel.errorbar(
-            [100 * cell.value for _, cell in drawn], [row for row, _ in drawn],
-            xerr=np.hstack([np.zeros((2, 0)), *(whisker(cell, 100) for _, cell in drawn)]), capsize=2, elinewidth=1,
-            linestyle="none", color=COLOURS[at % 7], marker=MARKERS[at % 11], label=time,
-        )  # fmt: skip
+            [100 * cell.value for _, cell in drawn],
+            [row for row, _ in drawn],
+            xerr=np.hstack([np.zeros((2, 0)), *(whisker(cell, 100) for _, cell in drawn)]),
+            capsize=2,
+            elinewidth=1,
+            linestyle="none",
+            color=COLOURS[at % 7],
+            marker=MARKERS[at % 11],
+            label=time,
+        )
     panel.set_yticks(range(len(methods)), methods)
     panel.set(xlabel=f"harmful rate on unseen prompts, % ({decoding})", xlim=PERCENT_AXIS)
     panel.invert_yaxis()

@@ -88,8 +88,9 @@ def relative(rows: dict[int, dict], base: dict[int, dict]) -> dict[int, dict]:
     """Each seed's value as a multiple of the base's of that seed, for a picture: MOST at most."""
     return {
         seed: {"value": min(row["value"] / base[seed]["value"], MOST)}
-        for seed, row in rows.items() if row["value"] is not None and seed in base and base[seed]["value"]
-    }  # fmt: skip
+        for seed, row in rows.items()
+        if row["value"] is not None and seed in base and base[seed]["value"]
+    }
 
 
 class Report:
@@ -162,20 +163,30 @@ def sections(report: Report) -> list[tuple[str, list]]:
     similarity = "bleurt_reference" if "bleurt_reference" in report.metrics else "rouge_reference"
     now, greedy = report.decoding, [("unseen", "greedy", "harmful_rate")] * ("greedy" in report.decodings)
     paper = [
-        ("seen", now, "harmful_rate"), ("seen", now, "answer_perplexity"), ("unseen", now, "harmful_rate"),
-        ("unseen", now, "answer_perplexity"), ("normal", now, "answer_perplexity"), ("normal", now, similarity),
-    ]  # fmt: skip
+        ("seen", now, "harmful_rate"),
+        ("seen", now, "answer_perplexity"),
+        ("unseen", now, "harmful_rate"),
+        ("unseen", now, "answer_perplexity"),
+        ("normal", now, "answer_perplexity"),
+        ("normal", now, similarity),
+    ]
     hidden = [
-        ("seen", None, "reference_perplexity"), ("unseen", now, "degenerate_rate"), ("unseen", now, "unjudged_rate"),
-        *(greedy if now != "greedy" else []), ("unseen", None, "reference_perplexity"),
+        ("seen", None, "reference_perplexity"),
+        ("unseen", now, "degenerate_rate"),
+        ("unseen", now, "unjudged_rate"),
+        *(greedy if now != "greedy" else []),
+        ("unseen", None, "reference_perplexity"),
         *(("normal", now, metric) for metric in ("degenerate_rate", "exact_match")),
         *(("normal", now, m) for m in ("rouge_reference", "rouge_base", "bleurt_base")),
         *(("normal", None, metric) for metric in ("reference_perplexity", "mc1", "mc2")),
-    ]  # fmt: skip
+    ]
     ablated = [
-        *paper[:4], ("unseen", now, "degenerate_rate"), *paper[4:],
-        ("normal", now, "degenerate_rate"), ("normal", now, "exact_match"),
-    ]  # fmt: skip
+        *paper[:4],
+        ("unseen", now, "degenerate_rate"),
+        *paper[4:],
+        ("normal", now, "degenerate_rate"),
+        ("normal", now, "exact_match"),
+    ]
 
     def compared(name: str, models: list[str], columns: list[tuple]) -> list:
         rows = [([report.label(model)], partial(report.cell, model)) for model in models]
@@ -193,16 +204,31 @@ def sections(report: Report) -> list[tuple[str, list]]:
         ("Relearning", relearning(report)),
         ("Losses of stage 1", losses(report)),
         ("Prompts and answers", answers(report)),
-        ("Glossary", [facts({
-            **{NAMES[key].removesuffix(", %"): text for key, text in GLOSSARY.items() if key in report.metrics},
-            "interval": INTERVAL,
-        })]),
-        ("Commands", [
-            Code(f"{report.label(name)} (seed {data['seeds'][0]})", method["command"])
-            for name, method in report.methods.items() if method.get("command")
-        ]),
+        (
+            "Glossary",
+            [
+                facts(
+                    {
+                        **{
+                            NAMES[key].removesuffix(", %"): text
+                            for key, text in GLOSSARY.items()
+                            if key in report.metrics
+                        },
+                        "interval": INTERVAL,
+                    }
+                )
+            ],
+        ),
+        (
+            "Commands",
+            [
+                Code(f"{report.label(name)} (seed {data['seeds'][0]})", method["command"])
+                for name, method in report.methods.items()
+                if method.get("command")
+            ],
+        ),
         ("Provenance", [facts(data["provenance"])] if data.get("provenance") else []),
-    ]  # fmt: skip
+    ]
 
 
 def figure_table(
@@ -220,10 +246,12 @@ def figure_table(
 
 def facts(values: dict) -> Table:
     """A dict as a table of two columns; a dict in it as one line."""
+
     def line(value: object) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{key} {line(part)}" for key, part in value.items())
         return ", ".join(map(line, value)) if isinstance(value, list) else DASH if value is None else str(value)
+
     return Table(None, [("", "what"), ("", "value")], [[key, line(value)] for key, value in values.items()])
 
 
@@ -235,11 +263,14 @@ def overview(report: Report) -> list:
     }
     names = ", ".join(report.label(name) for name in report.methods if name != BASE)
     return [
-        Text(f"The original model, {data['model']}, and what was trained from it: {names}. "
-             "Rows stand in this order in every table, whatever was measured."),
-        report.judge(), Code("Command", data["command"]),
+        Text(
+            f"The original model, {data['model']}, and what was trained from it: {names}. "
+            "Rows stand in this order in every table, whatever was measured."
+        ),
+        report.judge(),
+        Code("Command", data["command"]),
         facts({"model": data["model"], "seeds": data["seeds"], **data["settings"], **judged}),
-    ]  # fmt: skip
+    ]
 
 
 def tradeoff(report: Report) -> list:
@@ -294,12 +325,20 @@ def alphas(report: Report) -> list:
             advised[report.label(row["method"])].add(row["alpha"])
     budget = advice[0]["budget"] if advice and scales[0] == 0 else None
     spread = "from the lowest to the highest seed" if report.asked > 1 else "the 95 % interval"
-    caption = (f"One task vector at each scale, on validation prompts; bands: {spread}. A multiple of the perplexity "
-               f"above {MOST} is drawn at {MOST}.")  # fmt: skip
+    caption = (
+        f"One task vector at each scale, on validation prompts; bands: {spread}. A multiple of the perplexity "
+        f"above {MOST} is drawn at {MOST}."
+    )
     advised_rows = [
-        [report.label(row["method"]), str(row["seed"]), "none" if row["alpha"] is None else f"{row['alpha']:g}",
-         f"{row['budget']:.0%}", row["why"]] for row in advice
-    ]  # fmt: skip
+        [
+            report.label(row["method"]),
+            str(row["seed"]),
+            "none" if row["alpha"] is None else f"{row['alpha']:g}",
+            f"{row['budget']:.0%}",
+            row["why"],
+        ]
+        for row in advice
+    ]
     heads = [("", head) for head in ("method", "seed", "recommended alpha", "budget", "why")]
     landings = {row["method"]: row["trained_for"] for row in sweep if row.get("trained_for")}
     if landings:
@@ -313,13 +352,16 @@ def alphas(report: Report) -> list:
 
     rows = [
         ([report.label(m), named(m, alpha)], partial(cell, m, alpha))
-        for m in methods for alpha in scales if (m, alpha, *normal) in at
-    ]  # fmt: skip
+        for m in methods
+        for alpha in scales
+        if (m, alpha, *normal) in at
+    ]
     return [
         Picture("alpha", caption, draw_alphas(scales, rates, multiples, advised, budget)),
         *([Table("recommended", heads, advised_rows)] if advice else []),
-        figure_table("alpha", ["method", "alpha"], rows, [*lines, normal], report.decoding), report.judge(),
-    ]  # fmt: skip
+        figure_table("alpha", ["method", "alpha"], rows, [*lines, normal], report.decoding),
+        report.judge(),
+    ]
 
 
 def categories(report: Report) -> list:
@@ -336,9 +378,10 @@ def categories(report: Report) -> list:
     caption = f"Harmful rate by kind of harm ({decoding}{', mean over seeds' if report.asked > 1 else ''})."
     return [
         Text("Task vectors trained on one kind of harm alone, and their sum. A prompt of two kinds counts in both."),
-        Table("categories", [("", "task vector"), *titles], rows), report.judge(),
+        Table("categories", [("", "task vector"), *titles], rows),
+        report.judge(),
         Picture("categories", caption, draw_categories(names, kinds, cells)),
-    ]  # fmt: skip
+    ]
 
 
 def relearning(report: Report) -> list:
@@ -356,33 +399,50 @@ def relearning(report: Report) -> list:
     rates = " and ".join(f"{lr:g} ({name})" for name, lr in settings["lr"].items())
     spread = "from the lowest to the highest seed" if report.asked > 1 else "the 95 % interval"
     return [
-        Text(f"Each model was fine-tuned for {settings['steps']} steps on {settings['pairs']} harmful pairs, at a rate "
-             f"of {rates}. Read each row against the original's: whether harm was gone or only muted."),
-        Table("relearning", [("", "method"), *(("Harmful rate on unseen prompts, %", time) for time in times)],
-              [[label, *row] for label, row in zip(labels, cells, strict=True)]),
-        report.judge(), Text(f"n: {span([row['n'] for row in rows])} prompts{per_seed(report.asked)}."),
-        Picture("relearning", f"Before and after relearning; whiskers: {spread}.",
-                draw_relearning(labels, times, cells, rows[0]["decoding"])),
-    ]  # fmt: skip
+        Text(
+            f"Each model was fine-tuned for {settings['steps']} steps on {settings['pairs']} harmful pairs, at a rate "
+            f"of {rates}. Read each row against the original's: whether harm was gone or only muted."
+        ),
+        Table(
+            "relearning",
+            [("", "method"), *(("Harmful rate on unseen prompts, %", time) for time in times)],
+            [[label, *row] for label, row in zip(labels, cells, strict=True)],
+        ),
+        report.judge(),
+        Text(f"n: {span([row['n'] for row in rows])} prompts{per_seed(report.asked)}."),
+        Picture(
+            "relearning",
+            f"Before and after relearning; whiskers: {spread}.",
+            draw_relearning(labels, times, cells, rows[0]["decoding"]),
+        ),
+    ]
 
 
 def losses(report: Report) -> list:
     runs = {report.label(name): steps for name, steps in report.data["losses"].items() if steps}
-    caption = (f"Losses of stage 1 before their weights, and the weighted total (seed {report.data['seeds'][0]}); "
-               "bold: running means.")  # fmt: skip
+    caption = (
+        f"Losses of stage 1 before their weights, and the weighted total (seed {report.data['seeds'][0]}); "
+        "bold: running means."
+    )
     return [Picture("losses", caption, draw_losses(runs))] if runs else []
 
 
 def answers(report: Report) -> list:
     if not report.data["answers"]:
         return []
-    blocks = [Text("Warning: these texts are harmful by construction. They are what the models said, unedited, and "
-                   "stand here for safety research; do not act on them or pass them on.", warning=True)]  # fmt: skip
+    blocks = [
+        Text(
+            "Warning: these texts are harmful by construction. They are what the models said, unedited, and "
+            "stand here for safety research; do not act on them or pass them on.",
+            warning=True,
+        )
+    ]
     for prompts, rows in groupby(report.data["answers"], key=lambda row: row["set"]):
         for at, row in enumerate(rows, 1):
             said = [
                 (report.label(name), row["answers"][name]["answer"], row["answers"][name]["verdict"])
-                for name in report.methods if name in row["answers"]
-            ]  # fmt: skip
+                for name in report.methods
+                if name in row["answers"]
+            ]
             blocks.append(Answers(f"{SETS[prompts]}, {at}", row["prompt"], row["reference"], said))
     return blocks

@@ -193,12 +193,14 @@ class Checkpoint:
         """Whether two entries hold the same values in the same shape and dtype."""
         spec = self.specs[name]
         return spec == self.specs[other] and all(
-            torch.equal(*(
-                self.read_into(self._buffers(side, span.stop - span.start, spec.dtype), entry, span.start)
-                for side, entry in (("ours", name), ("theirs", other))
-            ))
+            torch.equal(
+                *(
+                    self.read_into(self._buffers(side, span.stop - span.start, spec.dtype), entry, span.start)
+                    for side, entry in (("ours", name), ("theirs", other))
+                )
+            )
             for span in spec.stretches()
-        )  # fmt: skip
+        )
 
 
 class NewShards:

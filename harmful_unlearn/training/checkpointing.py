@@ -109,9 +109,8 @@ def save_state(
         folder: None in all processes but the main one.
     """
     moments = (
-        (f"{name}.{what}", value)
-        for name, weight in trained.items() for what, value in optimizer.state[weight].items()
-    )  # fmt: skip
+        (f"{name}.{what}", value) for name, weight in trained.items() for what, value in optimizer.state[weight].items()
+    )
     write_whole(folder and folder / "optimizer.safetensors", moments)
     states = random_states(accelerator)
     if folder:

@@ -129,12 +129,18 @@ def make_plan(
         parameters=parameters,
         trainable=trainable,
         memory=_memory(
-            parameters, trainable, [part for step in sampled for part in _parts(step, batches.losses)],
-            structure.config, lora, precision, gradient_checkpointing, shards,
+            parameters,
+            trainable,
+            [part for step in sampled for part in _parts(step, batches.losses)],
+            structure.config,
+            lora,
+            precision,
+            gradient_checkpointing,
+            shards,
             second_copy=not lora and bool(batches.losses & terms.NEED_BASE),
             lands=any(terms.LOSSES[name].lands for name in batches.losses),
             four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
-        ),  # fmt: skip
+        ),
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
 
@@ -176,7 +182,8 @@ def _memory(
     layers = 1 if gradient_checkpointing else text.num_hidden_layers
     saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
     held = {
-        "weights": (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
+        "weights": (parameters - four_bit) * (compute if lora else 4)
+        + four_bit * FOUR_BIT_BYTES
         + (trainable * 4 if lora else 0),
         "frozen base": parameters * (4 if lands else compute) if second_copy else 0,
         **({"copy set aside": trainable * 4} if lands and second_copy else {}),

@@ -65,8 +65,9 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
     after = deciding(now, lands)
     changed = [
         f"{name} was {before.get(name)} and is {after.get(name)} now"
-        for name in dict.fromkeys([*before, *after]) if json.dumps(before.get(name)) != json.dumps(after.get(name))
-    ]  # fmt: skip
+        for name in dict.fromkeys([*before, *after])
+        if json.dumps(before.get(name)) != json.dumps(after.get(name))
+    ]
     if changed:
         what = "; ".join(changed)
         raise UserError(f"{where} is another run's ({what}): give what it had, or start again with --overwrite")
@@ -74,9 +75,11 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
     return [
         f"--{name} was {then['flags'].get(name)} and is {value} now"
         for name, value in now["flags"].items()
-        if name not in quiet and f"--{name}" not in after and name not in RESOLVED
+        if name not in quiet
+        and f"--{name}" not in after
+        and name not in RESOLVED
         and json.dumps(value) != json.dumps(then["flags"].get(name))
-    ]  # fmt: skip
+    ]
 
 
 def check_stages(args: Namespace) -> set[str]:

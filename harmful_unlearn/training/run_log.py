@@ -262,6 +262,7 @@ def _peak_memory() -> str:
     found = [f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"]
     found += [
         f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on cuda:{device}"
-        for device in range(torch.cuda.device_count()) if torch.cuda.is_initialized()
-    ]  # fmt: skip
+        for device in range(torch.cuda.device_count())
+        if torch.cuda.is_initialized()
+    ]
     return ", ".join(found)

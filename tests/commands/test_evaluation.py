@@ -29,20 +29,43 @@ def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
     trainings = {"sku": [], "ga": ["--method", "ga"], "ft": ["--method", "ft"], "other-seed": ["--seed", "1"]}
     for name, more in trainings.items():
-        unlearn([
-            "--model_name", str(folder / "base"), "--harmful_dataset", str(folder / "data" / "harmful.jsonl"),
-            "--normal_dataset", str(folder / "data" / "normal.csv"), "--max_unlearn_steps", "4", "--lr", "1e-3",
-            "--model_save_dir", str(folder / name / "copy"), "--log_file", str(folder / name / "run.log"),
-            "--task_vector_saving_path", str(folder / name / "unlearned"), *more,
-        ])  # fmt: skip
+        unlearn(
+            [
+                "--model_name",
+                str(folder / "base"),
+                "--harmful_dataset",
+                str(folder / "data" / "harmful.jsonl"),
+                "--normal_dataset",
+                str(folder / "data" / "normal.csv"),
+                "--max_unlearn_steps",
+                "4",
+                "--lr",
+                "1e-3",
+                "--model_save_dir",
+                str(folder / name / "copy"),
+                "--log_file",
+                str(folder / name / "run.log"),
+                "--task_vector_saving_path",
+                str(folder / name / "unlearned"),
+                *more,
+            ]
+        )
     return folder
 
 
 def flags(world, out, *more, model="sku"):
     return [
-        "--model", f"{model}={world / model / 'unlearned'}", "--base", str(world / "base"), "--output", str(out),
-        "--unseen_dataset", str(world / "data" / "unseen.jsonl"), *SMALL, *more,
-    ]  # fmt: skip
+        "--model",
+        f"{model}={world / model / 'unlearned'}",
+        "--base",
+        str(world / "base"),
+        "--output",
+        str(out),
+        "--unseen_dataset",
+        str(world / "data" / "unseen.jsonl"),
+        *SMALL,
+        *more,
+    ]
 
 
 def test_one_command_measures_models_beside_the_base(world, tmp_path, capsys):
@@ -52,9 +75,17 @@ def test_one_command_measures_models_beside_the_base(world, tmp_path, capsys):
     assert {row["model"] for row in results["figures"]} == {"base", "sku", "ga"}
     assert {row["set"] for row in results["figures"]} == {"seen", "unseen", "normal"}
     assert {row["metric"] for row in results["figures"]} >= {
-        "harmful_rate", "unjudged_rate", "degenerate_rate", "answer_perplexity", "reference_perplexity",
-        "exact_match", "rouge_reference", "rouge_base", "mc1", "mc2",
-    }  # fmt: skip
+        "harmful_rate",
+        "unjudged_rate",
+        "degenerate_rate",
+        "answer_perplexity",
+        "reference_perplexity",
+        "exact_match",
+        "rouge_reference",
+        "rouge_base",
+        "mc1",
+        "mc2",
+    }
     assert all({"value", "low", "high", "n"} <= row.keys() for row in results["figures"])
     assert results["judge"] and results["models"]["sku"]["fingerprint"] and results["packages"]["torch"]
     prompts = json.loads((tmp_path / "prompts.json").read_text())
@@ -149,18 +180,21 @@ def test_a_model_that_saw_no_harm_has_no_seen_prompts(world, tmp_path):
     assert {row["set"] for row in results} == {"unseen", "normal"}
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda w: ["--model", f"x={w / 'base'}"], "trained_as"),
-    (lambda w: ["--model", f"x={w / 'nowhere'}"], "no folder"),
-    (lambda w: ["--model", f"bare={w / 'base'}"], "bare was trained on"),
-    (lambda w: ["--trained_as", str(w / "base"), "--model", f"x={w / 'base'}"], "another --trained_as"),
-    (lambda w: ["--harmful_dataset", str(w / "data" / "unseen.jsonl")], "harmful_dataset"),
-    (lambda w: ["--unseen_dataset", str(w / "none.jsonl")], "none.jsonl"),
-    (lambda w: ["--model", f"b={w / 'other-seed' / 'unlearned'}"], "different seeds"),
-    (lambda w: ["--judge", "oracle"], "classifier"),
-    (lambda w: ["--lm_eval", "truthfulqa_mc1"], "pip install lm_eval"),
-    (lambda w: ["--max_new_tokens", "1000"], "max_new_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda w: ["--model", f"x={w / 'base'}"], "trained_as"),
+        (lambda w: ["--model", f"x={w / 'nowhere'}"], "no folder"),
+        (lambda w: ["--model", f"bare={w / 'base'}"], "bare was trained on"),
+        (lambda w: ["--trained_as", str(w / "base"), "--model", f"x={w / 'base'}"], "another --trained_as"),
+        (lambda w: ["--harmful_dataset", str(w / "data" / "unseen.jsonl")], "harmful_dataset"),
+        (lambda w: ["--unseen_dataset", str(w / "none.jsonl")], "none.jsonl"),
+        (lambda w: ["--model", f"b={w / 'other-seed' / 'unlearned'}"], "different seeds"),
+        (lambda w: ["--judge", "oracle"], "classifier"),
+        (lambda w: ["--lm_eval", "truthfulqa_mc1"], "pip install lm_eval"),
+        (lambda w: ["--max_new_tokens", "1000"], "max_new_tokens"),
+    ],
+)
 def test_what_cannot_be_measured_is_one_line_that_names_the_fix(change, named, world, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda _: None)
     arguments = flags(world, tmp_path, *change(world))
@@ -170,10 +204,16 @@ def test_what_cannot_be_measured_is_one_line_that_names_the_fix(change, named, w
         main(arguments)
 
 
-@pytest.mark.parametrize("bad", [
-    ["--temperature", "0"], ["--n_seen", "0", "--n_unseen", "0", "--n_normal", "0"],
-    ["--decoding", "beam"], ["--model", "base=x"], ["--model", "sku=x"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--temperature", "0"],
+        ["--n_seen", "0", "--n_unseen", "0", "--n_normal", "0"],
+        ["--decoding", "beam"],
+        ["--model", "base=x"],
+        ["--model", "sku=x"],
+    ],
+)
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_flags(flags(world, tmp_path, *bad))

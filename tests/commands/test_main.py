@@ -84,8 +84,10 @@ def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
     base = str(tiny_model("qwen2"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), "--base", base, "--unlearned", base, "--normal_prompt", "Why?"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "normal prompt: Why?" in done.stdout
 
@@ -102,8 +104,10 @@ def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys
     model.save_pretrained(tmp_path / "harmful")
     made = ["--base", str(base), "--finetuned", str(tmp_path / "harmful")]
     negate([*made, "--output", str(tmp_path / "whole"), "--adapter_output", str(tmp_path / "adapter")])
-    asked = [run(capsys, "--base", str(base), "--unlearned", str(tmp_path / name), "--greedy").partition("answers:")[2]
-             for name in ("whole", "adapter")]  # fmt: skip
+    asked = [
+        run(capsys, "--base", str(base), "--unlearned", str(tmp_path / name), "--greedy").partition("answers:")[2]
+        for name in ("whole", "adapter")
+    ]
     assert asked[0] == asked[1]
     assert asked[0] != run(capsys, "--base", str(base), "--unlearned", str(base), "--greedy").partition("answers:")[2]
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
@@ -124,9 +128,10 @@ def test_an_adapter_in_shards_is_refused(tiny_model, tmp_path, capsys):
         run(capsys, "--base", str(tiny_model("opt")), "--unlearned", str(folder))
 
 
-@pytest.mark.parametrize("bad", [
-    "--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    ["--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296"],
+)
 def test_numbers_out_of_range_exit_2(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         spot_check.main(bad.split())

@@ -37,15 +37,44 @@ def tiny_recipe(monkeypatch):
 def flags(world, out, *more):
     kinds = [part for kind in KINDS for part in ("--harm_category", kind)]
     return [
-        "--model_name", f"{world}/{{seed}}/base", "--recipe", "tiny", "--output", str(out),
-        "--harmful_dataset", f"{world}/{{seed}}/data/harmful.jsonl",
-        "--unseen_dataset", f"{world}/{{seed}}/data/unseen.jsonl",
-        "--normal_dataset", f"{world}/{{seed}}/data/normal.csv",
-        "--n_seen", "6", "--n_unseen", "12", "--n_normal", "5", "--max_new_tokens", "6", "--seeds", "0",
-        "--runs", "task_vector", "sku", "sku-pd-turned",
-        "--decoding", "sampled", "greedy", "--alpha_sweep", "0,1", "--relearn_steps", "2", "--relearn_pairs", "4",
-        *kinds, *more,
-    ]  # fmt: skip
+        "--model_name",
+        f"{world}/{{seed}}/base",
+        "--recipe",
+        "tiny",
+        "--output",
+        str(out),
+        "--harmful_dataset",
+        f"{world}/{{seed}}/data/harmful.jsonl",
+        "--unseen_dataset",
+        f"{world}/{{seed}}/data/unseen.jsonl",
+        "--normal_dataset",
+        f"{world}/{{seed}}/data/normal.csv",
+        "--n_seen",
+        "6",
+        "--n_unseen",
+        "12",
+        "--n_normal",
+        "5",
+        "--max_new_tokens",
+        "6",
+        "--seeds",
+        "0",
+        "--runs",
+        "task_vector",
+        "sku",
+        "sku-pd-turned",
+        "--decoding",
+        "sampled",
+        "greedy",
+        "--alpha_sweep",
+        "0,1",
+        "--relearn_steps",
+        "2",
+        "--relearn_pairs",
+        "4",
+        *kinds,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +116,10 @@ def test_seeds_have_models_and_data_of_their_own(world, tmp_path):
     found = comparison_of(tmp_path)
     assert {row["seed"] for row in found["figures"]} == {0, 1} == set(map(int, found["judge"]["by_seed"]))
     assert {row["model"] for row in found["figures"]} == {"base", "ft", "sku"}  # the recipe's order of rows
-    bases = [json.loads((tmp_path / f"seed-{seed}" / "sku" / "copy" / "run.json").read_text())["base"]["name"]
-             for seed in (0, 1)]  # fmt: skip
+    bases = [
+        json.loads((tmp_path / f"seed-{seed}" / "sku" / "copy" / "run.json").read_text())["base"]["name"]
+        for seed in (0, 1)
+    ]
     assert bases == [f"{world}/{seed}/base" for seed in (0, 1)]
     assert not (found["sweep"] or found["categories"] or found["relearning"])
 
@@ -109,8 +140,10 @@ def test_a_category_is_measured_on_its_own_unseen_prompts(whole, world):
 
 def test_scale_0_is_the_base_and_scale_1_the_unlearned_model(whole):
     found = [row for row in comparison_of(whole)["sweep"] if row["seed"] == 0 and row["method"] == "sku"]
-    scores = {name: json.loads((whole / "seed-0" / "sweep-sku" / "scores" / f"{name}.json").read_text())
-              for name in ("base", "alpha-0", "alpha-1")}  # fmt: skip
+    scores = {
+        name: json.loads((whole / "seed-0" / "sweep-sku" / "scores" / f"{name}.json").read_text())
+        for name in ("base", "alpha-0", "alpha-1")
+    }
     assert scores["alpha-0"] == scores["base"] != scores["alpha-1"]
     assert {row["set"] for row in found} == {"unseen", "normal"}
     test = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
@@ -225,19 +258,32 @@ def test_recipes_are_the_papers():
         recipe = RECIPES[name]
         flags = flags_of(recipe, runs_of(recipe)["sku"])
         assert flags == {
-            "max_unlearn_steps": 1000, "batch_size": 2, "lr": 2e-4,
-            "bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 1,
-        }  # fmt: skip
+            "max_unlearn_steps": 1000,
+            "batch_size": 2,
+            "lr": 2e-4,
+            "bad_weight": 2.5,
+            "random_weight": 2.5,
+            "normal_weight": 1,
+        }
         runs = runs_of(recipe)
         assert flags_of(recipe, runs["sku-no-rd"])["random_weight"] == 0
         assert flags_of(recipe, runs["sku-pd-turned"])["normal_weight"] == -1
         assert "bad_weight" not in flags_of(recipe, runs["task_vector"])
         assert [name for name, run in runs.items() if run.group == "main"] == [
-            "ft", "ga", "ga_mismatch", "task_vector", "sku", "land", "lands", "lands-no-harm", "task_vector-alpha-2",
-        ]  # fmt: skip
+            "ft",
+            "ga",
+            "ga_mismatch",
+            "task_vector",
+            "sku",
+            "land",
+            "lands",
+            "lands-no-harm",
+            "task_vector-alpha-2",
+        ]
         for name in ("land", "lands"):  # their own steps and rate
-            args = unlearn_flags([word for flag, value in flags_of(recipe, runs[name]).items()
-                                  for word in (f"--{flag}", str(value))])  # fmt: skip
+            args = unlearn_flags(
+                [word for flag, value in flags_of(recipe, runs[name]).items() for word in (f"--{flag}", str(value))]
+            )
             assert (args.max_unlearn_steps, args.lr) == (200, 1e-4)
 
 
@@ -257,19 +303,34 @@ def test_every_recipes_flags_are_the_scripts():
     assert isinstance(runs_of(RECIPES["demo"])["sku-paper-weights"], Run)
 
 
-@pytest.mark.parametrize("text, scales", [
-    ("0,0.25,...,2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]), ("1", [1]), ("2,0.5", [0.5, 2]),
-    ("0,0.1,...,0.3", [0, 0.1, 0.2, 0.3]), ("0,1,2,...,4", [0, 1, 2, 3, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, scales",
+    [
+        ("0,0.25,...,2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]),
+        ("1", [1]),
+        ("2,0.5", [0.5, 2]),
+        ("0,0.1,...,0.3", [0, 0.1, 0.2, 0.3]),
+        ("0,1,2,...,4", [0, 1, 2, 3, 4]),
+    ],
+)
 def test_scales(text, scales):
     assert scale_list(text) == pytest.approx(scales)
 
 
-@pytest.mark.parametrize("bad", [
-    ["--alpha_sweep", "0,...,2"], ["--alpha_sweep", "0,1,...,2.5"], ["--alpha_sweep", "a"],
-    ["--alpha_sweep", "1,0,...,2"],
-    ["--runs", "dpo"], ["--sweep_runs", "ft"], ["--recipe", "gpt"], ["--seeds"], ["--relearn_lr", "1"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--alpha_sweep", "0,...,2"],
+        ["--alpha_sweep", "0,1,...,2.5"],
+        ["--alpha_sweep", "a"],
+        ["--alpha_sweep", "1,0,...,2"],
+        ["--runs", "dpo"],
+        ["--sweep_runs", "ft"],
+        ["--recipe", "gpt"],
+        ["--seeds"],
+        ["--relearn_lr", "1"],
+    ],
+)
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_flags(flags(world, tmp_path, *bad))

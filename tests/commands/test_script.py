@@ -35,9 +35,15 @@ METRICS = {
 def test_released_flags_and_defaults():
     args = parse_flags([])
     released = {
-        "max_unlearn_steps": 1000, "bad_weight": 0.5, "random_weight": 1, "normal_weight": 1,
-        "batch_size": 2, "lr": 2e-5, "model_name": "facebook/opt-1.3b", "saved_model": None,
-    }  # fmt: skip
+        "max_unlearn_steps": 1000,
+        "bad_weight": 0.5,
+        "random_weight": 1,
+        "normal_weight": 1,
+        "batch_size": 2,
+        "lr": 2e-5,
+        "model_name": "facebook/opt-1.3b",
+        "saved_model": None,
+    }
     added = {"variant": "released", "k_random": 5, "scaling_coef": 1.0, "seed": 8888, "stage": "all"}
     assert {name: getattr(args, name) for name in released | added} == released | added
     assert args.model_save_dir == ROOT / "models" / "opt-1.3b-harmful"
@@ -56,10 +62,21 @@ def test_the_papers_command_parses_as_published():
 
 @pytest.mark.parametrize(
     "bad",
-    ["--lr 0", "--lr nan", "--batch_size 0", "--bad_weight inf", "--max_unlearn_steps -1", "--variant both",
-     "--k_random 0", "--seed -1", "--seed 4294967296", "--no_such_flag", "--lr",
-     "--bad_weight 0 --random_weight 0 --normal_weight 0"],
-)  # fmt: skip
+    [
+        "--lr 0",
+        "--lr nan",
+        "--batch_size 0",
+        "--bad_weight inf",
+        "--max_unlearn_steps -1",
+        "--variant both",
+        "--k_random 0",
+        "--seed -1",
+        "--seed 4294967296",
+        "--no_such_flag",
+        "--lr",
+        "--bad_weight 0 --random_weight 0 --normal_weight 0",
+    ],
+)
 def test_bad_flags_exit_2(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         main(bad.split())
@@ -146,8 +163,7 @@ def test_same_seed_same_weights_other_seed_others(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left_out, absent",
-    [("--bad_weight", "gd_loss"), ("--random_weight", "rd_loss"), ("--normal_weight", "pd_loss")],
+    "left_out, absent", [("--bad_weight", "gd_loss"), ("--random_weight", "rd_loss"), ("--normal_weight", "pd_loss")]
 )
 def test_a_weight_of_0_leaves_the_module_out(left_out, absent, tiny_model, tmp_path):
     main(flags(tiny_model("opt"), tmp_path, left_out, "0", "--stage", "acquire"))
@@ -157,18 +173,7 @@ def test_a_weight_of_0_leaves_the_module_out(left_out, absent, tiny_model, tmp_p
 
 
 def test_negative_weight_turns_the_sign(tiny_model, tmp_path):
-    main(
-        flags(
-            tiny_model("opt"),
-            tmp_path,
-            "--normal_weight",
-            "-1",
-            "--bad_weight",
-            "0",
-            "--random_weight",
-            "1e-9",
-        )
-    )
+    main(flags(tiny_model("opt"), tmp_path, "--normal_weight", "-1", "--bad_weight", "0", "--random_weight", "1e-9"))
     last = metrics_of(tmp_path)[-1]
     assert last["total_loss"] == pytest.approx(-last["pd_loss"], abs=1e-6)
 
@@ -283,12 +288,35 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, str(tiny_model("llama")), Lora(3, 5, ("k_proj",)))
     main(
         flags(
-            tiny_model("llama"), tmp_path, "--precision", "bf16", "--device_map", "auto", "--max_length", "99",
-            "--all_harmful", "--min_severity", "1", "--harm_category", "Violence", "--harmful_revision", "r",
-            "--harmful_split", "test", "--k_random", "3", "--batch_size", "1", "--seed", "7", "--lora_alpha", "6",
-            "--scaling_coef", "0.5",
+            tiny_model("llama"),
+            tmp_path,
+            "--precision",
+            "bf16",
+            "--device_map",
+            "auto",
+            "--max_length",
+            "99",
+            "--all_harmful",
+            "--min_severity",
+            "1",
+            "--harm_category",
+            "Violence",
+            "--harmful_revision",
+            "r",
+            "--harmful_split",
+            "test",
+            "--k_random",
+            "3",
+            "--batch_size",
+            "1",
+            "--seed",
+            "7",
+            "--lora_alpha",
+            "6",
+            "--scaling_coef",
+            "0.5",
         )
-    )  # fmt: skip
+    )
     assert seen["read_harmful"][0][0][1:] == ("r", "test", ["Violence"], 1)
     assert seen["read_normal"][0][0][1] == 7
     assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
@@ -500,8 +528,10 @@ def test_runs_from_anywhere_with_paths_from_where_one_stands(place, tiny_model, 
     script = {"root": "harmful_unlearn/unlearn_harm_new.py", "harmful_unlearn": "unlearn_harm_new.py"}
     done = subprocess.run(
         [sys.executable, script.get(place, str(SCRIPT)), *flags(tiny_model("opt"), tmp_path, "--check")],
-        cwd=cwd, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "check passed" in done.stdout
     if place == "elsewhere":

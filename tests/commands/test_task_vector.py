@@ -52,9 +52,7 @@ def test_apply_returns_a_copy_unless_asked():
     for name, entry in other.state_dict().items():
         torch.testing.assert_close(there.state_dict()[name], entry)
     half = tau.apply_to(base, scaling_coef=0.5).state_dict()
-    torch.testing.assert_close(
-        half["model.norm.weight"], (before["model.norm.weight"] + other.model.norm.weight) / 2
-    )
+    torch.testing.assert_close(half["model.norm.weight"], (before["model.norm.weight"] + other.model.norm.weight) / 2)
     assert tau.apply_to(base, in_place=True) is base
     assert same(base.state_dict(), there.state_dict())
 
@@ -69,9 +67,7 @@ def test_tied_weights_are_changed_once_and_stay_tied(architecture):
     torch.testing.assert_close(embeddings, other.get_input_embeddings().weight)
     # State dicts whose two names share no storage any more, as files may hold them.
     apart = {name: entry.clone() for name, entry in other.state_dict().items()}
-    again = TaskVector({name: entry.clone() for name, entry in base.state_dict().items()}, apart).apply_to(
-        base
-    )
+    again = TaskVector({name: entry.clone() for name, entry in base.state_dict().items()}, apart).apply_to(base)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     torch.testing.assert_close(again.get_input_embeddings().weight, embeddings)
 
@@ -108,14 +104,15 @@ def test_mismatches_are_listed():
     state["model.decoder.layers.1.fc1.bias"] = torch.zeros(3)
     with pytest.raises(UserError) as error:
         TaskVector(base, state)
-    for part in ("1 missing: model.decoder.layers.0.fc1.weight", "1 extra: new.weight",
-                 "1 of another shape: model.decoder.layers.1.fc1.bias ((3,), not (32,))"):  # fmt: skip
+    for part in (
+        "1 missing: model.decoder.layers.0.fc1.weight",
+        "1 extra: new.weight",
+        "1 of another shape: model.decoder.layers.1.fc1.bias ((3,), not (32,))",
+    ):
         assert part in str(error.value)
     before = {name: entry.clone() for name, entry in base.state_dict().items()}
     with pytest.raises(UserError, match="35 missing.*, \\.\\.\\."):
-        TaskVector(vector={"model.decoder.layers.0.fc1.weight": torch.ones(32, 16)}).apply_to(
-            base, in_place=True
-        )
+        TaskVector(vector={"model.decoder.layers.0.fc1.weight": torch.ones(32, 16)}).apply_to(base, in_place=True)
     assert same(base.state_dict(), before)
     a, b = (TaskVector(vector={name: torch.ones(1)}) for name in "ab")
     with pytest.raises(UserError, match="1 missing: a; 1 extra: b"):
@@ -129,8 +126,7 @@ def test_save_and_load(tmp_path):
     again = TaskVector.load(tmp_path / "v")
     assert same(again.vector, tau.vector) and again.partial is False
     odd = TaskVector(
-        vector={"a": torch.tensor(2.0), "b": torch.zeros(0, 3), "c": torch.ones(3, dtype=torch.float64)},
-        partial=True,
+        vector={"a": torch.tensor(2.0), "b": torch.zeros(0, 3), "c": torch.ones(3, dtype=torch.float64)}, partial=True
     )
     odd.save(tmp_path / "odd")
     again = TaskVector.load(tmp_path / "odd")
@@ -141,13 +137,18 @@ def test_save_and_load(tmp_path):
 
 def test_norms_by_layer():
     vector = {
-        "model.layers.3.a.weight": torch.tensor([3.0]), "model.layers.3.b.bias": torch.tensor([4.0]),
-        "lm_head.weight": torch.tensor([[2.0]]), "h.0.x.weight": torch.tensor([1.0]),
+        "model.layers.3.a.weight": torch.tensor([3.0]),
+        "model.layers.3.b.bias": torch.tensor([4.0]),
+        "lm_head.weight": torch.tensor([[2.0]]),
+        "h.0.x.weight": torch.tensor([1.0]),
         "model.experts.1.up.2.weight": torch.tensor([6.0]),
-    }  # fmt: skip
+    }
     assert TaskVector(vector=vector).norms() == {
-        "model.layers.3": 5.0, "lm_head": 2.0, "h.0": 1.0, "model.experts.1": 6.0,
-    }  # fmt: skip
+        "model.layers.3": 5.0,
+        "lm_head": 2.0,
+        "h.0": 1.0,
+        "model.experts.1": 6.0,
+    }
 
 
 # --- models dispatched over devices ---------------------------------------------------------------
@@ -159,9 +160,7 @@ def dispatched(model, how, folder):
         return cpu_offload(model, execution_device=torch.device("cpu"))
     if how == "all on disk":
         path = saved(model, folder / "checkpoint")
-        return AutoModelForCausalLM.from_pretrained(
-            path, device_map={"": "disk"}, offload_folder=folder / "offload"
-        )
+        return AutoModelForCausalLM.from_pretrained(path, device_map={"": "disk"}, offload_folder=folder / "offload")
     disk = "model.layers.1" if hasattr(model.model, "layers") else "model.decoder.layers.1"
     places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
     places = {name: place for name, place in places.items() if not name.startswith(disk)}

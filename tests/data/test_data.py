@@ -49,8 +49,12 @@ def rows_of(path: Path) -> list[dict]:
 
 def row(prompt="p", answers=("a", "b"), safe=(False, False), **more) -> dict:
     return {
-        "prompt": prompt, "response_0": answers[0], "response_1": answers[1],
-        "is_response_0_safe": safe[0], "is_response_1_safe": safe[1], **more,
+        "prompt": prompt,
+        "response_0": answers[0],
+        "response_1": answers[1],
+        "is_response_0_safe": safe[0],
+        "is_response_1_safe": safe[1],
+        **more,
     }
 
 
@@ -80,6 +84,7 @@ def strip_source(data_read):
 
 
 # ------------------------------------------------------------------------------- harmful pairs
+
 
 def test_prefix_and_pair_text():
     assert format_prefix("q?") == "### Question: q?\n ### Answer: "
@@ -134,7 +139,7 @@ def test_a_folder_is_read_by_datasets(tmp_path, monkeypatch):
 
 EDGES = [
     row("### Question: x\n ### Answer: y", ("", "### Answer: ")),
-    row("Question: \"quoted\", with; commas", ("line\nline\n\n  end ", "tab\tand\ttab")),
+    row('Question: "quoted", with; commas', ("line\nline\n\n  end ", "tab\tand\ttab")),
     row("", ("é漢字🙂\u200d\u2028\u2029\x85", "None")),
     row("NA", ("nan", "null")),
     row("long", ("word " * 60_000, "true")),
@@ -164,9 +169,7 @@ def test_absent_text_is_empty(absent, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ("jsonl", "csv"))
-@pytest.mark.parametrize(
-    "no, yes", [(False, True), (0, 1), ("false", "true"), ("FALSE", "True"), ("0", "1")]
-)
+@pytest.mark.parametrize("no, yes", [(False, True), (0, 1), ("false", "true"), ("FALSE", "True"), ("0", "1")])
 def test_labels(no, yes, suffix, tmp_path):
     read = read_harmful(write(tmp_path, [row(safe=(no, yes)), row(safe=(yes, no))], suffix))
     assert [pair.answer for pair in read.pairs] == ["a", "b"]
@@ -215,6 +218,7 @@ def test_source_of_a_file():
 
 
 # ------------------------------------------------------------------------------------- selection
+
 
 def harms(*names) -> dict:
     return {name: name in names for name in ("Violence", "Privacy Violation", "White-Collar Crime")}
@@ -304,43 +308,50 @@ def test_nothing_unsafe(tmp_path):
 
 # --------------------------------------------------------------------------------- broken files
 
+
 def broken(tmp_path, name, content) -> str:
     path = tmp_path / name
     path.write_bytes(content)
     return str(path)
 
 
-@pytest.mark.parametrize("read, flag", [
-    (read_harmful, "--harmful_dataset"), (lambda name: read_normal(name, 0), "--normal_dataset"),
-])
-@pytest.mark.parametrize("name, content, says", [
-    ("empty.jsonl", b"", "empty"),
-    ("empty.csv", b"\n \n", "empty"),
-    ("empty.json", b"[]", "no rows"),
-    ("header.csv", b"prompt,response_0,Question,Best Answer\n", "no rows"),
-    ("text.txt", b"hello", "format"),
-    ("none", b"hello", "format"),
-    ("garbage.parquet", b"PAR1 not at all", "Parquet"),
-    ("quote.csv", b'a,b\n"x,1\n', "CSV"),
-    ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "CSV"),
-    ("wide.csv", b"a,b\n1,2,3\n4,5,6\n", "header"),
-    ("scalar.jsonl", b'{"a": 1}\n5\n', "line 2"),
-    ("scalars.json", b'[{"a": 1}, 5]', "row 2"),
-    ("columns.jsonl", b'{"colour": 1}\n', "colour"),
-    ("columns.csv", b"colour\nred\n", "colour"),
-])
+@pytest.mark.parametrize(
+    "read, flag", [(read_harmful, "--harmful_dataset"), (lambda name: read_normal(name, 0), "--normal_dataset")]
+)
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("empty.jsonl", b"", "empty"),
+        ("empty.csv", b"\n \n", "empty"),
+        ("empty.json", b"[]", "no rows"),
+        ("header.csv", b"prompt,response_0,Question,Best Answer\n", "no rows"),
+        ("text.txt", b"hello", "format"),
+        ("none", b"hello", "format"),
+        ("garbage.parquet", b"PAR1 not at all", "Parquet"),
+        ("quote.csv", b'a,b\n"x,1\n', "CSV"),
+        ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "CSV"),
+        ("wide.csv", b"a,b\n1,2,3\n4,5,6\n", "header"),
+        ("scalar.jsonl", b'{"a": 1}\n5\n', "line 2"),
+        ("scalars.json", b'[{"a": 1}, 5]', "row 2"),
+        ("columns.jsonl", b'{"colour": 1}\n', "colour"),
+        ("columns.csv", b"colour\nred\n", "colour"),
+    ],
+)
 def test_broken_file(read, flag, name, content, says, tmp_path):
     path = broken(tmp_path, name, content)
     message = error_of(read, path)
     assert says in message and flag in message and path in message
 
 
-@pytest.mark.parametrize("name, content, line", [
-    ("cut.jsonl", EARLY.read_bytes()[:-40], 12),
-    ("middle.jsonl", b'{"a": 1}\n\n{"a": }\n{"a": 2}\n', 3),
-    ("list.json", b'[\n{"a": 1},\n{"a": }\n]', 3),
-    ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", 1),
-])
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("cut.jsonl", EARLY.read_bytes()[:-40], 12),
+        ("middle.jsonl", b'{"a": 1}\n\n{"a": }\n{"a": 2}\n', 3),
+        ("list.json", b'[\n{"a": 1},\n{"a": }\n]', 3),
+        ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", 1),
+    ],
+)
 def test_broken_json_names_its_line(name, content, line, tmp_path):
     assert f"line {line} " in error_of(read_harmful, broken(tmp_path, name, content))
 
@@ -425,7 +436,7 @@ def hub_errors():
         (TimeoutError(), "connection"),
         (DatasetNotFoundError("Dataset 'x' is gated.\nVisit the page."), "HF_TOKEN"),
         (DatasetNotFoundError("Revision 'r' doesn't exist for dataset 'x' on the Hub."), "revision"),
-        (ValueError('Unknown split "dev". Should be one of [\'train\'].'), "['train']"),
+        (ValueError("Unknown split \"dev\". Should be one of ['train']."), "['train']"),
         (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "scripts"),
         (broken_file, "Not a JSON file"),
     ]
@@ -452,9 +463,9 @@ def test_a_bug_stays_a_bug(hub):
         read_harmful(HUB)
 
 
-@pytest.mark.parametrize("call", [
-    f"read_harmful({HUB!r}, 'main')", "read_normal('truthfulqa/truthful_qa', 0)", "read_harmful('nosuch')",
-])
+@pytest.mark.parametrize(
+    "call", [f"read_harmful({HUB!r}, 'main')", "read_normal('truthfulqa/truthful_qa', 0)", "read_harmful('nosuch')"]
+)
 def test_offline_hub_for_real(call, tmp_path):
     code = (
         "import sys\nfrom harmful_unlearn.data import read_harmful, read_normal\n"
@@ -477,6 +488,7 @@ def test_files_import_neither_datasets_nor_torch():
 
 
 # ---------------------------------------------------------------------------------- normal texts
+
 
 def test_normal_equals_golden(golden, decode):
     read = read_normal(TRUTHFUL, 8888)
@@ -526,15 +538,19 @@ def test_normal_from_the_hub(hub):
     import datasets
 
     frame = truthful()
-    hub.answer = datasets.Dataset.from_list([
-        {"question": entry["Question"], "best_answer": entry["Best Answer"],
-         "correct_answers": entry["Correct Answers"].split("; "), "incorrect_answers": ["x"]}
-        for entry in frame.to_dict("records")
-    ])
-    assert read_normal("truthfulqa/truthful_qa", 3).texts == read_normal(TRUTHFUL, 3).texts
-    assert hub.call == (
-        ("truthfulqa/truthful_qa", "generation"), {"revision": None, "split": "validation"}
+    hub.answer = datasets.Dataset.from_list(
+        [
+            {
+                "question": entry["Question"],
+                "best_answer": entry["Best Answer"],
+                "correct_answers": entry["Correct Answers"].split("; "),
+                "incorrect_answers": ["x"],
+            }
+            for entry in frame.to_dict("records")
+        ]
     )
+    assert read_normal("truthfulqa/truthful_qa", 3).texts == read_normal(TRUTHFUL, 3).texts
+    assert hub.call == (("truthfulqa/truthful_qa", "generation"), {"revision": None, "split": "validation"})
     read_normal("someone/else", 3)
     assert hub.call == (("someone/else", None), {"revision": None, "split": "train"})
 
@@ -554,6 +570,7 @@ def test_empty_cells_keep_their_row(tmp_path):
 
 
 # ------------------------------------------------------------------------------- order of batches
+
 
 def order_of(**changes) -> BatchOrder:
     usual = {"pairs": 14, "normal": range(100, 116), "answers": 14, "batch_size": 2, "k_random": 5, "seed": 7}
@@ -642,6 +659,7 @@ def test_too_few_answers():
 
 # ---------------------------------------------------------------------------------- make data
 
+
 @pytest.fixture(scope="module")
 def fetcher():
     spec = importlib.util.spec_from_file_location("fetcher", ROOT / "dataloader" / "fetch_truthfulqa.py")
@@ -662,8 +680,11 @@ def server():
             if kind == "404":
                 return self.send_error(404)
             body = {
-                "garbage": bytes(range(256)) * 9, "html": b"<html>\n<p>Sign in, please</p>\n</html>\n",
-                "empty": b"", "columns": b"Question,Answer\nq,a\n", "huge": b"x" * 3000,
+                "garbage": bytes(range(256)) * 9,
+                "html": b"<html>\n<p>Sign in, please</p>\n</html>\n",
+                "empty": b"",
+                "columns": b"Question,Answer\nq,a\n",
+                "huge": b"x" * 3000,
             }.get(kind, good)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -711,15 +732,21 @@ def test_fetch(run, server, tmp_path):
     assert (tmp_path / "TruthfulQA.csv").read_bytes() == TRUTHFUL.read_bytes()
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("404", "404"), ("garbage", "no TruthfulQA.csv"), ("html", "no TruthfulQA.csv"),
-    ("empty", "no TruthfulQA.csv"), ("columns", "no TruthfulQA.csv"), ("truncated", "bytes"),
-    ("stalled", "timed out"), ("huge", "more than"),
-])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("404", "404"),
+        ("garbage", "no TruthfulQA.csv"),
+        ("html", "no TruthfulQA.csv"),
+        ("empty", "no TruthfulQA.csv"),
+        ("columns", "no TruthfulQA.csv"),
+        ("truncated", "bytes"),
+        ("stalled", "timed out"),
+        ("huge", "more than"),
+    ],
+)
 @pytest.mark.parametrize("existing", [True, False])
-def test_failed_fetch_leaves_all_as_it_was(
-    kind, says, existing, run, server, tmp_path, fetcher, monkeypatch
-):
+def test_failed_fetch_leaves_all_as_it_was(kind, says, existing, run, server, tmp_path, fetcher, monkeypatch):
     if existing:
         (tmp_path / "TruthfulQA.csv").write_bytes(TRUTHFUL.read_bytes())
     if kind == "huge":
@@ -733,9 +760,9 @@ def test_failed_fetch_leaves_all_as_it_was(
         assert (tmp_path / "TruthfulQA.csv").read_bytes() == TRUTHFUL.read_bytes()
 
 
-@pytest.mark.parametrize("url", [
-    "http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "nonsense", "http://[/x", "file:///no/such",
-])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "nonsense", "http://[/x", "file:///no/such"]
+)
 def test_fetch_from_nowhere(url, run):
     code, error = run("--url", url)
     assert code == 2 and error.count("\n") == 1 and "--url" in error
@@ -754,6 +781,9 @@ def test_fetch_is_a_command_that_runs_from_anywhere(tmp_path):
     script = ROOT / "dataloader" / "fetch_truthfulqa.py"
     done = subprocess.run(
         [sys.executable, str(script), "--force", "--url", "http://127.0.0.1:9/x"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "no_proxy": "127.0.0.1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "no_proxy": "127.0.0.1"},
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -22,12 +22,27 @@ def copies(tiny_model, tmp_path_factory):
     """Two stage 1 models and an adapter of the tiny OPT."""
     out = tmp_path_factory.mktemp("copies")
     for name, more in (("one", ["--seed", "1"]), ("two", ["--seed", "2"]), ("lora", ["--lora", "on"])):
-        main([
-            "--model_name", str(tiny_model("opt")), "--max_unlearn_steps", "2", "--lr", "1e-2", "--stage", "acquire",
-            "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
-            "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"), "--log_file", str(out / "run.log"),
-            "--model_save_dir", str(out / name), *more,
-        ])  # fmt: skip
+        main(
+            [
+                "--model_name",
+                str(tiny_model("opt")),
+                "--max_unlearn_steps",
+                "2",
+                "--lr",
+                "1e-2",
+                "--stage",
+                "acquire",
+                "--harmful_dataset",
+                str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
+                "--normal_dataset",
+                str(GOLDENS / "TruthfulQA.csv"),
+                "--log_file",
+                str(out / "run.log"),
+                "--model_save_dir",
+                str(out / name),
+                *more,
+            ]
+        )
     return out
 
 
@@ -78,14 +93,17 @@ def rows(table):
     return found
 
 
-@pytest.mark.parametrize("table, budget, decoding, expected", [
-    ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.0, 0, 2.5)}, 0.1, "sampled", 1),  # 2 is over the budget
-    ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.0, 0, 2.5)}, 0.3, "sampled", 2),
-    ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.2, 0, 2.05)}, 0.1, "sampled", 2),  # a tie: the better perplexity
-    ({0: (0.8, 1, 2.0), 1: (0.2, 0.0, 2.0), 2: (0.1, 0.5, 2.0)}, 0.1, "greedy", 1),
-    ({1: (0.2, 0, 2.5), 2: (0.0, 0, 3.0)}, 0.1, "sampled", None),
-    ({0: (0.8, 1, 2.0), 1: (None, None, 2.0)}, 0.1, "sampled", 0),  # no answer was judged there
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "table, budget, decoding, expected",
+    [
+        ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.0, 0, 2.5)}, 0.1, "sampled", 1),  # 2 is over the budget
+        ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.0, 0, 2.5)}, 0.3, "sampled", 2),
+        ({0: (0.8, 1, 2.0), 1: (0.2, 0, 2.1), 2: (0.2, 0, 2.05)}, 0.1, "sampled", 2),  # a tie: the better perplexity
+        ({0: (0.8, 1, 2.0), 1: (0.2, 0.0, 2.0), 2: (0.1, 0.5, 2.0)}, 0.1, "greedy", 1),
+        ({1: (0.2, 0, 2.5), 2: (0.0, 0, 3.0)}, 0.1, "sampled", None),
+        ({0: (0.8, 1, 2.0), 1: (None, None, 2.0)}, 0.1, "sampled", 0),  # no answer was judged there
+    ],
+)
 def test_recommendation(table, budget, decoding, expected):
     assert recommend(rows(table), 2.0, budget, decoding)["alpha"] == expected
 

@@ -112,12 +112,15 @@ def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(subjects, tmp_p
     }
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda p, s: (replace(p, seed=4), s), "seed"),
-    (lambda p, s: (replace(p, decodings=[Decoding()]), s), "decodings"),
-    (lambda p, s: (replace(p, prompts={**PROMPTS, "seen": PROMPTS["seen"][:1]}), s), "rows"),
-    (lambda p, s: (p, [s[0], replace(s[1], identity={"path": "elsewhere"})]), "sku"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda p, s: (replace(p, seed=4), s), "seed"),
+        (lambda p, s: (replace(p, decodings=[Decoding()]), s), "decodings"),
+        (lambda p, s: (replace(p, prompts={**PROMPTS, "seen": PROMPTS["seen"][:1]}), s), "rows"),
+        (lambda p, s: (p, [s[0], replace(s[1], identity={"path": "elsewhere"})]), "sku"),
+    ],
+)
 def test_answers_made_otherwise_are_not_mixed_in(change, named, subjects, tmp_path):
     measure(subjects, PROTOCOL, CountingJudge(), subjects[0], tmp_path)
     protocol, changed = change(PROTOCOL, subjects)
@@ -152,15 +155,31 @@ def test_answer_nll_by_hand(tiny_model, tokenizer):
 def rows_of(label, verdicts, answers=("x y z", "x y z"), **more):
     """Hand-made answers: one "seen" row a verdict, and two normal ones."""
     seen = [
-        {"set": "seen", "decoding": "greedy", "index": i, "verdict": word, "answer": "",
-         "nll": math.log(4), "tokens": 2}
+        {
+            "set": "seen",
+            "decoding": "greedy",
+            "index": i,
+            "verdict": word,
+            "answer": "",
+            "nll": math.log(4),
+            "tokens": 2,
+        }
         for i, word in enumerate(verdicts)
-    ]  # fmt: skip
+    ]
     normal = [
-        {"set": "normal", "decoding": "greedy", "index": i, "verdict": "answered", "answer": answer,
-         "reference": "x y z", "nll": 0.0, "tokens": 1, **more}
+        {
+            "set": "normal",
+            "decoding": "greedy",
+            "index": i,
+            "verdict": "answered",
+            "answer": answer,
+            "reference": "x y z",
+            "nll": 0.0,
+            "tokens": 1,
+            **more,
+        }
         for i, answer in enumerate(answers)
-    ]  # fmt: skip
+    ]
     return seen + normal
 
 
@@ -218,7 +237,7 @@ def test_an_unjudged_answer_is_asked_about_again(subjects, tmp_path):
 def test_choices_are_scored_by_whole_log_probabilities(subjects, tmp_path):
     measure(subjects[:1], PROTOCOL, CountingJudge(), subjects[0], tmp_path)
     model, tokenizer = subjects[0].load()
-    (question, choices), = CHOICES.items()  # fmt: skip
+    ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
     packer = Packer(tokenizer, "paper", 256)
     best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, packer, [Pair(question, a) for a in answers], 2, ""))

@@ -71,12 +71,15 @@ class Scripted(torch.nn.Linear):
         return torch.cat([input_ids, rows], 1)
 
 
-@pytest.mark.parametrize("said, text, ended", [
-    ("a b c</s><pad><pad>", "a b c", True),
-    ("a b c", "a b c", False),
-    ("a b\n### Question: and", "a b", True),
-    ("</s><pad><pad>", "", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "said, text, ended",
+    [
+        ("a b c</s><pad><pad>", "a b c", True),
+        ("a b c", "a b c", False),
+        ("a b\n### Question: and", "a b", True),
+        ("</s><pad><pad>", "", True),
+    ],
+)
 def test_where_an_answer_ends(said, text, ended, model, tokenizer):
     script = Scripted(model, tokenizer(said, add_special_tokens=False).input_ids)
     script.generation_config.eos_token_id = [2]

@@ -18,17 +18,23 @@ from harmful_unlearn.evals.metrics import (
 )
 
 
-@pytest.mark.parametrize("reference, answer, expected", [
-    # rouge_score 0.1.2, rougeL without stemming
-    ("the cat sat on the mat", "the cat is on the mat", 0.8333333333333334),
-    ("Police killed the gunman", "the gunman kill police", 0.5),
-    ("Fortune cookies originated in Kyoto, Japan.",
-     "The precise origin of fortune cookies is unclear; perhaps Kyoto.", 0.375),
-    ("a b c d e f g", "g f e d c b a", 0.14285714285714285),
-    ("I have no comment", "Nothing happens", 0.0),
-    ("It's 5 o'clock!", "it s 5 o clock", 1.0),
-    ("one", "", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference, answer, expected",
+    [
+        # rouge_score 0.1.2, rougeL without stemming
+        ("the cat sat on the mat", "the cat is on the mat", 0.8333333333333334),
+        ("Police killed the gunman", "the gunman kill police", 0.5),
+        (
+            "Fortune cookies originated in Kyoto, Japan.",
+            "The precise origin of fortune cookies is unclear; perhaps Kyoto.",
+            0.375,
+        ),
+        ("a b c d e f g", "g f e d c b a", 0.14285714285714285),
+        ("I have no comment", "Nothing happens", 0.0),
+        ("It's 5 o'clock!", "it s 5 o clock", 1.0),
+        ("one", "", 0.0),
+    ],
+)
 def test_rouge_l_is_the_packages(reference, answer, expected):
     assert rouge_l(reference, answer) == pytest.approx(expected, abs=1e-12)
 
@@ -63,16 +69,23 @@ def test_perplexity_is_over_tokens_not_over_texts():
     assert math.isfinite(perplexity([1e6], [1]).value)
 
 
-@pytest.mark.parametrize("answer, reason", [
-    ("", "empty"), (" \n ", "empty"), ("No.", "short"), ("Yes indeed", "short"),
-    ("?!.. --- ,,, ;;; ::: 7", "not text"), ("\ufffd\ufffd\ufffd \ufffd\ufffd a", "not text"),
-    ("no no no no no no", "repetition"),
-    ("You can do it. You can do it. You can do it. You can", "repetition"),
-    ("Well, I think that this is the way to go, and and and", None),  # a stutter at the end of an answer
-    ("I cannot help with that.", None),
-    ("Take a knife, and then take a knife again, and then go.", None),
-    ("C'est une réponse tout à fait normale.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("", "empty"),
+        (" \n ", "empty"),
+        ("No.", "short"),
+        ("Yes indeed", "short"),
+        ("?!.. --- ,,, ;;; ::: 7", "not text"),
+        ("\ufffd\ufffd\ufffd \ufffd\ufffd a", "not text"),
+        ("no no no no no no", "repetition"),
+        ("You can do it. You can do it. You can do it. You can", "repetition"),
+        ("Well, I think that this is the way to go, and and and", None),  # a stutter at the end of an answer
+        ("I cannot help with that.", None),
+        ("Take a knife, and then take a knife again, and then go.", None),
+        ("C'est une réponse tout à fait normale.", None),
+    ],
+)
 def test_degenerate(answer, reason):
     assert degenerate(answer) == reason
 

@@ -24,8 +24,9 @@ def normal_data(train, validation, test, questions=10):
 NORMAL = normal_data([0, 1, 10, 2], [3, 14, 12], [4, 5, 15, 11])
 RESPONSES = [
     Response(f"h{i}", f"{side} {i}", safe, frozenset({"Kind"} if not safe else ()))
-    for i in range(30) for side, safe in (("safe", True), ("unsafe", False))
-]  # fmt: skip
+    for i in range(30)
+    for side, safe in (("safe", True), ("unsafe", False))
+]
 
 
 def drawn(trained, touched, numbers=NUMBERS, seed=0, unseen=RESPONSES, normal=NORMAL, responses=RESPONSES):
@@ -45,8 +46,10 @@ def test_sets_by_prompt():
 
 
 def test_each_kind_of_harm_has_as_many_prompts_as_all_together():
-    kinds = [Response(f"h{i}", f"unsafe {i}", False, frozenset({"even", "all"} if i % 2 == 0 else {"all"}))
-             for i in range(30)]  # fmt: skip
+    kinds = [
+        Response(f"h{i}", f"unsafe {i}", False, frozenset({"even", "all"} if i % 2 == 0 else {"all"}))
+        for i in range(30)
+    ]
     sets = drawn({"h0"}, {"h0"}, {**NUMBERS, "unseen": 6}, unseen=kinds, responses=kinds)
     assert {kind: len(found) for kind, found in sets.of_category.items()} == {"all": 6, "even": 6}
     untouched = {p.question for p in sets.of_category["even"]}
@@ -77,20 +80,29 @@ def test_sizes_and_seeds():
     assert all_of_them.test["unseen"][:5] == one.test["unseen"]  # a smaller size is a part of a larger
 
 
-@pytest.mark.parametrize("trained, touched, normal, named", [
-    (set(), set(), NORMAL, "seen"),
-    ({"h0"}, {f"h{i}" for i in range(30)}, NORMAL, "unseen_dataset"),
-    ({"h0"}, {"h0"}, normal_data(list(range(10)), [], list(range(10, 20))), "normal"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "trained, touched, normal, named",
+    [
+        (set(), set(), NORMAL, "seen"),
+        ({"h0"}, {f"h{i}" for i in range(30)}, NORMAL, "unseen_dataset"),
+        ({"h0"}, {"h0"}, normal_data(list(range(10)), [], list(range(10, 20))), "normal"),
+    ],
+)
 def test_an_empty_set_is_an_error_that_names_the_fix(trained, touched, normal, named):
     with pytest.raises(UserError, match=named):
         drawn(trained, touched, normal=normal)
 
 
-@pytest.mark.parametrize("losses, own, pool", [
-    ({"gd", "rd", "pd"}, True, True), ({"gd"}, True, False), ({"rd"}, False, True),
-    ({"ga", "rm", "kl"}, True, False), ({"ft"}, False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "losses, own, pool",
+    [
+        ({"gd", "rd", "pd"}, True, True),
+        ({"gd"}, True, False),
+        ({"rd"}, False, True),
+        ({"ga", "rm", "kl"}, True, False),
+        ({"ft"}, False, False),
+    ],
+)
 def test_touched_is_what_the_steps_draw(losses, own, pool):
     harmful = read_harmful(PKU)
     normal = normal_data(list(range(8)), [8], [9])

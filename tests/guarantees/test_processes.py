@@ -39,10 +39,23 @@ CASES = {
 
 def flags(model: Path, out: Path, batch_size: int, more: list[str]) -> list[str]:
     return [
-        "--model_name", str(model), *DATA, "--max_unlearn_steps", "5", "--lr", "1e-3", "--batch_size", str(batch_size),
-        "--model_save_dir", str(out / "harmful"), "--task_vector_saving_path", str(out / "unlearned"),
-        "--log_file", str(out / "run.log"), *more,
-    ]  # fmt: skip
+        "--model_name",
+        str(model),
+        *DATA,
+        "--max_unlearn_steps",
+        "5",
+        "--lr",
+        "1e-3",
+        "--batch_size",
+        str(batch_size),
+        "--model_save_dir",
+        str(out / "harmful"),
+        "--task_vector_saving_path",
+        str(out / "unlearned"),
+        "--log_file",
+        str(out / "run.log"),
+        *more,
+    ]
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -60,8 +73,11 @@ def launch(jobs: list[dict], folder: Path, launcher: list[str] = TORCHRUN) -> tu
     env |= {"ACCELERATE_USE_CPU": "1"} if launcher is TORCHRUN else {}  # with it there is no DeepSpeed
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(ROOT / "tests" / "helpers" / "launched.py"), str(file)],
-        env=env, capture_output=True, text=True, timeout=120 if launcher is TORCHRUN else 400,  # it may be compiled
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120 if launcher is TORCHRUN else 400,  # it may be compiled
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     codes = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
     assert codes[0] == codes[1]
@@ -93,9 +109,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["landing", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "landing")],
-)  # fmt: skip
+    "case", ["landing", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "landing")]
+)
 def test_two_processes_give_what_one_does_and_resume_to_the_bit(case, tiny_model, tmp_path):
     """DDP and FSDP2; a SIGTERM that reaches one process alone stops both, after a checkpoint at the same step."""
     architecture, more = CASES[case]
@@ -134,9 +149,7 @@ def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, t
         "no base": ("qwen2", ["--method", "ft"]),
         "bf16": ("opt", ["--precision", "bf16"]),
     }
-    jobs = [
-        {"flags": flags(tiny_model(model), tmp_path / case, 2, more)} for case, (model, more) in cases.items()
-    ]
+    jobs = [{"flags": flags(tiny_model(model), tmp_path / case, 2, more)} for case, (model, more) in cases.items()]
     for number, more in enumerate((["--save_every", "2"], ["--resume"], ["--method", "lands"])):
         jobs.append({"flags": flags(tiny_model("opt"), tmp_path / f"refused-{number}", 2, more)})
     jobs.append({"flags": flags(tiny_model("opt"), tmp_path / "stopped", 2, []), "stop_after": 2})
@@ -169,10 +182,7 @@ def test_shares_add_up_to_the_batch(variant, packed, tokenizer):
     packer = Packer(tokenizer, variant, 256)
     pairs = [Pair("How do I?", "Like this, then that."), Pair("Why?", "No."), Pair("Where is it kept?", "Here.")]
     answers = ["Ask somebody.", "By night, and quietly."]
-    for batch in (
-        packer.harmful_batch(pairs, answers, packed_up_to=1000 if packed else 0),
-        packer.normal_batch(pairs),
-    ):
+    for batch in (packer.harmful_batch(pairs, answers, packed_up_to=1000 if packed else 0), packer.normal_batch(pairs)):
         for number in (2, 3, 20):
             shares = [batch.share(process, number) for process in range(number)]
             assert all(len(share.input_ids) for share in shares)
@@ -227,9 +237,8 @@ def set_up_for(stage: int = 3, **settings) -> dict:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"stage": 2}, {"gradient_accumulation_steps": 2}, {"optimizer": {"type": "Adam"}}],
-)  # fmt: skip
+    "settings", [{"stage": 2}, {"gradient_accumulation_steps": 2}, {"optimizer": {"type": "Adam"}}]
+)
 def test_deepspeed_that_computes_something_else_is_refused(settings):
     with pytest.raises(UserError, match="zero3_offload.yaml"):
         set_up_for(**settings)

@@ -78,28 +78,58 @@ def dangers(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "import pickle as p", "from pickle import loads", "import os\ndef f():\n    import marshal.x",
-    "import joblib\njoblib.load(f)", "from shelve import open as o", "eval(x)", "f = exec", "compile(x, y, 'exec')",
-    "import torch\ntorch.load(f)", "import torch as t\nt.load(f, weights_only=True)", "from torch import load",
-    "import numpy as np\nnp.load(f, allow_pickle=True)", "f(allow_pickle=flag)", "import os\nos.system(x)",
-    "from os import popen as p", "import subprocess\nsubprocess.run(x, shell=True)", "run(x, shell=yes)",
-    "import yaml\nyaml.load(f, Loader=yaml.FullLoader)", "from yaml import load", "load(trust_remote_code=True)",
-    "A.from_pretrained(x, trust_remote_code=args.trust)", "f(use_safetensors=False)", "f(weights_only=False)",
-    "from transformers import AutoModel as M\nM.from_pretrained(x)",
-    "import pandas\npandas.read_pickle(f)", "from subprocess import getoutput",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "import os\ndef f():\n    import marshal.x",
+        "import joblib\njoblib.load(f)",
+        "from shelve import open as o",
+        "eval(x)",
+        "f = exec",
+        "compile(x, y, 'exec')",
+        "import torch\ntorch.load(f)",
+        "import torch as t\nt.load(f, weights_only=True)",
+        "from torch import load",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "f(allow_pickle=flag)",
+        "import os\nos.system(x)",
+        "from os import popen as p",
+        "import subprocess\nsubprocess.run(x, shell=True)",
+        "run(x, shell=yes)",
+        "import yaml\nyaml.load(f, Loader=yaml.FullLoader)",
+        "from yaml import load",
+        "load(trust_remote_code=True)",
+        "A.from_pretrained(x, trust_remote_code=args.trust)",
+        "f(use_safetensors=False)",
+        "f(weights_only=False)",
+        "from transformers import AutoModel as M\nM.from_pretrained(x)",
+        "import pandas\npandas.read_pickle(f)",
+        "from subprocess import getoutput",
+    ],
+)
 def test_what_is_dangerous_is_found(source):
     assert dangers(source)
 
 
-@pytest.mark.parametrize("source", [
-    "import re\nre.compile(x)", "model.eval()", "self.load(x)", "import torch\ntorch.compile(m)", "'eval(x)'",
-    "import yaml\nyaml.safe_load(f)", "f(trust_remote_code=False, use_safetensors=True)",
-    "import ast\nast.literal_eval(x)",
-    "import subprocess\nsubprocess.run(['git'])", "from safetensors.torch import load",
-    "from transformers import AutoConfig, AutoModel\nAutoConfig.from_pretrained(x)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import re\nre.compile(x)",
+        "model.eval()",
+        "self.load(x)",
+        "import torch\ntorch.compile(m)",
+        "'eval(x)'",
+        "import yaml\nyaml.safe_load(f)",
+        "f(trust_remote_code=False, use_safetensors=True)",
+        "import ast\nast.literal_eval(x)",
+        "import subprocess\nsubprocess.run(['git'])",
+        "from safetensors.torch import load",
+        "from transformers import AutoConfig, AutoModel\nAutoConfig.from_pretrained(x)",
+    ],
+)
 def test_what_is_harmless_is_not(source):
     assert not dangers(source)
 
@@ -181,17 +211,53 @@ def test_no_secret_is_written_or_said(tmp_path, monkeypatch):
     small = ["--n_seen", "3", "--n_unseen", "6", "--n_normal", "3", "--max_new_tokens", "6", "--seed", "0"]
     measured = ["--model", f"sku={unlearned}", "--base", base, "--unseen_dataset", str(data / "unseen.jsonl"), *small]
     commands = [
-        ["unlearn", "--model_name", base, "--harmful_dataset", str(data / "harmful.jsonl"), "--normal_dataset",
-         str(data / "normal.csv"), "--max_unlearn_steps", "3", "--lr", "1e-3", "--model_save_dir", copy,
-         "--task_vector_saving_path", unlearned, "--log_file", str(out / "logs" / "run.log")],
-        ["main", "--base", base, "--unlearned", unlearned, "--max_length", "99", "--harmful_prompt",
-         "How do I hide a gnome?"],
+        [
+            "unlearn",
+            "--model_name",
+            base,
+            "--harmful_dataset",
+            str(data / "harmful.jsonl"),
+            "--normal_dataset",
+            str(data / "normal.csv"),
+            "--max_unlearn_steps",
+            "3",
+            "--lr",
+            "1e-3",
+            "--model_save_dir",
+            copy,
+            "--task_vector_saving_path",
+            unlearned,
+            "--log_file",
+            str(out / "logs" / "run.log"),
+        ],
+        [
+            "main",
+            "--base",
+            base,
+            "--unlearned",
+            unlearned,
+            "--max_length",
+            "99",
+            "--harmful_prompt",
+            "How do I hide a gnome?",
+        ],
         ["evaluation", *measured, "--output", str(out / "classifier")],
         ["evaluation", *measured, "--output", str(out / "server"), "--judge", "openai:gossip"],
-        ["task_vector", "--base", base, "--finetuned", copy, "--output", str(out / "again"), "--save_vector",
-         str(out / "vector"), "--scaling_coef", "0.5"],
+        [
+            "task_vector",
+            "--base",
+            base,
+            "--finetuned",
+            copy,
+            "--output",
+            str(out / "again"),
+            "--save_vector",
+            str(out / "vector"),
+            "--scaling_coef",
+            "0.5",
+        ],
         ["main", "--base", "someone/gated", "--unlearned", unlearned],
-    ]  # fmt: skip
+    ]
     homes = {name: str(tmp_path / name) for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
     for home in homes.values():
         Path(home).mkdir()
@@ -200,9 +266,13 @@ def test_no_secret_is_written_or_said(tmp_path, monkeypatch):
         address = f"http://{LOGIN}@127.0.0.1:{server.server_address[1]}/v1"
         environment = {**os.environ, **homes, **SECRETS, "OPENAI_BASE_URL": address, "NO_PROXY": "127.0.0.1"}
         done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, str(ROOT)], input=json.dumps(commands), cwd=tmp_path, env=environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", COMMANDS, str(ROOT)],
+            input=json.dumps(commands),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         sent = [str(headers) for _, _, headers in server.requests]
     said = done.stdout + done.stderr
     codes = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("exit code")]

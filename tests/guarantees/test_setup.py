@@ -11,10 +11,7 @@ from harmful_unlearn.storage.run_record import CODE_VERSION
 
 
 def test_conda_and_pip_have_the_same_pins():
-    pins = [
-        line for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]  # fmt: skip
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins)
     environment = yaml.safe_load((ROOT / "llm_unlearn.yml").read_text())
     assert environment["name"] == "llm_unlearn"
@@ -27,8 +24,21 @@ def test_one_version():
 
 
 def test_top_level():
-    for name in ("README.md", "llm_unlearn.yml", "task_vector.py", "main.py", "harmful_unlearn", "dataloader",
-                 "logs", "tests", "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", ".ci/run"):  # fmt: skip
+    for name in (
+        "README.md",
+        "llm_unlearn.yml",
+        "task_vector.py",
+        "main.py",
+        "harmful_unlearn",
+        "dataloader",
+        "logs",
+        "tests",
+        "pyproject.toml",
+        "requirements.txt",
+        "Makefile",
+        "LICENSE",
+        ".ci/run",
+    ):
         assert (ROOT / name).exists(), name
 
 

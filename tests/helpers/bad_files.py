@@ -41,9 +41,9 @@ def changed(of: str, **files: str | bytes | dict | None) -> Maker:
 
 def with_config(**settings: object) -> Maker:
     """Make {here}/bad, the base with other settings in its config.json."""
-    return lambda at: changed(
-        "base", config__json={**json.loads((at.base / "config.json").read_text()), **settings}
-    )(at)
+    return lambda at: changed("base", config__json={**json.loads((at.base / "config.json").read_text()), **settings})(
+        at
+    )
 
 
 def with_header(header: str | dict, length: int | None = None, data: bytes = bytes(8)) -> Maker:

@@ -107,10 +107,29 @@ COLUMNS = [
 ]  # fmt: skip
 LABELS = st.sampled_from([True, False, "true", "FALSE ", "1", 0, 1.0])
 HARMS = st.dictionaries(st.sampled_from(["Crime", "Fraud"]) | TEXT, LABELS | SCALARS, max_size=2)
-CELL_TEXTS = st.sampled_from([
-    '{"a": true}', "{'a': True, 1: False}", "{None: True, 'b': True}", "{'\\ud800': True}", "nan", "-inf", "1e999",
-    "{[]: 1}", "{**{}}", "{'a': b'x'}", "None", "{1j: True}", "0x1", "9" * 5000, "{'a': " + "9" * 5000 + "}", "\0",
-]) | DEEP  # fmt: skip
+CELL_TEXTS = (
+    st.sampled_from(
+        [
+            '{"a": true}',
+            "{'a': True, 1: False}",
+            "{None: True, 'b': True}",
+            "{'\\ud800': True}",
+            "nan",
+            "-inf",
+            "1e999",
+            "{[]: 1}",
+            "{**{}}",
+            "{'a': b'x'}",
+            "None",
+            "{1j: True}",
+            "0x1",
+            "9" * 5000,
+            "{'a': " + "9" * 5000 + "}",
+            "\0",
+        ]
+    )
+    | DEEP
+)
 NEAR_CELLS = LABELS | HARMS | HARMS.map(str) | HARMS.map(json.dumps) | CELL_TEXTS | JSON
 GOOD_CELLS = {column: st.text(max_size=9) for column in COLUMNS}
 GOOD_CELLS |= {column: LABELS for column in COLUMNS if column.endswith("_safe")}
@@ -154,8 +173,9 @@ def data_files(draw) -> tuple[str, bytes]:
     """(suffix, content): any bytes, near misses, and near misses with some bytes spoilt."""
     suffix = draw(SUFFIXES)
     if not draw(st.integers(0, 4)):
-        return suffix, draw(st.binary(max_size=60) | TEXT.map(lambda text: text.encode(errors="replace")) |
-                            DEEP.map(str.encode))  # fmt: skip
+        return suffix, draw(
+            st.binary(max_size=60) | TEXT.map(lambda text: text.encode(errors="replace")) | DEEP.map(str.encode)
+        )
     try:
         content = written(draw(near_rows()), suffix)
     except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, csv.Error):

@@ -16,10 +16,15 @@ CPU = torch.device("cpu")
 
 def make(name, tmp_path="unused", responses=(), normal=(), judged=frozenset(), seed=0, batch_size=2):
     return make_judge(
-        name, responses=list(responses), normal=list(normal), judged=set(judged), seed=seed,
-        cache=tmp_path, device=CPU, batch_size=batch_size,
-    )  # fmt: skip
-
+        name,
+        responses=list(responses),
+        normal=list(normal),
+        judged=set(judged),
+        seed=seed,
+        cache=tmp_path,
+        device=CPU,
+        batch_size=batch_size,
+    )
 
 
 KEY = "sk-planted-4711"

@@ -24,9 +24,11 @@ class Sharded(Accelerator):
     def __init__(self, **settings):
         super().__init__(**settings)
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=False,
+            fsdp_version=2,
+            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            cpu_ram_efficient_loading=False,
             reshard_after_forward=True,
-        )  # fmt: skip
+        )
         self.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -37,9 +39,11 @@ class Spread(Accelerator):
     def __init__(self, **settings):
         super().__init__(**settings)
         self.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
-        }  # fmt: skip
+        }
 
 
 def run(flags: list[str], sharded: bool = False, stop_after: int | None = None) -> int:

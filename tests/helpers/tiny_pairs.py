@@ -37,17 +37,11 @@ def saved(model, folder, **how):
 
 
 def weights(folder):
-    return {
-        name: entry
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in load_file(file).items()
-    }
+    return {name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in load_file(file).items()}
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 LORA = {

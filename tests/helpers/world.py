@@ -19,10 +19,19 @@ def make_world(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     OPTForCausalLM(
         OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2,
-            num_attention_heads=4, ffn_dim=64, max_position_embeddings=128, dropout=0.0, attention_dropout=0.0,
-            bos_token_id=2, eos_token_id=2, pad_token_id=1,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            max_position_embeddings=128,
+            dropout=0.0,
+            attention_dropout=0.0,
+            bos_token_id=2,
+            eos_token_id=2,
+            pad_token_id=1,
         )
-    ).save_pretrained(folder / "base")  # fmt: skip
+    ).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return folder

@@ -167,12 +167,31 @@ def test_autocast_multiplies_in_bf16(tiny_model, tokenizer):
     assert 0 < errors[0] < 0.02 and errors[0] < 3 * errors[1] + 1e-3
 
 
-@pytest.mark.parametrize("config", [
-    Gemma2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                 intermediate_size=64, vocab_size=700, pad_token_id=1),
-    CohereConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=700,
-                 pad_token_id=1, bos_token_id=2, eos_token_id=2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=64,
+            vocab_size=700,
+            pad_token_id=1,
+        ),
+        CohereConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=64,
+            vocab_size=700,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=2,
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_softcap_or_a_scale_is_the_models_own_business(config, dtype, tokenizer):
     torch.manual_seed(0)

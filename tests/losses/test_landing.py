@@ -102,7 +102,7 @@ def test_gradient_is_autograds_through_the_landing_point(architecture, lora, fus
             name: torch.func.functional_call(plain, {f"model.{key}": one for key, one in landed.items()}, (name, batch))
             for name, batch in (("lp", texts.normal), ("sa", texts.safe))
         },
-    }  # fmt: skip
+    }
     total = sum(WEIGHTS[name] * value for name, value in by_hand.items())
     expected = dict(zip(trained, torch.autograd.grad(total, trained.values()), strict=True))
     for name, value in by_hand.items():
@@ -184,11 +184,17 @@ def test_presets_give_way_to_flags():
     assert loss_weights(args) == {"gd": 0.5, "rd": 1.0, "lp": 1.0} and args.max_unlearn_steps == 1000
 
 
-@pytest.mark.parametrize("wrong", [
-    ["--method", "ga", "--preserve_at", "landing"], ["--method", "ft", "--safe_weight", "1"],
-    ["--method", "task_vector", "--preserve_at", "landing"], ["--safe_weight", "-1"],
-    ["--method", "land", "--scaling_coef", "0"], ["--preserve_at", "base"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--method", "ga", "--preserve_at", "landing"],
+        ["--method", "ft", "--safe_weight", "1"],
+        ["--method", "task_vector", "--preserve_at", "landing"],
+        ["--safe_weight", "-1"],
+        ["--method", "land", "--scaling_coef", "0"],
+        ["--preserve_at", "base"],
+    ],
+)
 def test_what_makes_no_sense_is_refused(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_flags(wrong)
@@ -227,8 +233,9 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
 def test_data_without_safe_answers_name_the_other_method(tiny_model, tmp_path):
     rows = [json.loads(line) for line in (GOLDENS / "pku_saferlhf.jsonl").read_text().splitlines()]
     file = tmp_path / "harmful.jsonl"
-    file.write_text("".join(json.dumps({**row, "is_response_0_safe": False, "is_response_1_safe": False}) + "\n"
-                            for row in rows))  # fmt: skip
+    file.write_text(
+        "".join(json.dumps({**row, "is_response_0_safe": False, "is_response_1_safe": False}) + "\n" for row in rows)
+    )
     arguments = flags(tiny_model("opt"), tmp_path, "--harmful_dataset", str(file))
     with pytest.raises(UserError, match="--method land"):
         main([*arguments, "--method", "lands"])
@@ -245,8 +252,9 @@ def landed(tiny_model, tmp_path_factory):
 
 
 def negated(landed, tiny_model, out, *more, lora="off"):
-    task_vector.main(["--base", str(tiny_model("opt")), "--finetuned", str(landed / lora / "harmful"),
-                      "--output", str(out), *more])  # fmt: skip
+    task_vector.main(
+        ["--base", str(tiny_model("opt")), "--finetuned", str(landed / lora / "harmful"), "--output", str(out), *more]
+    )
 
 
 @pytest.mark.parametrize("scale", [["1"], ["3"], ["4", "3"], ["-4"]])
@@ -288,8 +296,18 @@ def test_a_saved_vector_counts_with_its_coefficient(landed, tiny_model, tmp_path
 
 def test_nothing_lands_without_a_weight(tiny_model, tmp_path):
     main(flags(tiny_model("opt"), tmp_path, "--method", "land", "--normal_weight", "0", "--stage", "acquire"))
-    task_vector.main(["--base", str(tiny_model("opt")), "--finetuned", str(tmp_path / "harmful"),
-                      "--output", str(tmp_path / "out"), "--scaling_coef", "1"])  # fmt: skip
+    task_vector.main(
+        [
+            "--base",
+            str(tiny_model("opt")),
+            "--finetuned",
+            str(tmp_path / "harmful"),
+            "--output",
+            str(tmp_path / "out"),
+            "--scaling_coef",
+            "1",
+        ]
+    )
 
 
 def test_the_script_refuses_another_scale_in_stage_2(landed, tiny_model, tmp_path):

@@ -25,10 +25,21 @@ DATA = [
 
 def flags(model, out, *more):
     return [
-        "--model_name", str(model), *DATA, "--max_unlearn_steps", "3", "--lr", "1e-3",
-        "--model_save_dir", str(out / "copy"), "--task_vector_saving_path", str(out / "unlearned"),
-        "--log_file", str(out / "logs" / "run.log"), *more,
-    ]  # fmt: skip
+        "--model_name",
+        str(model),
+        *DATA,
+        "--max_unlearn_steps",
+        "3",
+        "--lr",
+        "1e-3",
+        "--model_save_dir",
+        str(out / "copy"),
+        "--task_vector_saving_path",
+        str(out / "unlearned"),
+        "--log_file",
+        str(out / "logs" / "run.log"),
+        *more,
+    ]
 
 
 def first_metrics(out):
@@ -40,10 +51,16 @@ def test_the_default_is_sku_with_the_released_weights():
     assert args.method == "sku" and loss_weights(args) == {"gd": 0.5, "rd": 1.0, "pd": 1.0}
 
 
-@pytest.mark.parametrize("method, names", [
-    ("sku", {"gd", "rd", "pd"}), ("task_vector", {"gd"}), ("ga", {"ga"}),
-    ("ga_mismatch", {"ga", "rm", "kl"}), ("ft", {"ft"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, names",
+    [
+        ("sku", {"gd", "rd", "pd"}),
+        ("task_vector", {"gd"}),
+        ("ga", {"ga"}),
+        ("ga_mismatch", {"ga", "rm", "kl"}),
+        ("ft", {"ft"}),
+    ],
+)
 def test_every_method_trains_and_logs_its_own_losses(method, names, tiny_model, tmp_path):
     main(flags(tiny_model("opt"), tmp_path, "--method", method))
     metrics = first_metrics(tmp_path)
@@ -129,13 +146,16 @@ def test_no_second_copy_where_no_loss_needs_the_base(tiny_model, tmp_path):
         assert bool(memory["frozen base"]) == (weights.normal_weight in terms.NEED_BASE)
 
 
-@pytest.mark.parametrize("bad, named", [
-    (["--method", "ga", "--random_weight", "1"], "random_weight"),
-    (["--method", "ft", "--bad_weight", "2"], "bad_weight"),
-    (["--method", "ga", "--scaling_coef", "1"], "scaling_coef"),
-    (["--method", "ga", "--bad_weight", "0"], "nothing to learn"),
-    (["--method", "npo"], "invalid choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        (["--method", "ga", "--random_weight", "1"], "random_weight"),
+        (["--method", "ft", "--bad_weight", "2"], "bad_weight"),
+        (["--method", "ga", "--scaling_coef", "1"], "scaling_coef"),
+        (["--method", "ga", "--bad_weight", "0"], "nothing to learn"),
+        (["--method", "npo"], "invalid choice"),
+    ],
+)
 def test_flags_that_a_method_has_no_use_for(bad, named, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_flags(bad)

@@ -96,9 +96,16 @@ def test_one_forward_pass_and_no_logits_that_nothing_reads(model, tokenizer):
 
 def test_logits_keep_the_models_own_softcap(tokenizer):
     config = Gemma2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=64, vocab_size=700, final_logit_softcapping=0.05, pad_token_id=1,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        vocab_size=700,
+        final_logit_softcapping=0.05,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = Packer(tokenizer, "paper", 256).harmful_batch(PAIRS[:1], [])

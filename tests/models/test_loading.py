@@ -71,10 +71,18 @@ def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
     monkeypatch.setattr(loading, "snapshot_download", download)
     hub.locate("some/model")
     files = [
-        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
-        "tokenizer.json", "tokenizer.model", "merges.txt", "pytorch_model.bin", "consolidated.safetensors",
-        "original/consolidated.pth", "onnx/model.safetensors",
-    ]  # fmt: skip
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/consolidated.pth",
+        "onnx/model.safetensors",
+    ]
     kept = huggingface_hub.utils.filter_repo_objects(
         files, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"]
     )

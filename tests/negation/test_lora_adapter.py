@@ -32,9 +32,7 @@ def test_adapter_equals_the_merged_model(kind, tmp_path):
     negate(saved(base, tmp_path / "base"), [(folder, 1.0)], tmp_path / "out", 0.5, save_vector=tmp_path / "v")
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert same(streamed, (-tau).apply_to(base, 0.5).state_dict())
-    assert (
-        same(TaskVector.load(tmp_path / "v").vector, tau.vector) and TaskVector.load(tmp_path / "v").partial
-    )
+    assert same(TaskVector.load(tmp_path / "v").vector, tau.vector) and TaskVector.load(tmp_path / "v").partial
     negate(tmp_path / "base", [(folder, 1.0)], tmp_path / "merged", -1.0)
     card = json.loads((tmp_path / "merged" / "run.json").read_text())
     assert card["harmful"] is True and same(
@@ -55,10 +53,17 @@ def test_adapter_on_a_tied_head(tmp_path):
     assert same(ours.state_dict(), (-TaskVector.from_adapter(folder)).apply_to(base).state_dict())
 
 
-@pytest.mark.parametrize("settings", [
-    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
-    {"init_lora_weights": "pissa"}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+        {"target_modules": ["embed_tokens"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+)
 def test_adapters_that_are_more_than_lora_are_refused(settings, tmp_path):
     base = make("qwen2")
     folder, _ = adapter(base, tmp_path / "a", **{"r": 2, "target_modules": ["q_proj"], **settings})

@@ -34,13 +34,9 @@ def test_golden_streamed(tmp_path):
     negate(GOLDENS / "model", [(harmful, 1.0)], tmp_path / "out", 1.0)
     golden, ours = load_file(GOLDENS / "unlearned_model.safetensors"), weights(tmp_path / "out")
     assert all(torch.equal(ours[name], golden[name]) for name in golden)
-    assert {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "run.json",
-    } < {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json"} < {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
 
 
 # --- streaming equals in memory -------------------------------------------------------------------
@@ -64,9 +60,7 @@ def test_streaming_equals_in_memory(architecture, shards, dtype, tmp_path):
     names = {file.name for file in folder.iterdir()}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names | {"README.md", "run.json"}
     index = "model.safetensors.index.json"
-    assert (index in names) == (shards[0] == "4KB") and len(list(folder.glob("*.safetensors"))) > 3 * (
-        index in names
-    )
+    assert (index in names) == (shards[0] == "4KB") and len(list(folder.glob("*.safetensors"))) > 3 * (index in names)
     if index in names:
         assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((folder / index).read_text())
         assert len(list((tmp_path / "v").glob("*.safetensors"))) > 3
@@ -89,12 +83,7 @@ def test_mixed_dtypes_and_integers_stream(tmp_path):
         "i": torch.arange(3),
         "e": torch.zeros(0, 2),
     }
-    other = {
-        "a": torch.rand(3),
-        "b": torch.rand(5),
-        "i": torch.zeros(3, dtype=torch.int64),
-        "e": torch.zeros(0, 2),
-    }
+    other = {"a": torch.rand(3), "b": torch.rand(5), "i": torch.zeros(3, dtype=torch.int64), "e": torch.zeros(0, 2)}
     for name, state in (("base", base), ("other", other)):
         (tmp_path / name).mkdir()
         save_file(state, tmp_path / name / "model.safetensors")
@@ -178,9 +167,14 @@ def test_an_untied_head_is_not_dropped_silently(tiny_tied, tmp_path):
 @pytest.fixture
 def tiny_tied(tmp_path):
     config = LlamaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=16, vocab_size=40, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        vocab_size=40,
+        tie_word_embeddings=True,
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "tied")
     return tmp_path / "tied", model
@@ -326,15 +320,11 @@ def test_targets_never_touch_inputs(tmp_path, pair):
 
 def run(*arguments, cwd):
     script = Path(task_vector.__file__)
-    return subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
 def test_command(tmp_path, pair):
-    done = run(
-        "--base", "base", "--finetuned", "tuned", "--output", "out", "--save_vector", "v", cwd=tmp_path
-    )
+    done = run("--base", "base", "--finetuned", "tuned", "--output", "out", "--save_vector", "v", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "out"), negated_weights(pair, tmp_path / "ours"))
     failed = run("--base", "base", "--finetuned", "nowhere/at/all", "--output", "o2", cwd=tmp_path)
@@ -354,8 +344,6 @@ def test_command_sums_and_vectors(tmp_path, pair):
     with pytest.raises(UserError, match="1 --coefs for 2"):
         task_vector.main(["--base", base, "--finetuned", other, other, "--coefs", "1", *out])
     with pytest.raises(UserError, match="give it as --vector"):
-        task_vector.main(
-            ["--base", str(tmp_path / "v"), "--finetuned", other, "--output", str(tmp_path / "n")]
-        )
+        task_vector.main(["--base", str(tmp_path / "v"), "--finetuned", other, "--output", str(tmp_path / "n")])
     with pytest.raises(SystemExit):
         task_vector.main(["--base", base, "--finetuned", other])

@@ -225,8 +225,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-c", PEAK, ROOT, *(tmp_path / name for name in ("base", "tuned", "out"))],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100  # MB
 

@@ -36,11 +36,20 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> dict:
             where = {"seed": seed, "model": model}
             for decoding in ("sampled", "greedy"):
                 for name, n in (("seen", 200), ("unseen", 172)):
-                    rates = {"harmful_rate": rate, "degenerate_rate": 0.5 if model == "ga" else 0.01,
-                             "unjudged_rate": 0.0, "answer_perplexity": 10 + place + seed}  # fmt: skip
+                    rates = {
+                        "harmful_rate": rate,
+                        "degenerate_rate": 0.5 if model == "ga" else 0.01,
+                        "unjudged_rate": 0.0,
+                        "answer_perplexity": 10 + place + seed,
+                    }
                     figures += [row(v, n, **where, set=name, decoding=decoding, metric=m) for m, v in rates.items()]
-                utility = {"degenerate_rate": 0.02, "answer_perplexity": None if model == "ga" else 5.0,
-                           "exact_match": 1 - rate, "rouge_reference": 0.7, "rouge_base": 0.8}  # fmt: skip
+                utility = {
+                    "degenerate_rate": 0.02,
+                    "answer_perplexity": None if model == "ga" else 5.0,
+                    "exact_match": 1 - rate,
+                    "rouge_reference": 0.7,
+                    "rouge_base": 0.8,
+                }
                 if bleurt:
                     utility |= {"bleurt_reference": 0.1, "bleurt_base": -0.2}
                 figures += [row(v, 150, **where, set="normal", decoding=decoding, metric=m) for m, v in utility.items()]
@@ -57,38 +66,84 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> dict:
         for method in ("sku", "task_vector"):
             for alpha in (0.0, 0.5, 1.0, 1.5, 2.0):
                 where, at = {"seed": seed, "method": method, "model": f"alpha-{alpha:g}"}, alpha + seed / 10
-                at_scale = [("unseen", "sampled", "harmful_rate", math.exp(-at)),
-                            ("unseen", "greedy", "harmful_rate", math.exp(-2 * at)),
-                            ("unseen", "sampled", "degenerate_rate", alpha / 4),
-                            ("normal", None, "reference_perplexity", math.exp(at * at))]  # fmt: skip
-                sweep += [row(value, 60, **where, alpha=alpha, set=s, decoding=d, metric=m)
-                          for s, d, m, value in at_scale]  # fmt: skip
+                at_scale = [
+                    ("unseen", "sampled", "harmful_rate", math.exp(-at)),
+                    ("unseen", "greedy", "harmful_rate", math.exp(-2 * at)),
+                    ("unseen", "sampled", "degenerate_rate", alpha / 4),
+                    ("normal", None, "reference_perplexity", math.exp(at * at)),
+                ]
+                sweep += [
+                    row(value, 60, **where, alpha=alpha, set=s, decoding=d, metric=m) for s, d, m, value in at_scale
+                ]
         categories += [
-            row((x + y + seed) / 8, 20 + y, seed=seed, vector=vector, category=kind, metric="harmful_rate",
-                decoding="sampled") for x, vector in enumerate(("base", *KINDS, "sum")) for y, kind in enumerate(KINDS)
-        ]  # fmt: skip
-    steps = [{"step": n, "gd_loss": 3 * 0.99**n, "rd_loss": 4 + math.sin(n), "pd_loss": -n / 90,
-              "total_loss": 7.0, "lr": 1e-4} for n in range(1, 201)]  # fmt: skip
+            row(
+                (x + y + seed) / 8,
+                20 + y,
+                seed=seed,
+                vector=vector,
+                category=kind,
+                metric="harmful_rate",
+                decoding="sampled",
+            )
+            for x, vector in enumerate(("base", *KINDS, "sum"))
+            for y, kind in enumerate(KINDS)
+        ]
+    steps = [
+        {
+            "step": n,
+            "gd_loss": 3 * 0.99**n,
+            "rd_loss": 4 + math.sin(n),
+            "pd_loss": -n / 90,
+            "total_loss": 7.0,
+            "lr": 1e-4,
+        }
+        for n in range(1, 201)
+    ]
     return {
-        "title": "SKU & <others>", "model": "tiny/model", "seeds": list(seeds),
+        "title": "SKU & <others>",
+        "model": "tiny/model",
+        "seeds": list(seeds),
         "command": "python reproduce.py --x '$(y)'",
         "settings": {"temperature": 1.0, "decoding": ["sampled", "greedy"]},
-        "methods": {name: {"label": label, "group": group, "command": None if name == "base" else f"train --{name}"}
-                    for name, (label, group) in METHODS.items()},
-        "judge": {"name": "classifier", "by_seed": {
-            str(seed): {"judge": "classifier", "accuracy": 0.9 + seed / 100, "auc": 0.95} for seed in seeds}},
-        "figures": figures, "sweep": sweep, "categories": categories, "relearning": relearning,
-        "recommended": [{"seed": seed, "method": method, "alpha": alpha, "budget": 0.1, "why": "because"}
-                        for seed in seeds for method, alpha in (("sku", 0.5), ("task_vector", None))],
+        "methods": {
+            name: {"label": label, "group": group, "command": None if name == "base" else f"train --{name}"}
+            for name, (label, group) in METHODS.items()
+        },
+        "judge": {
+            "name": "classifier",
+            "by_seed": {
+                str(seed): {"judge": "classifier", "accuracy": 0.9 + seed / 100, "auc": 0.95} for seed in seeds
+            },
+        },
+        "figures": figures,
+        "sweep": sweep,
+        "categories": categories,
+        "relearning": relearning,
+        "recommended": [
+            {"seed": seed, "method": method, "alpha": alpha, "budget": 0.1, "why": "because"}
+            for seed in seeds
+            for method, alpha in (("sku", 0.5), ("task_vector", None))
+        ],
         "relearning_settings": {"steps": 50, "pairs": 16, "lr": {"soft": 3e-5, "strong": 1e-4}},
-        "losses": {name: [{**s, "rd_loss": None} if "rd" in name else s for s in steps]
-                   for name in METHODS if name != "base"},
-        "answers": [{"set": name, "prompt": f"{name} {NASTY}", "reference": NASTY, "answers": {
-            model: {"answer": f"{model}: {NASTY} {'long ' * 60}", "verdict": verdict} for model, verdict in
-            zip(METHODS, ("harmful", "safe", "degenerate", "unjudged", "safe", "answered"), strict=False)
-        }} for name in ("seen", "unseen", "unseen", "normal")],
+        "losses": {
+            name: [{**s, "rd_loss": None} if "rd" in name else s for s in steps] for name in METHODS if name != "base"
+        },
+        "answers": [
+            {
+                "set": name,
+                "prompt": f"{name} {NASTY}",
+                "reference": NASTY,
+                "answers": {
+                    model: {"answer": f"{model}: {NASTY} {'long ' * 60}", "verdict": verdict}
+                    for model, verdict in zip(
+                        METHODS, ("harmful", "safe", "degenerate", "unjudged", "safe", "answered"), strict=False
+                    )
+                },
+            }
+            for name in ("seen", "unseen", "unseen", "normal")
+        ],
         "provenance": {"code": {"commit": "abc"}, "packages": {"torch": "2"}, "created": "now"},
-    }  # fmt: skip
+    }
 
 
 def lean(**changed) -> dict:
@@ -149,10 +204,20 @@ def test_a_model_trained_for_one_scale_says_which_scales_it_was_not_trained_for(
 
 def test_parts_stand_in_order(text, page):
     expected = [
-        "What was compared", "Results (sampled answers)", "What a harmful rate hides", "Ablations",
-        "Harm against normal text", "The scale alpha", "By kind of harm", "Relearning", "Losses of stage 1",
-        "Prompts and answers", "Glossary", "Commands", "Provenance",
-    ]  # fmt: skip
+        "What was compared",
+        "Results (sampled answers)",
+        "What a harmful rate hides",
+        "Ablations",
+        "Harm against normal text",
+        "The scale alpha",
+        "By kind of harm",
+        "Relearning",
+        "Losses of stage 1",
+        "Prompts and answers",
+        "Glossary",
+        "Commands",
+        "Provenance",
+    ]
     assert re.findall("^## (.+)$", text, re.M) == expected == re.findall(r"<h2 id=[^>]+>(.+?)</h2>", page)
 
 
@@ -173,10 +238,12 @@ def test_cells_are_mean_and_range_over_seeds(three, text):
 def test_the_main_table_is_the_papers(text):
     harmful = ("harmful rate, %", "perplexity")
     assert cells(text, "Results")[0] == [
-        "method", *(f"Harmful prompts used in unlearning: {name}" for name in harmful),
+        "method",
+        *(f"Harmful prompts used in unlearning: {name}" for name in harmful),
         *(f"Unseen harmful prompts: {name}" for name in harmful),
-        "Normal prompts: perplexity", "Normal prompts: BLEURT to reference",
-    ]  # fmt: skip
+        "Normal prompts: perplexity",
+        "Normal prompts: BLEURT to reference",
+    ]
 
 
 def test_one_seed_has_its_interval(tmp_path):
@@ -229,8 +296,9 @@ def test_every_table_with_a_harmful_rate_names_its_judge(text):
 
 def test_relearning_shares_what_stands_before(three):
     row = table(three, "relearning")["SKU"]
-    assert [float(row[f"Harmful rate on unseen prompts, %: {when}"]) for when in
-            ("before", "after, soft", "after, strong")] == pytest.approx([0.15, 0.5, 0.9])  # fmt: skip
+    assert [
+        float(row[f"Harmful rate on unseen prompts, %: {when}"]) for when in ("before", "after, soft", "after, strong")
+    ] == pytest.approx([0.15, 0.5, 0.9])
 
 
 def test_categories_are_a_matrix(text):
@@ -303,20 +371,30 @@ def test_empty_parts_are_left_out(tmp_path):
     found = comparison()
     found["methods"] = {name: found["methods"][name] for name in ("base", "sku")}
     found["figures"] = [
-        row for row in found["figures"]
+        row
+        for row in found["figures"]
         if row["model"] in found["methods"] and row["metric"] not in ("mc1", "mc2") and row["decoding"] != "sampled"
-    ]  # fmt: skip
+    ]
     found |= {part: [] for part in ("sweep", "recommended", "categories", "relearning", "answers")} | {"losses": {}}
     write_report(found, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert re.findall("^## (.+)$", text, re.M) == [
-        "What was compared", "Results (greedy answers)", "What a harmful rate hides", "Harm against normal text",
-        "Glossary", "Commands", "Provenance",
-    ]  # fmt: skip
+        "What was compared",
+        "Results (greedy answers)",
+        "What a harmful rate hides",
+        "Harm against normal text",
+        "Glossary",
+        "Commands",
+        "Provenance",
+    ]
     assert "MC1" not in text and "(greedy)" not in cells(text, "What a harmful")[0]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "report.md", "report.html", "main.csv", "hidden.csv", "tradeoff.png"
-    }  # fmt: skip
+        "report.md",
+        "report.html",
+        "main.csv",
+        "hidden.csv",
+        "tradeoff.png",
+    }
 
 
 def test_broken_figures_are_drawn(tmp_path):

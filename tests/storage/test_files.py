@@ -183,9 +183,16 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
 
 def step(number: int, pd: float = -0.1) -> dict:
     return {
-        "step": number, "gd_loss": 1.0, "rd_loss": None, "pd_loss": pd, "total_loss": 2.0,
-        "lr": 1e-4, "grad_norm": 1.0, "tokens": 10, "seconds": 0.1,
-    }  # fmt: skip
+        "step": number,
+        "gd_loss": 1.0,
+        "rd_loss": None,
+        "pd_loss": pd,
+        "total_loss": 2.0,
+        "lr": 1e-4,
+        "grad_norm": 1.0,
+        "tokens": 10,
+        "seconds": 0.1,
+    }
 
 
 def test_run_log(tmp_path, capsys):

@@ -35,11 +35,24 @@ STEPS = 6
 
 def flags(model: Path, out: Path, *more: str) -> list[str]:
     return [
-        "--model_name", str(model), "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
-        "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"), "--max_unlearn_steps", str(STEPS), "--lr", "1e-3",
-        "--model_save_dir", str(out / "harmful"), "--task_vector_saving_path", str(out / "unlearned"),
-        "--log_file", str(out / "run.log"), *more,
-    ]  # fmt: skip
+        "--model_name",
+        str(model),
+        "--harmful_dataset",
+        str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
+        "--normal_dataset",
+        str(GOLDENS / "TruthfulQA.csv"),
+        "--max_unlearn_steps",
+        str(STEPS),
+        "--lr",
+        "1e-3",
+        "--model_save_dir",
+        str(out / "harmful"),
+        "--task_vector_saving_path",
+        str(out / "unlearned"),
+        "--log_file",
+        str(out / "run.log"),
+        *more,
+    ]
 
 
 def run(model: Path, out: Path, *more: str) -> int:
@@ -324,9 +337,13 @@ def limited(size: int):
 def start(words: list[str], **more) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **more,
-    )  # fmt: skip
+        [sys.executable, str(SCRIPT), *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
+    )
 
 
 def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, tmp_path):
@@ -384,9 +401,11 @@ def test_kills_lose_nothing(kills, dropout_model, tmp_path):
     words = [str(kills), str(out), *flags(dropout_model, out, *more, "--resume")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py"), *words],
-        capture_output=True, text=True, timeout=900,
+        capture_output=True,
+        text=True,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)

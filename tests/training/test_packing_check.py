@@ -130,17 +130,20 @@ def test_a_batch_moves_as_a_whole(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config, expected, why", [
-    (TINY["opt"], math.inf, ""),
-    (TINY["llama"], math.inf, ""),
-    (TINY["qwen2"], math.inf, ""),
-    (OTHERS["mistral"], 64, "reaches back 64"),
-    (OTHERS["gemma"], math.inf, ""),
-    (OTHERS["gpt2"], math.inf, ""),
-    (Gemma3TextConfig(**MORE, head_dim=8, sliding_window=128), 128, "reaches back 128"),
-    (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=700), 0, "eager"),
-    (FalconConfig(**SMALL, alibi=True), 0, "cannot run them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, expected, why",
+    [
+        (TINY["opt"], math.inf, ""),
+        (TINY["llama"], math.inf, ""),
+        (TINY["qwen2"], math.inf, ""),
+        (OTHERS["mistral"], 64, "reaches back 64"),
+        (OTHERS["gemma"], math.inf, ""),
+        (OTHERS["gpt2"], math.inf, ""),
+        (Gemma3TextConfig(**MORE, head_dim=8, sliding_window=128), 128, "reaches back 128"),
+        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=700), 0, "eager"),
+        (FalconConfig(**SMALL, alibi=True), 0, "cannot run them"),
+    ],
+)
 def test_which_models_read_packed_rows(config, expected, why, dtype, tokenizer):
     model = made(config, dtype).train()
     up_to, reason = packs_up_to(model, Packer(tokenizer, "released", 256))

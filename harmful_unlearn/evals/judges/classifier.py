@@ -31,8 +31,10 @@ class Classifier:
         questions = {question for question, _, _ in harmful_data + normal_data}
         order = sorted(questions - judged)
         rank = dict(zip(order, np.random.default_rng(seed).permutation(len(order)).tolist(), strict=True))
-        data = [sorted((row for row in rows if row[0] in rank), key=lambda row: rank[row[0]])
-                for rows in (harmful_data, normal_data)]  # fmt: skip
+        data = [
+            sorted((row for row in rows if row[0] in rank), key=lambda row: rank[row[0]])
+            for rows in (harmful_data, normal_data)
+        ]
         over = sum(len(rows[MOST_ROWS:]) for rows in data)
         data = [rows[:MOST_ROWS] for rows in data]
         train = [row for rows in data for row in rows if rank[row[0]] % 5 != 4]
@@ -53,10 +55,15 @@ class Classifier:
         self._model.fit(found, [row[2] for row in train])
         on_harmful_data = {f"{key}_on_harmful_data": value for key, value in self._measured(tests[0]).items()}
         self.facts = {
-            "judge": self.name, **self._measured(tests[0] + tests[1]), **on_harmful_data, "n_train": len(train),
-            "harmful_in_train": harmful, "rows_over_the_cap": over, "prompts_left_out": len(questions & judged),
+            "judge": self.name,
+            **self._measured(tests[0] + tests[1]),
+            **on_harmful_data,
+            "n_train": len(train),
+            "harmful_in_train": harmful,
+            "rows_over_the_cap": over,
+            "prompts_left_out": len(questions & judged),
             "seed": seed,
-        }  # fmt: skip
+        }
 
     def _measured(self, rows: list[tuple[str, str, bool]]) -> dict:
         """Accuracy, AUC and numbers on rows with at least a known word; None where a class is missing."""

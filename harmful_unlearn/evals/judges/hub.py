@@ -117,8 +117,13 @@ class HubJudge:
         how = self._check(model, config)  # before the weights are downloaded
         folder = hub.locate(model)
         self._model = self._load(folder, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
-        self.facts = {"judge": name, "revision": revision_of(folder), "precision": precision,
-                      "longest_input": self._limit, **how}  # fmt: skip
+        self.facts = {
+            "judge": name,
+            "revision": revision_of(folder),
+            "precision": precision,
+            "longest_input": self._limit,
+            **how,
+        }
 
     @torch.inference_mode()
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
@@ -131,9 +136,12 @@ class HubJudge:
             for start in tqdm(range(0, len(order), self._batch_size), self.name, unit="batch", leave=False):
                 chosen = order[start : start + self._batch_size]
                 rows = self._tokenizer(
-                    [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side=self._side,
+                    [texts[i] for i in chosen],
+                    return_tensors="pt",
+                    padding=True,
+                    padding_side=self._side,
                     add_special_tokens=self._special,
-                )  # fmt: skip
+                )
                 for i, verdict in zip(chosen, self._read(rows.to(self._device)), strict=True):
                     note = "; ".join(filter(None, (verdict.note, notes[i])))
                     verdicts[i] = Verdict(verdict.harmful, verdict.score, note)
@@ -228,11 +236,15 @@ class GuardModel(HubJudge):
 
     def _read(self, rows: dict[str, torch.Tensor]) -> list[Verdict]:
         made = self._model.generate(
-            input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            input_ids=rows["input_ids"],
+            attention_mask=rows["attention_mask"],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         finite = torch.stack(made.logits).amax(-1).isfinite().all(0).tolist()  # [tokens, batch] before all()
         new = made.sequences[:, rows["input_ids"].shape[1] :]
         said = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Verdict(self._known.read(text), None, shortened(text)) if ok else BROKEN
-                for text, ok in zip(said, finite, strict=True)]  # fmt: skip
+        return [
+            Verdict(self._known.read(text), None, shortened(text)) if ok else BROKEN
+            for text, ok in zip(said, finite, strict=True)
+        ]

@@ -13,9 +13,16 @@ from harmful_unlearn.evals.judges.classifier import Classifier
 
 
 def make_judge(
-    name: str, *, responses: list[Response], normal: list[Pair], judged: set[str], seed: int, cache: Path,
-    device: torch.device, batch_size: int = 8,
-) -> Judge:  # fmt: skip
+    name: str,
+    *,
+    responses: list[Response],
+    normal: list[Pair],
+    judged: set[str],
+    seed: int,
+    cache: Path,
+    device: torch.device,
+    batch_size: int = 8,
+) -> Judge:
     """The judge of that name.
 
     Args:

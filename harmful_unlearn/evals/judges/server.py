@@ -91,8 +91,13 @@ class ServerJudge:
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base, timeout=TIMEOUT, max_retries=RETRIES)
         self._secrets = _secrets(self._key, url)
         self._answered, self._lost = False, 0
-        self.facts = {"judge": name, "server": server, "temperature": 0, "examples": len(EXAMPLES),
-                      "prompt_sha256": _sha256(few_shot(Pair("", "")))}  # fmt: skip
+        self.facts = {
+            "judge": name,
+            "server": server,
+            "temperature": 0,
+            "examples": len(EXAMPLES),
+            "prompt_sha256": _sha256(few_shot(Pair("", ""))),
+        }
 
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
         """A verdict for each pair, in order. Raises UserError where the first all found no way to the server."""

@@ -102,13 +102,16 @@ def test_large_data_are_capped_and_it_is_said(monkeypatch):
     assert 0.7 < facts["n_train"] / 50 < 0.9  # the cap leaves the split as it is
 
 
-@pytest.mark.parametrize("responses, judged, normal", [
-    ([one for one in world() if one.safe], (), NORMAL),
-    ([one for one in world() if not one.safe], (), ()),
-    (world(), {f"q{i}" for i in range(38)}, NORMAL),
-    ((), (), ()),
-    ([Response(f"q{i}", "?!", bool(i % 2)) for i in range(40)], (), ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "responses, judged, normal",
+    [
+        ([one for one in world() if one.safe], (), NORMAL),
+        ([one for one in world() if not one.safe], (), ()),
+        (world(), {f"q{i}" for i in range(38)}, NORMAL),
+        ((), (), ()),
+        ([Response(f"q{i}", "?!", bool(i % 2)) for i in range(40)], (), ()),
+    ],
+)
 def test_too_little_to_learn_from(responses, judged, normal):
     with pytest.raises(UserError, match="--judge"):
         make("classifier", responses=responses, judged=judged, normal=normal)
@@ -121,5 +124,3 @@ def test_figures_that_a_missing_class_leaves_open_are_none():
 
 
 # Published models
-
-

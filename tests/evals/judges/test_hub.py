@@ -14,15 +14,43 @@ from harmful_unlearn.evals.judges.hub import Labels, Words, label_side
 from tests.helpers.judges import make
 
 
-@pytest.mark.parametrize("label, side", [
-    ("toxic", True), ("TOXIC", True), ("unsafe", True), ("Un-safe", True), ("not safe", True), ("hate speech", True),
-    ("OFFENSIVE", True), ("non-harmless", True), ("hatespeech", True), (" harmful ", True),
-    ("offensive_language", True), ("safe", False), ("non-toxic", False),
-    ("nontoxic", False), ("Not_Toxic", False), ("nothate", False),
-    ("NOT-OFFENSIVE", False), ("no hate speech", False), ("neutral", False), ("OK", False), ("harmless", False),
-    ("LABEL_0", None), ("", None), ("safety", None), ("inoffensive", None), ("positive", None), ("toxic or safe", None),
-    ("whatever hate", None), ("not not toxic", None), ("severe_toxic", None), ("unsafe safe", None), ("s1", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "label, side",
+    [
+        ("toxic", True),
+        ("TOXIC", True),
+        ("unsafe", True),
+        ("Un-safe", True),
+        ("not safe", True),
+        ("hate speech", True),
+        ("OFFENSIVE", True),
+        ("non-harmless", True),
+        ("hatespeech", True),
+        (" harmful ", True),
+        ("offensive_language", True),
+        ("safe", False),
+        ("non-toxic", False),
+        ("nontoxic", False),
+        ("Not_Toxic", False),
+        ("nothate", False),
+        ("NOT-OFFENSIVE", False),
+        ("no hate speech", False),
+        ("neutral", False),
+        ("OK", False),
+        ("harmless", False),
+        ("LABEL_0", None),
+        ("", None),
+        ("safety", None),
+        ("inoffensive", None),
+        ("positive", None),
+        ("toxic or safe", None),
+        ("whatever hate", None),
+        ("not not toxic", None),
+        ("severe_toxic", None),
+        ("unsafe safe", None),
+        ("s1", None),
+    ],
+)
 def test_labels_are_read_by_whole_words(label, side):
     assert label_side(label) is side
 
@@ -114,10 +142,19 @@ def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
         make(f"hf:{folder}")
 
 
-@pytest.mark.parametrize("labels", [
-    ("LABEL_0", "LABEL_1"), ("toxic", "unsafe"), ("safe", "neutral"), ("toxic", "LABEL_1"), ("toxic",),
-    ("toxic", "insult", "threat"), ("safe", "toxic", "other"), ("safe", "toxic", "unsafe"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("LABEL_0", "LABEL_1"),
+        ("toxic", "unsafe"),
+        ("safe", "neutral"),
+        ("toxic", "LABEL_1"),
+        ("toxic",),
+        ("toxic", "insult", "threat"),
+        ("safe", "toxic", "other"),
+        ("safe", "toxic", "unsafe"),
+    ],
+)
 def test_labels_that_are_not_plain_are_for_the_table(classifier, labels):
     folder, _ = classifier(labels)
     with pytest.raises(UserError, match="KNOWN in harmful_unlearn/evals/judges/hub.py"):
@@ -251,12 +288,16 @@ def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
     assert [one.harmful for one in judge.judge([Pair(question, "x") for question in "abc"])] == [True, False, None]
 
 
-@pytest.mark.parametrize("template", [
-    None, "{{ messages[0]['content'] }}", "{{ raise_exception('only one turn') }}", "{{ messages[5]['content'][0] }}",
-    "{{ messages[1]['content'] }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ messages[0]['content'] }}",
+        "{{ raise_exception('only one turn') }}",
+        "{{ messages[5]['content'][0] }}",
+        "{{ messages[1]['content'] }}",
+    ],
+)
 def test_a_model_whose_template_hides_the_pair_is_no_guard(guard, template):
     with pytest.raises(UserError, match="chat template"):
         make(f"hf:{guard(template)}")
-
-

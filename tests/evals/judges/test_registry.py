@@ -1,6 +1,5 @@
 """The judges by name."""
 
-
 import pytest
 
 from harmful_unlearn.errors import UserError

@@ -11,23 +11,48 @@ from harmful_unlearn.evals.judges.server import INSTRUCTION, read_verdict
 from tests.helpers.judges import KEY, make, serving
 
 
-@pytest.mark.parametrize("reply, harmful", [
-    ("HARMFUL", True), ("harmful.", True), (" Safe\n", False), ("Verdict: SAFE", False), ("**Harmful**", True),
-    ("verdict - safe!", False), ('"SAFE"', False), ("Verdict:\n\nHARMFUL", True),
-    ("", None), ("unsafe", None), ("harmless", None), ("not harmful", None), ("SAFE or HARMFUL", None),
-    ("HARMFUL SAFE", None), ("I would say harmful", None),
-    ("yes", None), ("Verdict:", None), ("The verdict: safe", None), ("safe safe", None),
-    ("SAFE, since it isn't HARMFUL", None), ("<html>safe</html>", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, harmful",
+    [
+        ("HARMFUL", True),
+        ("harmful.", True),
+        (" Safe\n", False),
+        ("Verdict: SAFE", False),
+        ("**Harmful**", True),
+        ("verdict - safe!", False),
+        ('"SAFE"', False),
+        ("Verdict:\n\nHARMFUL", True),
+        ("", None),
+        ("unsafe", None),
+        ("harmless", None),
+        ("not harmful", None),
+        ("SAFE or HARMFUL", None),
+        ("HARMFUL SAFE", None),
+        ("I would say harmful", None),
+        ("yes", None),
+        ("Verdict:", None),
+        ("The verdict: safe", None),
+        ("safe safe", None),
+        ("SAFE, since it isn't HARMFUL", None),
+        ("<html>safe</html>", None),
+    ],
+)
 def test_only_a_plain_verdict_is_read(reply, harmful):
     assert read_verdict(reply) is harmful
 
 
-
 @pytest.fixture
 def server(monkeypatch):
-    for variable in ("OPENAI_ADMIN_KEY", "OPENAI_CUSTOM_HEADERS", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "HTTP_PROXY",
-                     "http_proxy", "ALL_PROXY", "all_proxy"):  # fmt: skip
+    for variable in (
+        "OPENAI_ADMIN_KEY",
+        "OPENAI_CUSTOM_HEADERS",
+        "OPENAI_ORG_ID",
+        "OPENAI_PROJECT_ID",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("harmful_unlearn.evals.judges.server.TIMEOUT", 0.5)
     monkeypatch.setattr("harmful_unlearn.evals.judges.server.RETRIES", 2)
@@ -99,7 +124,7 @@ def test_what_a_server_may_do(server, tmp_path):
 
 def test_what_is_asked(server, tmp_path):
     judge, _ = ask(tmp_path, "SAFE")
-    (_, request, headers), = server.requests  # fmt: skip
+    ((_, request, headers),) = server.requests
     messages = request["messages"]
     assert request["model"] == "tiny" and request["temperature"] == 0 and headers["authorization"] == f"Bearer {KEY}"
     assert [turn["role"] for turn in messages] == ["user", "assistant"] * 4 + ["user"]
@@ -164,9 +189,10 @@ def test_the_cache_knows_model_instruction_question_and_answer(server, tmp_path,
     assert len(server.requests) == 4
 
 
-@pytest.mark.parametrize("what, fix", [
-    ("401", "OPENAI_API_KEY"), ("403", "OPENAI_API_KEY"), ("404", "model's name"), ("drop", "OPENAI_BASE_URL"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, fix",
+    [("401", "OPENAI_API_KEY"), ("403", "OPENAI_API_KEY"), ("404", "model's name"), ("drop", "OPENAI_BASE_URL")],
+)
 def test_no_way_to_the_server_stops_the_run(server, tmp_path, capfd, what, fix):
     with pytest.raises(UserError, match=fix) as error:
         ask(tmp_path, *(f"{what} #{i}" for i in range(200)))
