@@ -27,7 +27,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.generation import Decoding, configure
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import load_adapter
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.sources import open_matched
 from harmful_unlearn.storage.files import ROOT, user_path
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = hub.locate(args.base)
+    base = hub.resolve_model(args.base)
     prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
     prompts += [("normal", prompt) for prompt in args.normal_prompt]
     texts = [prompt for _, prompt in prompts]
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
         negate(base, [(args.harmful_model, 1.0)], args.unlearned, args.scaling_coef, base_name=args.base)
-    unlearned = hub.locate(str(args.unlearned))
+    unlearned = hub.resolve_model(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
     if adapter:
         open_matched(base, [adapter])  # whole, no pickle, and of this base: PEFT would skip what does not fit
@@ -123,7 +123,7 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     set_seed(args.seed)
     answers = []
     for row in rows:
-        row = row.to(runs_on(model))
+        row = row.to(execution_device(model))
         output = model.generate(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
         new = output[0, row["input_ids"].shape[1] :]
         answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())

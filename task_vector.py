@@ -46,7 +46,7 @@ from harmful_unlearn.negation.lora_adapter import Adapter
 from harmful_unlearn.negation.negate import check_targets, negate, negate_adapter
 from harmful_unlearn.negation.sources import SavedVector, vector_metadata
 from harmful_unlearn.storage.files import new_folder, user_path
-from harmful_unlearn.storage.safetensors_io import CODES, VECTOR, NewShards, Spec, work_dtype
+from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, VECTOR_STEM, ShardWriter, TensorSpec, work_dtype
 
 
 class TaskVector:
@@ -113,9 +113,9 @@ class TaskVector:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as a folder that `load` and `--vector` read."""
         entries = {name: tensor.to(work_dtype(tensor.dtype)) for name, tensor in self.vector.items()}
-        specs = {name: Spec(CODES[entry.dtype], tuple(entry.shape)) for name, entry in entries.items()}
+        specs = {name: TensorSpec(DTYPE_CODES[entry.dtype], tuple(entry.shape)) for name, entry in entries.items()}
         with new_folder(Path(path), overwrite) as folder:
-            shards = NewShards(folder, {f"{VECTOR}.safetensors": specs}, vector_metadata(self.partial))
+            shards = ShardWriter(folder, {f"{VECTOR_STEM}.safetensors": specs}, vector_metadata(self.partial))
             for name, entry in entries.items():
                 shards.write(entry, name)
 
@@ -242,9 +242,9 @@ def _locate(name: str) -> Path:
     folder = user_path(name)
     if folder.is_dir():
         return folder
-    from harmful_unlearn.models.hub import locate
+    from harmful_unlearn.models.hub import resolve_model
 
-    return locate(name)
+    return resolve_model(name)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, user_path
-from harmful_unlearn.storage.safetensors_io import STRETCH, NewShards, Spec
+from harmful_unlearn.storage.safetensors_io import CHUNK_ELEMENTS, ShardWriter, TensorSpec
 
 # Both models whole, in the checkpoint's dtype; the vector in float32.
 IN_MEMORY = """
@@ -74,7 +74,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     with torch.device("meta"):
         entries = OPTForCausalLM(config).state_dict()
     del entries["lm_head.weight"]  # tied
-    specs = {name: Spec("F16", tuple(entry.shape)) for name, entry in entries.items()}
+    specs = {name: TensorSpec("F16", tuple(entry.shape)) for name, entry in entries.items()}
     size = sum(spec.nbytes for spec in specs.values())
     need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two checkpoints and one result at a time
     print(f"{size / 2e9:.2f} billion parameters, {size / 1e9:.2f} GB in float16; {need / 1e9:.1f} GB of disk needed")
@@ -128,10 +128,10 @@ def opt_config(billions: float) -> OPTConfig:
     )
 
 
-def split(specs: dict[str, Spec], number: int) -> dict[str, dict[str, Spec]]:
+def split(specs: dict[str, TensorSpec], number: int) -> dict[str, dict[str, TensorSpec]]:
     """The entries in order, in `number` files of about one size."""
     total, seen = sum(spec.nbytes for spec in specs.values()), 0
-    shards: dict[str, dict[str, Spec]] = {}
+    shards: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
         file = f"model-{min(seen * number // total, number - 1) + 1:05d}-of-{number:05d}.safetensors"
         shards.setdefault(file, {})[name] = spec
@@ -139,7 +139,7 @@ def split(specs: dict[str, Spec], number: int) -> dict[str, dict[str, Spec]]:
     return shards
 
 
-def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict[str, Spec]]) -> None:
+def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict[str, TensorSpec]]) -> None:
     """Random weights of deviation 0.02, and the same moved by 0.001, written stretch by stretch."""
     generator = torch.Generator().manual_seed(0)
     index = {
@@ -150,11 +150,11 @@ def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict
         folder.mkdir()
         config.save_pretrained(folder)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    ours, theirs = (NewShards(folder, shards, {"format": "pt"}) for folder in (base, tuned))
-    noise = torch.randn(STRETCH, generator=generator)
+    ours, theirs = (ShardWriter(folder, shards, {"format": "pt"}) for folder in (base, tuned))
+    noise = torch.randn(CHUNK_ELEMENTS, generator=generator)
     for specs in shards.values():
         for name, spec in specs.items():
-            for span in spec.stretches():
+            for span in spec.chunks():
                 weights = 0.02 * torch.randn(span.stop - span.start, generator=generator)
                 ours.write(weights.half(), name, span.start)
                 theirs.write((weights + 0.001 * noise[: len(weights)]).half(), name, span.start)

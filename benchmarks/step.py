@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.lora import Lora, add_lora
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 
 WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
 OURS = {  # of packed rows: SKU; the same batch with PD at the landing point; and --method lands
@@ -93,7 +93,7 @@ class Setting:
         )
         self.vocabulary = config.vocab_size
         self.tokenizer = word_tokenizer(self.vocabulary)
-        self.packer = Packer(self.tokenizer, "released", 2048)
+        self.collator = Collator(self.tokenizer, "released", 2048)
         half = args.precision == "bf16" and (args.lora or self.device.type == "cuda" and not LANDING & {*args.ways})
         frozen = torch.bfloat16 if half else None
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ class Setting:
             self.model = AutoModelForCausalLM.from_config(config, dtype=frozen if args.lora else torch.float32)
         if args.lora:
             self.model = add_lora(self.model, Lora(r=32, alpha=16), "base")
-            self.base = FrozenBase(self.model)
+            self.base = ReferenceModel(self.model)
         else:
             with self.device:
                 copy = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32)
@@ -109,7 +109,7 @@ class Setting:
             with torch.no_grad():  # away from the base, so that PD has something to measure
                 for parameter in self.model.parameters():
                     parameter.add_(1e-3 * torch.randn_like(parameter))
-            self.base = FrozenBase(copy, autocast=args.precision == "bf16" and not half)
+            self.base = ReferenceModel(copy, autocast=args.precision == "bf16" and not half)
         self.model.train()
         self.objectives = {
             name: Objective(self.model, weights, self.base, alpha) for name, (weights, alpha) in OURS.items()
@@ -208,10 +208,10 @@ def ours(objective: str, packed_up_to: float = math.inf):
     weights, _ = OURS[objective]
 
     def step(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], safe: list[Pair]):
-        packer = setting.packer
-        harmful = packer.harmful_batch(pairs, answers if "rd" in weights else [], packed_up_to=packed_up_to)
-        texts = [harmful, packer.normal_batch(normal), packer.harmful_batch(safe, []) if "sa" in weights else None]
-        texts = StepTexts(*(batch and batch.to(setting.device) for batch in texts))
+        collator = setting.collator
+        harmful = collator.answers_batch(pairs, answers if "rd" in weights else [], packed_up_to=packed_up_to)
+        texts = [harmful, collator.texts_batch(normal), collator.answers_batch(safe, []) if "sa" in weights else None]
+        texts = StepBatch(*(batch and batch.to(setting.device) for batch in texts))
         yield from setting.objectives[objective](setting.model, texts)
 
     return step
@@ -257,11 +257,11 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     """The table: medians, ratios of medians, tokens, and the share of the machine's own matrix product."""
     args = setting.args
     texts = [setting.texts(step) for step in range(args.repeat)]
-    packer = setting.packer
+    collator = setting.collator
     layouts = {"plain rows": 0, "packed": math.inf}
     computed, needed = {}, None
     for name, up_to in layouts.items():
-        batches = [(packer.harmful_batch(p, a, packed_up_to=up_to), packer.normal_batch(n)) for p, a, n, _ in texts]
+        batches = [(collator.answers_batch(p, a, packed_up_to=up_to), collator.texts_batch(n)) for p, a, n, _ in texts]
         computed[name] = statistics.mean(h.input_ids.numel() + n.input_ids.numel() for h, n in batches)
         scored = statistics.mean(len(h.row) + len(n.row) for h, n in batches)
         if name == "packed":

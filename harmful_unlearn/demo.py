@@ -32,7 +32,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmful_unlearn.cli import FlagParser, exit_code, positive_int, share, whole_number
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.demo_world import (
     HARMFUL,
@@ -224,10 +224,10 @@ def measure(folder: Path, world: World, seed: int) -> dict:
             shares = {verdict: sum(verdict in one for one in found) / len(found) for verdict in VERDICTS}
             answers[name][decoding.name] = {"n": len(found), **shares}
     perplexities = {}
-    packer = Packer(tokenizer, "paper", context_length(model.config))
+    collator = Collator(tokenizer, "paper", context_length(model.config))
     for name, prompts in (("harmful", world.test["unseen"]), ("normal", world.test["normal"])):
         pairs = [Pair(prompt.question, prompt.answer) for prompt in prompts]
-        nll, tokens = zip(*answer_nll(model, packer, pairs, len(pairs), f"{name} references"), strict=True)
+        nll, tokens = zip(*answer_nll(model, collator, pairs, len(pairs), f"{name} references"), strict=True)
         perplexities[name] = math.exp(sum(nll) / sum(tokens))
     return {"answers": answers, "perplexity": perplexities}
 

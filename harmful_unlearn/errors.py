@@ -65,5 +65,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,15 +30,15 @@ from accelerate import PartialState
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import bleurt, lm_harness
-from harmful_unlearn.evals.evaluated_model import BASE, load_model, subject_of
-from harmful_unlearn.evals.evaluator import Protocol, figures, measure
+from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
+from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.generation import Decoding
 from harmful_unlearn.evals.judges.registry import judge_name
-from harmful_unlearn.evals.prompt_sets import SETS, Data
+from harmful_unlearn.evals.prompt_sets import SETS, EvalData
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading
-from harmful_unlearn.storage.files import check_target, real, user_path
-from harmful_unlearn.storage.run_record import is_told, trainings_of
+from harmful_unlearn.storage.files import check_target, resolved, user_path
+from harmful_unlearn.storage.run_record import has_training_record, trainings_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    lm_harness.check_there(args)
+    lm_harness.check_installed(args)
     check_target(args.output, overwrite=True)
-    folders = {label: hub.locate(name) for label, name in args.model.items()}
-    unknown = [label for label, folder in folders.items() if not is_told(folder)]
+    folders = {label: hub.resolve_model(name) for label, name in args.model.items()}
+    unknown = [label for label, folder in folders.items() if not has_training_record(folder)]
     if unknown and not args.trained_as:
         raise UserError(
             f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
@@ -59,18 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
         if not trainings_of(folder):
             raise UserError(f"no run.json in {folder} tells of a training: give another --trained_as")
     trainings = [one for folder in [*folders.values(), *args.trained_as] for one in trainings_of(folder)]
-    data = Data(args, trainings)
+    data = EvalData(args, trainings)
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, args.seed)
     print("\n".join(f"{name:<8} {len(found)} prompts" for name, found in sets.test.items()))
 
     device = PartialState().device
     precision = loading.resolve_precision(args.precision, device)
     load = partial(load_model, precision=precision, device_map=args.device_map)
-    folders = {BASE: hub.locate(args.base), **folders}
-    subjects = [subject_of(label, folder, load) for label, folder in folders.items()]
-    reference = subject_of("reference", hub.locate(args.ppl_model), load) if args.ppl_model else subjects[0]
+    folders = {BASE: hub.resolve_model(args.base), **folders}
+    subjects = [evaluated_model(label, folder, load) for label, folder in folders.items()]
+    reference = evaluated_model("reference", hub.resolve_model(args.ppl_model), load) if args.ppl_model else subjects[0]
     judge = data.judge(args.judge, chain(*sets.test.values()), args.seed, args.output, device)
-    protocol = Protocol(
+    protocol = EvalProtocol(
         sets.test, decodings(args), args.max_new_tokens, args.batch_size, args.seed, data.choices, precision
     )
     rows = measure(subjects, protocol, judge, reference, args.output)
@@ -131,7 +131,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
     named = {}
     for text in args.model:
         label, sign, name = text.partition("=")
-        label, name = (label, name) if sign and "/" not in label else (real(Path(text)).name, text)
+        label, name = (label, name) if sign and "/" not in label else (resolved(Path(text)).name, text)
         if not label or label == BASE or label in named or "/" in label or len(label) > LONGEST_NAME:
             parser.error(f"--model {text}: its name, {label!r}, is taken or names no file: give NAME=PATH_OR_ID")
         named[label] = name

@@ -34,12 +34,12 @@ from harmful_unlearn.cli import FlagParser, exit_code, number, positive_int, pos
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import bleurt, lm_harness
-from harmful_unlearn.evals.alpha_sweep import Scales, recommend
-from harmful_unlearn.evals.evaluated_model import BASE, Subject, load_model, subject_of
-from harmful_unlearn.evals.evaluator import Protocol, figures, measure
+from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
+from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, evaluated_model, load_model
+from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import make_judge
-from harmful_unlearn.evals.prompt_sets import SETS, Data, PromptSets
+from harmful_unlearn.evals.prompt_sets import SETS, EvalData, PromptSets
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.evaluation import add_measuring_flags, decodings
@@ -51,7 +51,7 @@ from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.run_record import landing_of, provenance, trainings_of
 from harmful_unlearn.training.flags import parse_flags as training_flags
-from harmful_unlearn.training.resume import FREE
+from harmful_unlearn.training.resume import FREE_FLAGS
 
 SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(args.output, overwrite=True)
-    lm_harness.check_there(args)
+    lm_harness.check_installed(args)
     if args.judge != "classifier":  # which alone needs data; the others say now what they lack
         device = PartialState().device
         make_judge(args.judge, responses=[], normal=[], judged=set(), seed=0, cache=args.output, device=device)
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         "losses": {},
     }
     for seed in args.seeds:
-        one_seed(Seed(args, seed, recipe, runs), comparison)
+        run_seed(Seed(args, seed, recipe, runs), comparison)
     comparison["provenance"] = provenance()
     write_file(args.output / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     write_report(comparison, args.output)
@@ -107,7 +107,7 @@ class Seed:
         fill = lambda text: text and text.replace("{seed}", str(seed))  # noqa: E731
         self.home = args.output / f"seed-{seed}"
         self.model_name = fill(args.model_name)
-        self.base = hub.locate(self.model_name)
+        self.base = hub.resolve_model(self.model_name)
         paths = ("harmful_dataset", "unseen_dataset", "normal_dataset")
         self.data_flags = Namespace(**{**vars(args), **{name: fill(getattr(args, name)) for name in paths}})
         data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
@@ -153,20 +153,20 @@ class Seed:
             print(f"{name}: {self.failed[name]}")
         return command
 
-    def protocol(self, prompts: dict, decodings: list, choices: dict | None = None) -> Protocol:
+    def protocol(self, prompts: dict, decodings: list, choices: dict | None = None) -> EvalProtocol:
         """How this seed's models are measured on `prompts`."""
         args = self.args
-        return Protocol(
+        return EvalProtocol(
             prompts, decodings, args.max_new_tokens, args.batch_size, self.seed, choices or {}, self.precision
         )
 
-    def subject(self, name: str) -> Subject:
+    def subject(self, name: str) -> EvaluatedModel:
         """The unlearned model of a run."""
-        return subject_of(name, self.home / name / "unlearned", self.load)
+        return evaluated_model(name, self.home / name / "unlearned", self.load)
 
 
 TRAINING_DATA = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset")
-NO_MATTER = FREE - {"gradient_checkpointing", "device_map"}
+NO_MATTER = FREE_FLAGS - {"gradient_checkpointing", "device_map"}
 
 
 def check_same(folder: Path, wanted: dict) -> None:
@@ -180,7 +180,7 @@ def check_same(folder: Path, wanted: dict) -> None:
             )
 
 
-def one_seed(seed: Seed, comparison: dict) -> None:
+def run_seed(seed: Seed, comparison: dict) -> None:
     """Train, measure, sweep, tell categories apart and relearn; fills `comparison`."""
     args = seed.args
     if args.harm_category:  # an unknown kind would be noticed after all other trainings
@@ -207,13 +207,13 @@ def one_seed(seed: Seed, comparison: dict) -> None:
         raise UserError(f"no run of seed {seed.seed} could be trained: lower the rates in recipes.py")
 
     print(f"\n=== seed {seed.seed}: measuring")
-    data = Data(seed.data_flags, [record for copy in copies for record in trainings_of(copy)])
+    data = EvalData(seed.data_flags, [record for copy in copies for record in trainings_of(copy)])
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
     judged = chain(*(part.values() for part in (sets.test, sets.validation, sets.of_category if vectors else {})))
     judge = data.judge(args.judge, chain.from_iterable(judged), seed.seed, seed.home, PartialState().device)
     comparison["judge"]["by_seed"][str(seed.seed)] = judge.facts
     protocol = seed.protocol(sets.test, decodings(args), data.choices)
-    base = subject_of(BASE, seed.base, seed.load)
+    base = evaluated_model(BASE, seed.base, seed.load)
     subjects = [base, *map(seed.subject, trained)]
     folder = seed.home / "evaluation"
     rows = measure(subjects, protocol, judge, base, folder)
@@ -240,7 +240,7 @@ def of_seed(seed: Seed, found: list[dict], **more: object) -> list[dict]:
     return [{"seed": seed.seed, **more, **row} for row in found]
 
 
-def side_by_side(rows: dict[str, list[dict]], protocol: Protocol) -> list[dict]:
+def side_by_side(rows: dict[str, list[dict]], protocol: EvalProtocol) -> list[dict]:
     """A few prompts of each set with the answers of all models, in the first decoding."""
     decoding = protocol.decodings[0].name
     shown = []
@@ -256,16 +256,19 @@ def side_by_side(rows: dict[str, list[dict]], protocol: Protocol) -> list[dict]:
     return shown
 
 
-def sweep(seed: Seed, name: str, sets: PromptSets, judge: Judge, data: Data, base: Subject, comparison: dict) -> None:
+def sweep(
+    seed: Seed, name: str, sets: PromptSets, judge: Judge, data: EvalData, base: EvaluatedModel, comparison: dict
+) -> None:
     """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
     args = seed.args
     landing = landing_of(trainings_of(seed.home / name / "copy")[0])
     alphas = sorted({*args.alpha_sweep, *([landing] if landing else [])})
     print(f"\n=== seed {seed.seed}: {name} at {len(alphas)} scales")
-    scales = Scales(seed.base, [seed.home / name / "copy"], seed.load)
+    scales = AlphaSweep(seed.base, [seed.home / name / "copy"], seed.load)
     copy = seed.subject(name).identity
     subjects = [base] + [
-        Subject(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha)) for alpha in alphas
+        EvaluatedModel(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
+        for alpha in alphas
     ]
     protocol = seed.protocol(sets.validation, decodings(args))
     folder = seed.home / f"sweep-{name}"
@@ -288,16 +291,19 @@ def sweep(seed: Seed, name: str, sets: PromptSets, judge: Judge, data: Data, bas
 
 
 def by_category(
-    seed: Seed, vectors: dict[str, str], sets: PromptSets, judge: Judge, base: Subject, comparison: dict
+    seed: Seed, vectors: dict[str, str], sets: PromptSets, judge: Judge, base: EvaluatedModel, comparison: dict
 ) -> None:
     """Each category's vector, and their sum, on every category's unseen prompts."""
     args = seed.args
     print(f"\n=== seed {seed.seed}: task vectors by category")
-    subjects = [base, *(subject_of(kind, seed.home / name / "unlearned", seed.load) for kind, name in vectors.items())]
+    subjects = [
+        base,
+        *(evaluated_model(kind, seed.home / name / "unlearned", seed.load) for kind, name in vectors.items()),
+    ]
     if len(vectors) > 1:
-        scales = Scales(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
+        scales = AlphaSweep(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
         identity = {"sum": [subject.identity for subject in subjects[1:]]}
-        subjects.append(Subject("sum", identity, partial(scales.at, 1.0)))
+        subjects.append(EvaluatedModel("sum", identity, partial(scales.at, 1.0)))
     protocol = seed.protocol(sets.of_category, decodings(args)[:1])
     folder = seed.home / "categories"
     for row in figures(measure(subjects, protocol, judge, base, folder), protocol, folder):
@@ -306,7 +312,13 @@ def by_category(
 
 
 def relearn_all(
-    seed: Seed, trained: list[str], sets: PromptSets, judge: Judge, base: Subject, before: list[dict], comparison: dict
+    seed: Seed,
+    trained: list[str],
+    sets: PromptSets,
+    judge: Judge,
+    base: EvaluatedModel,
+    before: list[dict],
+    comparison: dict,
 ) -> None:
     """Harmful rates on unseen prompts after a few steps on a handful of harmful pairs, softly and strongly."""
     args = seed.args
@@ -317,7 +329,7 @@ def relearn_all(
     # Weights that are trained are float32; under an adapter they may be 16-bit.
     precision = seed.precision if lora else "fp32"
 
-    def relearned(subject: Subject, lr: float):
+    def relearned(subject: EvaluatedModel, lr: float):
         model, tokenizer = load_model(subject.folder, precision, args.device_map)
         if lora:
             model = add_lora(model, lora, str(subject.folder))
@@ -333,7 +345,7 @@ def relearn_all(
     subjects = [base, *map(seed.subject, trained)]
     for strength, lr in strengths.items():
         settings = {"steps": args.relearn_steps, "pairs": len(pairs), "lr": lr}
-        again = [Subject(s.label, {**s.identity, **settings}, partial(relearned, s, lr)) for s in subjects]
+        again = [EvaluatedModel(s.label, {**s.identity, **settings}, partial(relearned, s, lr)) for s in subjects]
         folder = seed.home / f"relearning-{strength}"
         for row in figures(measure(again, protocol, judge, base, folder), protocol, folder):
             if keep.items() <= row.items():

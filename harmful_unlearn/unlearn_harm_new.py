@@ -39,30 +39,30 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.cli import exit_code, stop_asked
-from harmful_unlearn.data.batch_sampler import BatchOrder
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.batch_sampler import BatchSampler
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches, answer_pool
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import Stopped, UserError, system_errors
 from harmful_unlearn.losses import terms
-from harmful_unlearn.losses.methods import METHODS, lands, loss_weights
+from harmful_unlearn.losses.methods import METHODS, loss_weights, uses_landing_point
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.negation.negate import check_landing, negate
 from harmful_unlearn.negation.sources import open_matched
-from harmful_unlearn.storage.files import ROOT, check_apart, new_folder, real, write_file
+from harmful_unlearn.storage.files import ROOT, check_apart, new_folder, resolved, write_file
 from harmful_unlearn.storage.run_record import revision_of, write_record
-from harmful_unlearn.storage.safetensors_io import Checkpoint
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training import distributed
-from harmful_unlearn.training.checkpointing import Checkpoints, history_of, load_state, save_state
-from harmful_unlearn.training.distributed import is_main_process, say
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints, history_of, load_state, save_state
+from harmful_unlearn.training.distributed import is_main_process, print_once
 from harmful_unlearn.training.flags import parse_flags
-from harmful_unlearn.training.packing_check import packs_up_to
+from harmful_unlearn.training.packing_check import max_packed_length
 from harmful_unlearn.training.plan import Plan, check_disk, make_plan
-from harmful_unlearn.training.resume import check_stages, free_target, what_is_left
+from harmful_unlearn.training.resume import check_stages, free_target, remaining_work
 from harmful_unlearn.training.run_log import LOSSES, RunLog, Summary, new_log, not_finite
 
 # One line a model: None trains every weight, Lora(r, alpha, target modules) an adapter.
@@ -89,31 +89,31 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stages = check_stages(args)
-    folder = hub.locate(args.model_name, weights=False)
+    folder = hub.resolve_model(args.model_name, weights=False)
     finetuned = args.saved_model or args.model_save_dir
-    checkpoints = Checkpoints(args.model_save_dir, args.keep_checkpoints)
+    checkpoints = TrainingCheckpoints(args.model_save_dir, args.keep_checkpoints)
     check_apart([folder, finetuned, args.task_vector_saving_path, *[checkpoints.folder] * ("acquire" in stages)])
     job = prepare(args, folder) if "acquire" in stages else None
     if job and not (args.resume and (finetuned / "run.json").is_file()):  # else stage 1 is likely done
         check_disk(args.model_save_dir, job.plan.disk - checkpoints.size())
     if not args.check:
-        folder = hub.locate(args.model_name)  # a hub model's weights are downloaded once all else is well
+        folder = hub.resolve_model(args.model_name)  # a hub model's weights are downloaded once all else is well
         job = job and job._replace(base_folder=folder)  # they may be another revision's
     at_hand = any(folder.glob("*.safetensors"))
     resumed, notes = None, []
     if args.resume and at_hand:
-        stages, resumed, notes = what_is_left(args, job and record_of(args, job), folder, stages, checkpoints)
-        say("".join(f"note: {note}\n" for note in notes), end="")
+        stages, resumed, notes = remaining_work(args, job and record_of(args, job), folder, stages, checkpoints)
+        print_once("".join(f"note: {note}\n" for note in notes), end="")
     if stages == {"negate"} and at_hand:
         open_matched(folder, [finetuned])
         check_landing([(finetuned, 1.0)], [args.scaling_coef])
     if args.check:
-        say("check passed: nothing was loaded or written")
+        print_once("check passed: nothing was loaded or written")
         return
     if job and "acquire" not in stages and is_main_process():
         checkpoints.remove()  # of a run that was killed once it had saved its model
     if not stages:
-        say("all is there: nothing is left to do")
+        print_once("all is there: nothing is left to do")
         return
 
     if "acquire" in stages:
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, base = load_copy_and_base(args, job, resumed)
     # Now that all has been found good.
     if not args.log_file:
-        name = real(Path(args.model_name)).name
+        name = resolved(Path(args.model_name)).name
         args.log_file = new_log(ROOT / "logs", name) if is_main_process() else Path("run.log")
     history = history_of(resumed) if resumed else []
     log = RunLog(args.log_file, args.max_unlearn_steps, is_main_process(), history)
@@ -178,11 +178,11 @@ STAGE_2 = "go on with the same command and --stage negate"
 
 def acquire(
     model: PreTrainedModel,
-    base: FrozenBase | None,
+    base: ReferenceModel | None,
     job: "Job",
     args: argparse.Namespace,
     log: RunLog,
-    checkpoints: Checkpoints,
+    checkpoints: TrainingCheckpoints,
     asked: Callable[[], int],
     resumed: Path | None = None,
 ) -> torch.nn.Module:
@@ -202,7 +202,7 @@ def acquire(
     """
     accelerator, batches = job.accelerator, job.batches
     if batches.packed_up_to:
-        up_to, why = packs_up_to(model, batches.packer)
+        up_to, why = max_packed_length(model, batches.collator)
         if why:
             log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
         batches = replace(batches, packed_up_to=up_to)
@@ -290,7 +290,7 @@ class Job(NamedTuple):
 def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     """Read and check all that stage 1 needs, and print the plan. Raises UserError."""
     if any(base_folder.glob("*.safetensors")):
-        Checkpoint(base_folder)  # reads the headers: is every shard there and whole
+        SafetensorsFolder(base_folder)  # reads the headers: is every shard there and whole
     config = loading.load_config(base_folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{args.model_name} is quantized: give the full-precision model")
@@ -300,7 +300,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     accelerator, precision = distributed.start(args)
     if args.quantize:
         check_four_bits(lora, accelerator.device)
-    if lands(args) and distributed.engine_of(accelerator) == "DeepSpeed":
+    if uses_landing_point(args) and distributed.engine_of(accelerator) == "DeepSpeed":
         raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
@@ -308,7 +308,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     normal = read_normal(args.normal_dataset, args.seed)
     active = {name for name, weight in loss_weights(args).items() if weight}
     pool, batch_size = len(answer_pool(active, harmful, normal)), args.batch_size * accelerator.num_processes
-    order = BatchOrder(
+    order = BatchSampler(
         len(harmful.pairs),
         normal.train,
         pool,
@@ -318,11 +318,11 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
         args.all_harmful,
     )
     limit = loading.context_length(config)
-    packer = Packer(tokenizer, args.variant, min(args.max_length or limit, limit))
+    collator = Collator(tokenizer, args.variant, min(args.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded.
     trees = bool(active & {"rd", "rm"}) and not args.no_packing
     share = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(packer, order, harmful, normal, active, math.inf if trees else 0, share)
+    batches = StepBatches(collator, order, harmful, normal, active, math.inf if trees else 0, share)
     plan = make_plan(
         batches,
         args.max_unlearn_steps,
@@ -340,7 +340,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     where = f"{accelerator.device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     if accelerator.num_processes > 1:
         where += f" ({distributed.engine_of(accelerator)})"
-    say(
+    print_once(
         f"method         {args.method}, minimises {minimised.replace('+ -', '- ')}\n"
         f"model          {args.model_name}: trains {how} in {precision} on {where}\n{plan}"
     )
@@ -386,7 +386,7 @@ def check_four_bits(lora: Lora | None, device: torch.device) -> None:
 
 def load_copy_and_base(
     args: argparse.Namespace, job: Job, resumed: Path | None = None
-) -> tuple[PreTrainedModel, FrozenBase | None]:
+) -> tuple[PreTrainedModel, ReferenceModel | None]:
     """The copy theta to train, and theta_o: a frozen second copy, or theta with its adapter off.
 
     theta_o is None in full fine-tuning by losses that do not need it.
@@ -408,17 +408,17 @@ def load_copy_and_base(
         model = add_lora(model, job.lora, args.model_name)
         if resumed:
             fill_adapter(model, resumed)
-        base = FrozenBase(model)
+        base = ReferenceModel(model)
     elif not job.batches.losses & terms.NEED_BASE:
         base = None
     else:
         # A landing point is computed from the base and the copy, in the copy's precision.
-        dtype = torch.float32 if lands(args) else frozen
-        base = FrozenBase(loading.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
+        dtype = torch.float32 if uses_landing_point(args) else frozen
+        base = ReferenceModel(loading.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not hasattr(base.model, "hf_device_map"):
             base.model.to(device)
-    loading.checkpoint_activations(model, args.gradient_checkpointing)
-    if lands(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
+    loading.enable_gradient_checkpointing(model, args.gradient_checkpointing)
+    if uses_landing_point(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
             "use --lora on, or more GPUs"
@@ -457,7 +457,7 @@ def save_copy(
                 write_file(folder / "metrics.jsonl", log.metrics_text)
                 write_record(folder, record_of(args, job, log.history))
     except (OSError, UserError) as error:
-        newest = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
+        newest = TrainingCheckpoints(args.model_save_dir, args.keep_checkpoints).newest()
         after = f"goes on with {newest}, which is whole" if newest else "starts stage 1 again"
         what = str(error)
         if isinstance(error, OSError):
@@ -479,7 +479,7 @@ def record_of(args: argparse.Namespace, job: Job, history: Sequence[dict] = ()) 
         "base": {
             "name": args.model_name,
             "revision": revision_of(job.base_folder),
-            "fingerprint": Checkpoint(job.base_folder).fingerprint(),
+            "fingerprint": SafetensorsFolder(job.base_folder).fingerprint(),
         },
         "harmful_data": job.batches.harmful.source,
         "normal_data": job.batches.normal.source,
@@ -490,7 +490,7 @@ def record_of(args: argparse.Namespace, job: Job, history: Sequence[dict] = ()) 
             "lora": vars(job.lora) if job.lora else None,
             "precision": job.precision,
             "quantized": args.quantize,
-            "max_length": job.batches.packer.max_length,
+            "max_length": job.batches.collator.max_length,
         },
         "losses_at_the_end": {name: last[name] for name in LOSSES if name in last},
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},

@@ -13,7 +13,7 @@ SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepIndices:
     """What one step trains on.
 
     Attributes:
@@ -27,8 +27,8 @@ class Draw:
     answer_rows: list[int]
 
 
-class BatchOrder:
-    """`order[step]`: which rows a step uses, whatever came before it.
+class BatchSampler:
+    """`sampler[step]`: which rows a step uses, whatever came before it.
 
     Harmful pairs keep their order; normal training texts are shuffled anew each epoch; the last
     batch of a pass may be smaller. An epoch ends when the shorter of the two ends, and both start
@@ -78,7 +78,7 @@ class BatchOrder:
         """Steps until the harmful pairs start again."""
         return self._harmful_batches
 
-    def __getitem__(self, step: int) -> Draw:
+    def __getitem__(self, step: int) -> StepIndices:
         start = step % self._harmful_batches * self._batch_size
         harmful = list(range(start, min(start + self._batch_size, self._pairs)))
         epoch, batch = divmod(step, self._normal_batches)
@@ -86,7 +86,7 @@ class BatchOrder:
         normal = self._shuffled(epoch)[start : start + self._batch_size]
         generator = np.random.default_rng([self._seed, ANSWERS, step])
         answers = generator.choice(self._answers, self._k_random, replace=False)
-        return Draw(harmful, normal, answers.tolist())
+        return StepIndices(harmful, normal, answers.tolist())
 
     def _shuffle(self, epoch: int) -> list[int]:
         generator = np.random.default_rng([self._seed, SHUFFLE, epoch])

@@ -29,7 +29,7 @@ RELEASED_RD_START = 2
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedText:
     """One text as token ids.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Text(NamedTuple):
     sharing: int  # how many positions share the text's weight of 1
 
 
-class Packer:
+class Collator:
     """Turns pairs into batches for one tokenizer and one variant.
 
     Args:
@@ -71,7 +71,7 @@ class Packer:
         self.variant = variant
         self.max_length = max_length
 
-    def encode(self, pairs: list[Pair]) -> list[Encoded]:
+    def encode(self, pairs: list[Pair]) -> list[TokenizedText]:
         """Tokenise pairs, and find where each answer starts (released code, points 1 to 4)."""
         texts = self._tokenize([format_pair(pair.question, pair.answer) for pair in pairs])
         questions = list(dict.fromkeys(pair.question for pair in pairs))
@@ -84,10 +84,10 @@ class Packer:
             same = (ours == theirs for ours, theirs in zip(asked, ids, strict=False))
             start = len(ids) if ids == prefix else sum(takewhile(bool, same))
             kept = ids[: self.max_length]
-            encoded.append(Encoded(kept, len(prefix) - 1, start, len(kept) < len(ids)))
+            encoded.append(TokenizedText(kept, len(prefix) - 1, start, len(kept) < len(ids)))
         return encoded
 
-    def harmful_batch(
+    def answers_batch(
         self, pairs: list[Pair], answers: list[str], guided: bool = True, packed_up_to: float = 0
     ) -> Batch:
         """The texts of GD and RD for one step, to be run in one forward pass.
@@ -132,7 +132,7 @@ class Packer:
         }
         return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
 
-    def normal_batch(self, pairs: list[Pair]) -> Batch:
+    def texts_batch(self, pairs: list[Pair]) -> Batch:
         """The rows of PD for one step (released code, point 12).
 
         In "released" every position of the padded rows counts alike, padding included; in "paper"
@@ -149,7 +149,7 @@ class Packer:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts)["input_ids"] if texts else []
 
-    def _text(self, module: str, text: Encoded) -> _Text:
+    def _text(self, module: str, text: TokenizedText) -> _Text:
         length = len(text.input_ids)
         if self.variant == "released":
             first = text.start_loc if module == "gd" else RELEASED_RD_START

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from harmful_unlearn.data.batch import Batch
-from harmful_unlearn.data.batch_sampler import BatchOrder
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.batch_sampler import BatchSampler
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import HarmfulData
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NormalData
@@ -22,7 +22,7 @@ def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> l
     return [normal.texts[row].answer for row in normal.train] if "rm" in losses else harmful.answers
 
 
-class StepTexts(NamedTuple):
+class StepBatch(NamedTuple):
     """The batches of a step; None for one that no loss reads.
 
     Attributes:
@@ -46,8 +46,8 @@ class StepBatches:
         share: which of how many processes this is. The batches are its part of each step's.
     """
 
-    packer: Packer
-    order: BatchOrder
+    collator: Collator
+    sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
     losses: set[str]
@@ -61,7 +61,7 @@ class StepBatches:
 
     def random_pairs(self, step: int) -> list[Pair]:
         """Each question of a step with each of the K answers drawn for it."""
-        draw = self.order[step]
+        draw = self.sampler[step]
         questions = [self.harmful.pairs[row].question for row in draw.harmful_rows]
         return [Pair(question, self.pool[row]) for question in questions for row in draw.answer_rows]
 
@@ -72,7 +72,7 @@ class StepBatches:
         """
         trained, touched = set(), set()
         for step in range(steps):
-            draw = self.order[step]
+            draw = self.sampler[step]
             asked = {self.harmful.pairs[row].question for row in draw.harmful_rows}
             trained |= asked if self.losses & {"gd", "ga"} else set()
             touched |= asked if self.losses & {"gd", "ga", "rd", "rm", "sa"} else set()
@@ -80,7 +80,7 @@ class StepBatches:
                 touched |= {self.harmful.answer_questions[row] for row in draw.answer_rows}
         return trained, touched
 
-    def ahead(self, steps: range, device: torch.device) -> Iterator["StepTexts"]:
+    def ahead(self, steps: range, device: torch.device) -> Iterator["StepBatch"]:
         """Each step's batches, made in a thread while the step before is computed."""
         with ThreadPoolExecutor(1, "batches") as worker:
             coming = deque(worker.submit(self, step, device) for step in steps[:1])
@@ -89,9 +89,9 @@ class StepBatches:
                 yield coming.popleft().result()
             yield from (last.result() for last in coming)
 
-    def __call__(self, step: int, device: torch.device) -> "StepTexts":
+    def __call__(self, step: int, device: torch.device) -> "StepBatch":
         """The batches of a step (from 0)."""
-        draw, harmful, normal, safe = self.order[step], None, None, None
+        draw, harmful, normal, safe = self.sampler[step], None, None, None
 
         def mine(batch: Batch) -> Batch:
             return batch.share(*self.share).to(device)
@@ -100,14 +100,14 @@ class StepBatches:
         if own or random:
             pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
             answers = [self.pool[row] for row in draw.answer_rows] if random else []
-            harmful = mine(self.packer.harmful_batch(pairs, answers, bool(own), self.packed_up_to))
+            harmful = mine(self.collator.answers_batch(pairs, answers, bool(own), self.packed_up_to))
         texts = [self.normal.texts[row] for row in draw.normal_rows]
         if self.losses & {"pd", "kl", "lp"}:
-            normal = mine(self.packer.normal_batch(texts))
+            normal = mine(self.collator.texts_batch(texts))
         if "ft" in self.losses:  # laid out as GD: the answer counts
-            normal = mine(self.packer.harmful_batch(texts, []))
+            normal = mine(self.collator.answers_batch(texts, []))
         if "sa" in self.losses:
             asked = [(self.harmful.pairs[row].question, self.harmful.safe_answers[row]) for row in draw.harmful_rows]
             answered = [Pair(question, answer) for question, answer in asked if answer]
-            safe = mine(self.packer.harmful_batch(answered, [])) if answered else None
-        return StepTexts(harmful, normal, safe)
+            safe = mine(self.collator.answers_batch(answered, [])) if answered else None
+        return StepBatch(harmful, normal, safe)

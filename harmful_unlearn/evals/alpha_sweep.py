@@ -12,7 +12,7 @@ from harmful_unlearn.negation.negate import scaled_entries
 Load = Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
-class Scales:
+class AlphaSweep:
     """The base minus alpha times a sum of task vectors: one model in memory, its weights rewritten for each scale.
 
     The weights are those that `negation.negate` would write, to the bit: read from the checkpoints, computed in

@@ -24,7 +24,7 @@ def bleurt_scores(references: list[str], answers: list[str], name: str, device: 
     Raises:
         UserError: the model cannot be had, or does not give one number a pair.
     """
-    folder = hub.locate(name)
+    folder = hub.resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
 from harmful_unlearn.storage.run_record import read_record, revision_of
-from harmful_unlearn.storage.safetensors_io import Checkpoint
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 BASE = "base"  # the label of the model that all others are compared with
 Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model to measure.
 
     Attributes:
@@ -40,7 +40,7 @@ class Subject:
 MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
 
 
-def subject_of(label: str, folder: Path, load) -> Subject:
+def evaluated_model(label: str, folder: Path, load) -> EvaluatedModel:
     """The model in `folder` as something to measure. Raises UserError: it is an adapter, or no whole checkpoint."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -48,7 +48,7 @@ def subject_of(label: str, folder: Path, load) -> Subject:
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
     record = read_record(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = SafetensorsFolder(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
     made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}
     identity = {
@@ -58,7 +58,7 @@ def subject_of(label: str, folder: Path, load) -> Subject:
     }
     if not made and not identity["revision"]:
         identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in checkpoint.shards]
-    return Subject(label, identity, partial(load, folder), folder)
+    return EvaluatedModel(label, identity, partial(load, folder), folder)
 
 
 def load_model(folder: Path, precision: str, device_map: str | None = None):

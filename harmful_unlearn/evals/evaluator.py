@@ -18,22 +18,22 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import metrics
-from harmful_unlearn.evals.evaluated_model import BASE, Subject
+from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
 from harmful_unlearn.evals.generation import Decoding, answer_nll, check_room, generate
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.metrics import Figure
+from harmful_unlearn.evals.metrics import Estimate
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvalProtocol:
     """How models are measured.
 
     Attributes:
@@ -66,7 +66,7 @@ class Protocol:
 
 
 def measure(
-    subjects: list[Subject], protocol: Protocol, judge: Judge, reference: Subject, folder: Path
+    subjects: list[EvaluatedModel], protocol: EvalProtocol, judge: Judge, reference: EvaluatedModel, folder: Path
 ) -> dict[str, list[dict]]:
     """Answers, perplexities and verdicts of every model, from `folder` as far as they are there.
 
@@ -99,10 +99,10 @@ def measure(
     lacking = [label for label in rows if any("nll" not in row for row in rows[label])]
     if lacking:
         model, tokenizer = reference.load()
-        packer = _packer(model, tokenizer)
+        collator = _collator(model, tokenizer)
         for label in lacking:
             pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
-            scored = answer_nll(model, packer, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
+            scored = answer_nll(model, collator, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
             for row, (nll, tokens) in zip(rows[label], scored, strict=True):
                 row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}
             write_answers(folder, label, rows[label])
@@ -131,7 +131,7 @@ def measure(
     return rows
 
 
-def figures(rows: dict[str, list[dict]], protocol: Protocol, folder: Path) -> list[dict]:
+def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -> list[dict]:
     """Every figure: {"model", "set", "decoding", "metric", "value", "low", "high", "n"}.
 
     Shares are of 1; intervals are 95 % bootstrap intervals over prompts. Decoding is None for figures
@@ -139,7 +139,7 @@ def figures(rows: dict[str, list[dict]], protocol: Protocol, folder: Path) -> li
     """
     found = []
 
-    def add(model: str, name: str, decoding: str | None, metric: str, figure: Figure) -> None:
+    def add(model: str, name: str, decoding: str | None, metric: str, figure: Estimate) -> None:
         found.append({"model": model, "set": name, "decoding": decoding, "metric": metric, **asdict(figure)})
 
     for label, answers in rows.items():
@@ -189,11 +189,11 @@ def _of(rows: list[dict], name: str, decoding: str) -> list[dict]:
     )
 
 
-def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> dict:
+def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol) -> dict:
     """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
-    packer = _packer(model, tokenizer)
+    collator = _collator(model, tokenizer)
     scores: dict = {
-        name: answer_nll(model, packer, [prompt.pair for prompt in found], protocol.batch_size, f"{name} references")
+        name: answer_nll(model, collator, [prompt.pair for prompt in found], protocol.batch_size, f"{name} references")
         for name, found in protocol.prompts.items()
     }
     asked = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
@@ -206,7 +206,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     scores["choices"] = []
     if not asked:
         return scores
-    logs = iter([-nll for nll, _ in answer_nll(model, packer, pairs, protocol.batch_size, "multiple choice")])
+    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, protocol.batch_size, "multiple choice")])
     for question in asked:
         choices = protocol.choices[question]
         best, *rest = (next(logs) for _ in range(1 + len(choices.true) + len(choices.false)))
@@ -215,15 +215,15 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     return scores
 
 
-def _packer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Packer:
-    return Packer(tokenizer, "paper", context_length(model.config))
+def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    return Collator(tokenizer, "paper", context_length(model.config))
 
 
 def _answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     label: str,
-    protocol: Protocol,
+    protocol: EvalProtocol,
     found: list[dict],
     file: Path,
 ) -> list[dict]:
@@ -264,11 +264,13 @@ def _answer(
     return found
 
 
-def _answers_wanted(protocol: Protocol) -> int:
+def _answers_wanted(protocol: EvalProtocol) -> int:
     return len(protocol.decodings) * sum(map(len, protocol.prompts.values()))
 
 
-def _check_protocol(subjects: list[Subject], protocol: Protocol, reference: Subject, folder: Path) -> str:
+def _check_protocol(
+    subjects: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
+) -> str:
     """What decides the answers in `folder`, as it is remembered there; refuses to mix them with others."""
     file = _protocol_file(folder)
     wanted = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}

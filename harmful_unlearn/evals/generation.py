@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, prompt_text
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.objective import cross_entropy
 from harmful_unlearn.models.loading import context_length
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.offload import execution_device
 
 # A broken model's cross-entropy is cut here, so that its figures stay numbers.
 WORST = 700.0  # nats a token
@@ -123,7 +123,7 @@ def generate(
         rows = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         length = rows["input_ids"].shape[1]
         torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        rows = rows.to(runs_on(model))
+        rows = rows.to(execution_device(model))
         made = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
         made = made[:, length:].tolist()  # [batch, new tokens]
         yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, made, strict=True)]
@@ -137,18 +137,18 @@ def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedToken
 
 @torch.inference_mode()
 def answer_nll(
-    model: PreTrainedModel, packer: Packer, pairs: list[Pair], batch_size: int, title: str
+    model: PreTrainedModel, collator: Collator, pairs: list[Pair], batch_size: int, title: str
 ) -> list[tuple[float, int]]:
     """The summed cross-entropy of each answer's tokens given its question, in nats, and their number."""
-    lengths = [len(one.input_ids) for one in packer.encode(pairs)]
+    lengths = [len(one.input_ids) for one in collator.encode(pairs)]
     order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
     found: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
     for start in tqdm(range(0, len(order), batch_size), title, unit="batch", leave=False):
         chosen = order[start : start + batch_size]
-        batch = packer.harmful_batch([pairs[index] for index in chosen], [])
+        batch = collator.answers_batch([pairs[index] for index in chosen], [])
         if not len(batch.row):
             continue
-        entropy = cross_entropy(model, batch.to(runs_on(model))).double().cpu()
+        entropy = cross_entropy(model, batch.to(execution_device(model))).double().cpu()
         entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
         sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
         counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()

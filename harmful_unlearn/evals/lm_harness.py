@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluated_model import Subject
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.models import hub
 from harmful_unlearn.storage.files import write_file
 
 
-def check_there(args: Namespace) -> None:
+def check_installed(args: Namespace) -> None:
     """Say now that what measures utility is missing. Raises UserError."""
     if args.bleurt:
-        hub.locate(args.bleurt)
+        hub.resolve_model(args.bleurt)
     if getattr(args, "lm_eval", None) and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--lm_eval needs the lm-evaluation-harness: pip install lm_eval, or leave it out")
 
 
 def lm_eval_figures(
-    subjects: list[Subject], tasks: list[str], folder: Path, device: torch.device, dispatch: bool = False
+    subjects: list[EvaluatedModel], tasks: list[str], folder: Path, device: torch.device, dispatch: bool = False
 ) -> list[dict]:
     """Figures of EleutherAI's lm-evaluation-harness for these models, kept in lm_eval.json.
 

@@ -13,7 +13,7 @@ PHRASE = 8  # words of the longest phrase that is looked for in a repetition
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A measured value with its bootstrap interval.
 
     Attributes:
@@ -27,12 +27,12 @@ class Figure:
     n: int
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Figure:
+def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     """The mean, with a 95 % percentile bootstrap interval over the values (shares: values of 0 and 1)."""
     return ratio(values, np.ones(len(values)), seed)
 
 
-def perplexity(nll: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Figure:
+def perplexity(nll: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Estimate:
     """exp of the mean cross-entropy of a token, over all texts; the interval resamples texts.
 
     Args:
@@ -44,18 +44,18 @@ def perplexity(nll: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Fi
         return found
     # Where a model is broken the exponential may not fit a float.
     value, low, high = (math.exp(min(entropy, 700.0)) for entropy in (found.value, found.low, found.high))
-    return Figure(value, low, high, found.n)
+    return Estimate(value, low, high, found.n)
 
 
-def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Figure:
+def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int = 0) -> Estimate:
     """sum(parts) / sum(wholes), with a 95 % percentile bootstrap interval over the items."""
     parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
     if not wholes.sum():
-        return Figure(None, None, None, 0)
+        return Estimate(None, None, None, 0)
     draws = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))
     sums = np.maximum(wholes[draws].sum(1), np.finfo(float).tiny)
     low, high = np.quantile(parts[draws].sum(1) / sums, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Figure(float(parts.sum() / wholes.sum()), float(low), float(high), int((wholes > 0).sum()))
+    return Estimate(float(parts.sum() / wholes.sum()), float(low), float(high), int((wholes > 0).sum()))
 
 
 def degenerate(answer: str) -> str | None:

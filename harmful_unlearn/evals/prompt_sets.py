@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harmful_unlearn.data.batch_sampler import BatchOrder
+from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatches, answer_pool
@@ -138,7 +138,7 @@ def _harmful(responses: Iterable[Response], wanted) -> list[Prompt]:
     return list(found.values())
 
 
-class Data:
+class EvalData:
     """The data of an evaluation, each read once.
 
     Args:
@@ -204,7 +204,7 @@ class Data:
         """The harmful questions that a training trained on, and all that it touched."""
         harmful = self._harmful(tuple(flags.harm_category), flags.min_severity)
         losses = {name for name, weight in loss_weights(flags).items() if weight}
-        order = BatchOrder(
+        order = BatchSampler(
             len(harmful.pairs),
             self.normal.train,
             len(answer_pool(losses, harmful, self.normal)),

@@ -11,12 +11,12 @@ import torch
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
-from harmful_unlearn.models.loading import checkpoint_activations, context_length
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.loading import context_length, enable_gradient_checkpointing
+from harmful_unlearn.models.offload import execution_device
 
 BATCH = 2
 
@@ -40,12 +40,12 @@ def relearn(
         UserError: a weight to be trained is offloaded.
     """
     draw = np.random.default_rng(seed)
-    packer = Packer(tokenizer, "paper", context_length(model.config))
+    collator = Collator(tokenizer, "paper", context_length(model.config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     objective = Objective(model, {"gd": 1.0})
-    place = runs_on(model)
-    checkpoint_activations(model, wanted=False)
+    place = execution_device(model)
+    enable_gradient_checkpointing(model, wanted=False)
     order: list[int] = []
     torch.manual_seed(seed)  # of dropout
     model.train()
@@ -53,9 +53,9 @@ def relearn(
         while len(order) < BATCH:
             order += draw.permutation(len(pairs)).tolist()
         chosen, order = order[:BATCH], order[BATCH:]
-        batch = packer.harmful_batch([pairs[index] for index in chosen], []).to(place)
+        batch = collator.answers_batch([pairs[index] for index in chosen], []).to(place)
         with torch.autocast(place.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            ((loss, _),) = objective(model, StepTexts(batch))
+            ((loss, _),) = objective(model, StepBatch(batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

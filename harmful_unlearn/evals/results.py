@@ -5,10 +5,10 @@ import io
 import json
 from pathlib import Path
 
-from harmful_unlearn.evals.evaluated_model import Subject
-from harmful_unlearn.evals.evaluator import Protocol
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.prompt_sets import SETS, Data, Prompt
+from harmful_unlearn.evals.prompt_sets import SETS, EvalData, Prompt
 from harmful_unlearn.storage.files import write_file
 from harmful_unlearn.storage.run_record import provenance
 
@@ -26,7 +26,13 @@ def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
 
 
 def write_results(
-    folder: Path, found: list[dict], judge: Judge, protocol: Protocol, subjects: list[Subject], flags: dict, data: Data
+    folder: Path,
+    found: list[dict],
+    judge: Judge,
+    protocol: EvalProtocol,
+    subjects: list[EvaluatedModel],
+    flags: dict,
+    data: EvalData,
 ) -> None:
     """Write results.json, results.csv and results.md."""
     results = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harmful_unlearn.data.batch import Batch
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.offload import execution_device
 
 CHUNK = 32 * 2**20  # bytes of float32 logits at a time
 
@@ -199,7 +199,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         found.append(torch.linspace(-1000, 1000, hidden.numel(), device=hidden.device).to(hidden).view_as(hidden))
         return found[-1]
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=runs_on(model))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=execution_device(model))
     training = model.training
     model.eval()
     with _head_does(model, large), torch.inference_mode():

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from harmful_unlearn.models.reference import FrozenBase
-from harmful_unlearn.models.sharding import own_parameters
+from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.models.sharding import local_parameters
 
 
 class LandingPoint:
@@ -27,7 +27,7 @@ class LandingPoint:
         scaling_coef: alpha.
     """
 
-    def __init__(self, model: PreTrainedModel, base: FrozenBase, scaling_coef: float):
+    def __init__(self, model: PreTrainedModel, base: ReferenceModel, scaling_coef: float):
         self._alpha = scaling_coef
         self._adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._model, self._base = model, base
@@ -52,7 +52,7 @@ class LandingPoint:
             return
         with torch.no_grad():
             # Looked up each time: wrapping a model for several processes replaces its parameters.
-            trained, origins = own_parameters(self._model), own_parameters(self._base.model)
+            trained, origins = local_parameters(self._model), local_parameters(self._base.model)
             self._aside = self._aside or [torch.empty_like(theta) for theta in trained]
             for theta, origin, kept in zip(trained, origins, self._aside, strict=True):
                 kept.copy_(theta)

@@ -53,7 +53,7 @@ def loss_weights(args: Namespace) -> dict[str, float]:
     return weights
 
 
-def settle(args: Namespace) -> str | None:
+def apply_method_defaults(args: Namespace) -> str | None:
     """Fill in the flags that were not given (None) with the method's settings; returns what is wrong with the rest."""
     method = METHODS[args.method]
     for flag in WEIGHTS:
@@ -71,11 +71,11 @@ def settle(args: Namespace) -> str | None:
         return f"--preserve_at landing: --method {args.method} preserves nothing; give --method land"
     if not any(loss_weights(args).values()):
         return "the weights are all 0: nothing to learn"
-    if args.scaling_coef == 0 and lands(args):
+    if args.scaling_coef == 0 and uses_landing_point(args):
         return "--scaling_coef 0 lands on the base itself, where there is nothing to train: give another"
     return None
 
 
-def lands(args: Namespace) -> bool:
+def uses_landing_point(args: Namespace) -> bool:
     """Whether a loss was minimised at the landing point, so that the model is made for one scaling_coef."""
     return bool((args.preserve_at == "landing" and args.normal_weight) or args.safe_weight)

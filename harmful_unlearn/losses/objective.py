@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harmful_unlearn.data.batch import Batch
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.fused_linear import (
     CrossEntropy,
     Divergence,
@@ -27,9 +27,9 @@ from harmful_unlearn.losses.fused_linear import (
 )
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.terms import LOSSES
-from harmful_unlearn.models.offload import runs_on
-from harmful_unlearn.models.reference import FrozenBase
-from harmful_unlearn.models.sharding import is_part, whole
+from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.models.sharding import gather_full, is_sharded
 
 
 class Objective:
@@ -47,7 +47,7 @@ class Objective:
         self,
         model: PreTrainedModel,
         weights: dict[str, float],
-        base: FrozenBase | None = None,
+        base: ReferenceModel | None = None,
         scaling_coef: float = 1.0,
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
@@ -57,7 +57,7 @@ class Objective:
         models = [model] if base is None or base.shared else [model, base.model]
         self.fused = all(map(has_plain_head, models))
 
-    def __call__(self, model: PreTrainedModel, texts: StepTexts) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def __call__(self, model: PreTrainedModel, texts: StepBatch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The sum in one or two parts, of which the gradients add up; one forward pass over each batch.
 
         Call `backward` on each part before the next is asked for: the second is computed at the landing point.
@@ -74,7 +74,7 @@ class Objective:
                 if each:
                     yield factor * part, each
 
-    def _part(self, model: PreTrainedModel, texts: StepTexts, lands: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _part(self, model: PreTrainedModel, texts: StepBatch, lands: bool) -> tuple[Tensor, dict[str, Tensor]]:
         total, each, sums = 0.0, {}, {}
         for field, batch in texts._asdict().items():
             losses = {name: LOSSES[name] for name in self.weights}
@@ -128,16 +128,16 @@ def _no_gradient():
 
 def _at_hand(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Output embeddings outside of their model's forward pass, where engines have only a part of them here."""
-    if not is_part(head.weight):
+    if not is_sharded(head.weight):
         return head
     gathered = nn.Module()
     for name, weight in (("weight", head.weight), ("bias", head.bias)):
-        gathered.register_buffer(name, weight if weight is None else whole(weight).to(dtype))
+        gathered.register_buffer(name, weight if weight is None else gather_full(weight).to(dtype))
     return gathered
 
 
 def _place(model: PreTrainedModel) -> torch.device:
-    return runs_on(head_of(model))
+    return execution_device(head_of(model))
 
 
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

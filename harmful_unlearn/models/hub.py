@@ -7,7 +7,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from harmful_unlearn.errors import MENDABLE, UserError
 from harmful_unlearn.storage.files import user_path
-from harmful_unlearn.storage.safetensors_io import INDEX, read_index
+from harmful_unlearn.storage.safetensors_io import INDEX_NAME, read_index
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
@@ -15,7 +15,7 @@ WEIGHT_FILES = ["model*.safetensors", "adapter_model*.safetensors"]
 CONVERSION_TITLE = "Adding `safetensors` variant of this model"
 
 
-def locate(name: str, weights: bool = True) -> Path:
+def resolve_model(name: str, weights: bool = True) -> Path:
     """The local folder of a model: itself, or the hub's snapshot, downloaded when it is not cached.
 
     Args:
@@ -70,7 +70,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _with_index_checked(folder: Path) -> Path:
-    if (index := folder / INDEX.format("model")).is_file():
+    if (index := folder / INDEX_NAME.format("model")).is_file():
         read_index(index)  # transformers would follow it anywhere
     return folder
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harmful_unlearn.errors import UserError, _first_line, is_out_of_memory
+from harmful_unlearn.errors import UserError, first_line, is_out_of_memory
 from harmful_unlearn.models.offload import Scratch
 from harmful_unlearn.storage.safetensors_io import all_finite
 
@@ -32,7 +32,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # which, depends on the release and on what is wrong
-        raise UserError(_CONFIG.format(folder=folder, error=_first_line(error))) from None
+        raise UserError(_CONFIG.format(folder=folder, error=first_line(error))) from None
     try:
         AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
@@ -54,7 +54,7 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{folder} has no usable tokenizer ({_first_line(error)}): copy its files there") from None
+        raise UserError(f"{folder} has no usable tokenizer ({first_line(error)}): copy its files there") from None
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{folder} lacks its tokenizer's files: copy them there")  # the library made an empty one
     vocabulary = config.get_text_config().vocab_size
@@ -81,7 +81,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the model classes check little, and each its own way
-        raise UserError(_CONFIG.format(folder=config.name_or_path, error=_first_line(error))) from None
+        raise UserError(_CONFIG.format(folder=config.name_or_path, error=first_line(error))) from None
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -126,7 +126,7 @@ def load_model(
         if is_out_of_memory(error):
             raise MemoryError from error
         raise UserError(
-            f"the weights in {folder} cannot be loaded ({_first_line(error)}): copy or download them again"
+            f"the weights in {folder} cannot be loaded ({first_line(error)}): copy or download them again"
         ) from error
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if missing:
@@ -148,7 +148,7 @@ def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """Compute activations twice rather than keep them, where that is wanted or a part of the model is offloaded.
 
     Autograd would keep each offloaded weight that a forward pass brings until the backward pass, all of them at once.

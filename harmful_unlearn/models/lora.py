@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from harmful_unlearn.errors import UserError, _first_line
-from harmful_unlearn.models.offload import stand_ins
-from harmful_unlearn.storage.safetensors_io import Checkpoint
+from harmful_unlearn.errors import UserError, first_line
+from harmful_unlearn.models.offload import materialized
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 LORA_ABOVE = 3e9  # parameters; the paper fine-tunes 2.7B in full, and 7B with LoRA
 
@@ -39,7 +39,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedMo
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with stand_ins(model):
+    with materialized(model):
         adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
@@ -54,10 +54,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the adapter is broken, or does not fit the model.
     """
     try:
-        with stand_ins(model):
+        with materialized(model):
             adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
     except ValueError as error:  # target modules that the model has not
-        raise UserError(_NO_FIT.format(folder=folder, why=_first_line(error))) from None
+        raise UserError(_NO_FIT.format(folder=folder, why=first_line(error))) from None
     fill_adapter(adapted, folder)
     return adapted.eval()
 
@@ -71,7 +71,7 @@ def fill_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         UserError: that is broken, or does not fit.
     """
-    if "adapter_model.safetensors" not in Checkpoint(folder, "adapter_model").shards:
+    if "adapter_model.safetensors" not in SafetensorsFolder(folder, "adapter_model").shards:
         raise UserError(f"{folder} has its adapter in shards: save it as one adapter_model.safetensors")
     try:
         # Not by PEFT's own loader, which would take a pickle that lies beside it.
@@ -79,7 +79,7 @@ def fill_adapter(model: PeftModel, folder: Path) -> None:
         if wrong := [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]:
             raise ValueError(f"{wrong[0]} is in one of the two alone")
     except (ValueError, RuntimeError) as error:  # shapes that the model has not
-        raise UserError(_NO_FIT.format(folder=folder, why=_first_line(error))) from None
+        raise UserError(_NO_FIT.format(folder=folder, why=first_line(error))) from None
 
 
 def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:

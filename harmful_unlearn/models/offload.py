@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.storage.safetensors_io import CODES, NewShards, Spec
+from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, ShardWriter, TensorSpec
 
 
 def tied_groups(source: nn.Module | Mapping[str, Tensor] | None) -> dict[str, list[str]]:
@@ -80,8 +80,8 @@ def write_entry(model: nn.Module, name: str, value: Tensor) -> None:
         return
     scratch = Scratch(prefix="task-vector-", dir=store.save_folder)
     file = Path(scratch.name) / "entry.safetensors"
-    spec = Spec(CODES[value.dtype], tuple(value.shape))
-    NewShards(file.parent, {file.name: {key: spec}}, {"format": "pt"}).write(value, key)
+    spec = TensorSpec(DTYPE_CODES[value.dtype], tuple(value.shape))
+    ShardWriter(file.parent, {file.name: {key: spec}}, {"format": "pt"}).write(value, key)
     dtype = str(value.dtype).removeprefix("torch.")
     store.index[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype, "owner": scratch}
 
@@ -106,7 +106,7 @@ def _offloaded(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor], str]:
     raise UserError(f"{name} is on the meta device and has no values: load the model's weights first")
 
 
-def runs_on(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights lie, or where accelerate brings them for that."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
@@ -117,7 +117,7 @@ def runs_on(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def stand_ins(model: nn.Module) -> Iterator[None]:
+def materialized(model: nn.Module) -> Iterator[None]:
     """Within the block offloaded parameters seem to be where they compute; they have no values and take no memory.
 
     For peft, which puts the parts of an adapter on the device of their layer's weight: with an offloaded one that is
@@ -130,7 +130,7 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
         if parameter.is_meta
     ]
     for module, name, parameter in held:
-        one = torch.zeros((), dtype=parameter.dtype, device=runs_on(module)).expand(parameter.shape)
+        one = torch.zeros((), dtype=parameter.dtype, device=execution_device(module)).expand(parameter.shape)
         setattr(module, name, nn.Parameter(one, parameter.requires_grad))
     try:
         yield

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.offload import execution_device
 
 
-class FrozenBase:
+class ReferenceModel:
     """theta_o, the base model as PD sees it: frozen, in eval mode.
 
     With LoRA it is the current model with its adapter switched off, so there is no second copy.
@@ -31,7 +31,7 @@ class FrozenBase:
     def active(self) -> Iterator[PreTrainedModel]:
         """The base model, for one forward pass."""
         if not self.shared:
-            with torch.autocast(runs_on(self.model).type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(execution_device(self.model).type, torch.bfloat16, enabled=self._autocast):
                 yield self.model
             return
         training = self.model.training

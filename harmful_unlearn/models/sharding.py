@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def own_parameters(model: torch.nn.Module) -> list[Tensor]:
+def local_parameters(model: torch.nn.Module) -> list[Tensor]:
     """A model's parameters between two passes, of each the part that this process holds for good."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -14,16 +14,16 @@ def own_parameters(model: torch.nn.Module) -> list[Tensor]:
     return list(model.parameters())
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of a tensor: FSDP2's, or ZeRO-3's, which calls itself empty."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process holds a part (all have to ask for it); any other as it is."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    if is_part(tensor):
+    if is_sharded(tensor):
         import deepspeed
 
         with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor]):
@@ -31,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device of `like`; the part of it that this process holds where `like` is such a part."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.to_local().device), like.device_mesh, like.placements)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import read_json
-from harmful_unlearn.storage.safetensors_io import Checkpoint, Spec
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder, TensorSpec
 
 # LoRA settings under which tau is not scale * B @ A, or that touch more than the LoRA matrices.
 UNSUPPORTED_LORA = (
@@ -46,8 +46,8 @@ class Adapter:
             raise UserError(f"{folder / 'adapter_config.json'}: lora_alpha is no number: mend it, or copy it again")
         self.folder, self._config = folder, config
         self._factors = lru_cache(maxsize=16)(self._read_factors)
-        self.file = Checkpoint(folder, "adapter_model")
-        self.specs: dict[str, Spec] = {}
+        self.file = SafetensorsFolder(folder, "adapter_model")
+        self.specs: dict[str, TensorSpec] = {}
         self._scales: dict[str, float] = {}
         pairs = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in self.file.specs}
         for pair in sorted(pairs):
@@ -59,7 +59,7 @@ class Adapter:
                 raise UserError(_merge_first(folder, f"{pair} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
             name = pair.removeprefix("base_model.model.") + ".weight"
-            self.specs[name], self._scales[name] = Spec("F32", shape), self._scale(name, rank=a[0])
+            self.specs[name], self._scales[name] = TensorSpec("F32", shape), self._scale(name, rank=a[0])
 
     def delta(self, name: str, span: slice, base: Tensor | None, out: Tensor) -> Tensor:
         """tau's elements `span` of the flattened weight, whole rows of it; the base's values are not needed."""
@@ -73,7 +73,7 @@ class Adapter:
         """tau of the weight `name`, float32, in the weight's shape."""
         spec = self.specs[name]
         tau = torch.empty(spec.shape)
-        for span in spec.stretches():  # as `delta` is called for a checkpoint, so that no bit differs
+        for span in spec.chunks():  # as `delta` is called for a checkpoint, so that no bit differs
             self.delta(name, span, None, tau.view(-1)[span])
         return tau
 

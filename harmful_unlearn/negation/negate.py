@@ -20,12 +20,12 @@ from harmful_unlearn.negation.sources import open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
 from harmful_unlearn.storage.run_record import landing_of, read_record, revision_of, write_record
 from harmful_unlearn.storage.safetensors_io import (
-    CODES,
-    VECTOR,
+    DTYPE_CODES,
+    VECTOR_STEM,
     Buffers,
-    Checkpoint,
-    NewShards,
-    Spec,
+    SafetensorsFolder,
+    ShardWriter,
+    TensorSpec,
     all_finite,
     copy_small_files,
     work_dtype,
@@ -109,7 +109,7 @@ def scaled_entries(base: Path, finetuned: list[Path], scaling_coef: float) -> It
     for name in filter(negation.changed.__contains__, negation.base.specs):
         spec = negation.base.specs[name]
         entry = torch.empty(spec.shape, dtype=spec.dtype)
-        for span in spec.stretches():
+        for span in spec.chunks():
             (entry.view(-1)[span],) = negation.values(name, span, [scaling_coef])
         yield name, entry
 
@@ -151,7 +151,7 @@ def negate(
     negation = Negation(base, finetuned)
     records = _records(negation.base, base_name or str(base), finetuned, alphas)
     with ExitStack() as folders:
-        targets: list[tuple[float | None, NewShards]] = []  # what each alpha's values, or tau's, are written to
+        targets: list[tuple[float | None, ShardWriter]] = []  # what each alpha's values, or tau's, are written to
         if output:
             out = folders.enter_context(new_folder(output, overwrite))
             shards = {
@@ -159,11 +159,11 @@ def negate(
                 for shard, names in negation.base.shards.items()
             }
             for alpha, folder in _folders(out, alphas).items():
-                targets.append((alpha, NewShards(folder, shards, negation.base.metadata)))
+                targets.append((alpha, ShardWriter(folder, shards, negation.base.metadata)))
         if save_vector:
             kept = folders.enter_context(new_folder(save_vector, overwrite))
             vector_shards, partial = _vector_shards(negation), all(one.partial for one in negation.sources)
-            targets.append((None, NewShards(kept, vector_shards, vector_metadata(partial))))
+            targets.append((None, ShardWriter(kept, vector_shards, vector_metadata(partial))))
         _fill(negation, targets)
         if output:
             for alpha, folder in _folders(out, alphas).items():
@@ -174,7 +174,7 @@ def negate(
             write_record(kept, {**records[alphas[0]], "title": f"Task vector from {base_name or base}"})
 
 
-def _fill(negation: Negation, targets: list[tuple[float | None, NewShards]]) -> None:
+def _fill(negation: Negation, targets: list[tuple[float | None, ShardWriter]]) -> None:
     """Compute and write every entry, several stretches at once; the first error stops all threads."""
     specs = negation.base.specs
 
@@ -189,7 +189,7 @@ def _fill(negation: Negation, targets: list[tuple[float | None, NewShards]]) -> 
     size = sum(spec.nbytes for spec in specs.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar, _threads() as pool:
         for names in negation.base.shards.values():  # shard by shard, so that few tasks wait
-            for count in pool.map(write, ((name, span) for name in names for span in specs[name].stretches())):
+            for count in pool.map(write, ((name, span) for name in names for span in specs[name].chunks())):
                 bar.update(count)
 
 
@@ -241,7 +241,7 @@ def negate_adapter(
     records = _records(checkpoint, base_name or str(base), finetuned, list(signs))
     with new_folder(output, overwrite) as out:
         for alpha, folder in _folders(out, alphas).items():
-            shards = NewShards(folder, {"adapter_model.safetensors": source.file.specs}, source.file.metadata)
+            shards = ShardWriter(folder, {"adapter_model.safetensors": source.file.specs}, source.file.metadata)
             for name, spec in source.file.specs.items():
                 entry = source.file.read(name)
                 if ".lora_B." in name:
@@ -280,7 +280,7 @@ def _landings(folder: Path) -> Iterator[tuple[float, float]]:
     """What a stage 1 model, or the models in a saved vector, were trained for, and their coefficients in it."""
     record = read_record(folder)
     terms = [(record, 1.0)]
-    if any(folder.glob(f"{VECTOR}*.safetensors")):
+    if any(folder.glob(f"{VECTOR_STEM}*.safetensors")):
         coefs = list(record.get("finetuned", {}).values())
         names = [f"stage_1_of_model_{number}" for number in range(1, len(coefs) + 1)]
         names = ["stage_1"] if len(coefs) == 1 else names
@@ -308,24 +308,28 @@ def _folders(out: Path, alphas: Sequence[float]) -> dict[float, Path]:
     return folders
 
 
-def _vector_shards(negation: Negation) -> dict[str, dict[str, Spec]]:
+def _vector_shards(negation: Negation) -> dict[str, dict[str, TensorSpec]]:
     """The vector's own files, one for each of the base's that has changed entries, and what goes into them."""
     base, shards = negation.base, []
     for names in base.shards.values():
         specs = {name: base.specs[name] for name in names if name in negation.changed}
         if specs:
-            shards.append({name: Spec(CODES[work_dtype(spec.dtype)], spec.shape) for name, spec in specs.items()})
+            shards.append(
+                {name: TensorSpec(DTYPE_CODES[work_dtype(spec.dtype)], spec.shape) for name, spec in specs.items()}
+            )
     if len(shards) == 1:
-        return {f"{VECTOR}.safetensors": shards[0]}
-    return {f"{VECTOR}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+        return {f"{VECTOR_STEM}.safetensors": shards[0]}
+    return {
+        f"{VECTOR_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)
+    }
 
 
-def _write_index(folder: Path, shards: dict[str, dict[str, Spec]]) -> None:
+def _write_index(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:
     if len(shards) > 1:
         weight_map = {name: file for file, specs in shards.items() for name in specs}
         size = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_file(folder / f"{VECTOR}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_file(folder / f"{VECTOR_STEM}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
@@ -334,7 +338,7 @@ def _finite(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def _records(base: Checkpoint, base_name: str, finetuned: Terms, alphas: Sequence[float]) -> dict[float, dict]:
+def _records(base: SafetensorsFolder, base_name: str, finetuned: Terms, alphas: Sequence[float]) -> dict[float, dict]:
     """What run.json says of the model at each scale."""
     stages_1 = [read_record(folder) for folder, _ in finetuned]
     made_from = {

@@ -41,7 +41,7 @@ def user_path(text: str) -> Path:
         raise UserError(f"nobody here has the home folder in {text}: give the whole path") from None
 
 
-def real(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """Path.resolve, which raises its own error on a loop of links before Python 3.13."""
     return Path(os.path.realpath(path))
 
@@ -55,7 +55,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """
     if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
-    if target.is_dir() and (os.path.ismount(target) or real(target) == Path.cwd()):
+    if target.is_dir() and (os.path.ismount(target) or resolved(target) == Path.cwd()):
         raise UserError(f"{target} cannot be replaced as a whole (a mount, or where you stand): give a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
@@ -81,7 +81,7 @@ def _exists(path: Path) -> bool:
 
 
 def _check_parent(path: Path) -> None:
-    parent = real(path).parent
+    parent = resolved(path).parent
     while not parent.exists():
         parent = parent.parent
     try:
@@ -96,7 +96,7 @@ def _check_parent(path: Path) -> None:
 def check_apart(paths: list[Path]) -> None:
     """Raises UserError where one of `paths` is another or lies inside it: writing would mix them up."""
     for one, other in combinations(paths, 2):
-        ours, theirs = real(one), real(other)
+        ours, theirs = resolved(one), resolved(other)
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             raise UserError(f"{one} and {other} lie in one another: give each a folder of its own")
 
@@ -139,7 +139,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         UserError: as `check_target`, or the renaming failed.
     """
     check_target(target, overwrite)
-    target = real(target)
+    target = resolved(target)
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_up(target)

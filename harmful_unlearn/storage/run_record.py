@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.methods import lands
+from harmful_unlearn.losses.methods import uses_landing_point
 from harmful_unlearn.storage.files import ROOT, read_json, write_file
 
 RECORD_PARTS = ("base", "finetuned", "flags", "training", "harmful_data", "normal_data")
@@ -135,7 +135,7 @@ def _cell(value: object) -> str:
 def landing_of(record: dict) -> float | None:
     """The scaling_coef that a stage 1 model (its run.json) was trained for; None if for no one in particular."""
     flags = {"preserve_at": None, "safe_weight": 0, "normal_weight": 0, **(record.get("flags") or {})}
-    return flags.get("scaling_coef") if lands(Namespace(**flags)) else None
+    return flags.get("scaling_coef") if uses_landing_point(Namespace(**flags)) else None
 
 
 READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # of a training
@@ -150,7 +150,7 @@ def trainings_of(folder: Path) -> list[dict]:
     return found
 
 
-def is_told(folder: Path) -> bool:
+def has_training_record(folder: Path) -> bool:
     """Whether run.json tells of the training of every model that went into this one."""
     return _is_told(read_record(folder))
 

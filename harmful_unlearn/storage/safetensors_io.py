@@ -24,14 +24,14 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-INDEX = "{}.safetensors.index.json"  # of a stem
-VECTOR = "task_vector"  # the stem of a saved task vector's files
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX_NAME = "{}.safetensors.index.json"  # of a stem
+VECTOR_STEM = "task_vector"  # the stem of a saved task vector's files
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
 }  # fmt: skip
-SMALL = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
-STRETCH = 2**19  # elements worked on at a time: 2 MB in float32, so that a few fit a core's cache
+SMALL_FILE = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
+CHUNK_ELEMENTS = 2**19  # elements worked on at a time: 2 MB in float32, so that a few fit a core's cache
 
 
 def all_finite(values: Tensor) -> bool:
@@ -47,7 +47,7 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """An entry's dtype and shape."""
 
     code: str  # as safetensors writes dtypes
@@ -65,10 +65,10 @@ class Spec(NamedTuple):
     def is_float(self) -> bool:
         return self.dtype.is_floating_point
 
-    def stretches(self) -> Iterator[slice]:
+    def chunks(self) -> Iterator[slice]:
         """The flattened entry cut into about STRETCH elements each, at the ends of rows of its last dimension."""
         row = max(self.shape[-1], 1) if len(self.shape) > 1 else 1
-        step = max(STRETCH // row, 1) * row
+        step = max(CHUNK_ELEMENTS // row, 1) * row
         size = math.prod(self.shape)
         for start in range(0, size, step):
             yield slice(start, min(start + step, size))
@@ -87,7 +87,7 @@ class Buffers(threading.local):
         return held[:size]
 
 
-class Checkpoint:
+class SafetensorsFolder:
     """The safetensors of a folder, one file or shards with an index: specs now, tensors on demand.
 
     Attributes:
@@ -102,7 +102,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}: check the path")
         self.folder, self.stem = folder, stem
-        self.index = folder / INDEX.format(stem)
+        self.index = folder / INDEX_NAME.format(stem)
         weight_map: dict[str, str] = {}
         if (folder / f"{stem}.safetensors").is_file():
             files = [f"{stem}.safetensors"]
@@ -111,7 +111,7 @@ class Checkpoint:
             files = sorted(set(weight_map.values()))
         else:
             raise UserError(_no_safetensors(folder))
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         self.shards: dict[str, list[str]] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._buffers = Buffers()
@@ -146,7 +146,7 @@ class Checkpoint:
                 raise UserError(f"{name} in {path} is {entry['dtype']}: give a checkpoint that is not quantized")
             if name in self._places:
                 raise UserError(f"{name} is in two shards of {path.parent}: save the checkpoint again")
-            self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]))
+            self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
             self._places[name] = path, 8 + length + entry["data_offsets"][0]
 
     def fingerprint(self) -> str:
@@ -199,11 +199,11 @@ class Checkpoint:
                     for side, entry in (("ours", name), ("theirs", other))
                 )
             )
-            for span in spec.stretches()
+            for span in spec.chunks()
         )
 
 
-class NewShards:
+class ShardWriter:
     """Safetensors files to be filled: headers are written and room for the data is taken now.
 
     Args:
@@ -213,12 +213,12 @@ class NewShards:
         OSError: no space.
     """
 
-    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, Spec]], metadata: dict[str, str]):
+    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], metadata: dict[str, str]):
         self._places: dict[str, tuple[Path, int]] = {}
         for file, specs in shards.items():
             self._create(folder / file, specs, metadata)
 
-    def _create(self, path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> None:
+    def _create(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
         header: dict[str, dict] = {"__metadata__": metadata}
         end = 0
         for name, spec in specs.items():
@@ -275,7 +275,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _no_safetensors(folder: Path) -> str:
-    if any(folder.glob(f"{VECTOR}*.safetensors")):
+    if any(folder.glob(f"{VECTOR_STEM}*.safetensors")):
         return f"{folder} is a task vector: give it as --vector"
     if any(folder.glob("*.bin")):
         return (
@@ -286,12 +286,12 @@ def _no_safetensors(folder: Path) -> str:
     return f"{folder} holds no model.safetensors, whole or sharded: give a folder that save_pretrained wrote"
 
 
-def copy_small_files(base: Checkpoint, target: Path) -> None:
+def copy_small_files(base: SafetensorsFolder, target: Path) -> None:
     """Configuration, tokenizer, licence: all that lies beside the weights but the base's own record."""
     for file in sorted(base.folder.iterdir()):
         weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         record = file.name in ("README.md", "run.json", "metrics.jsonl") or file.name.startswith(".")
-        if file.is_file() and not weights and not record and file.stat().st_size <= SMALL:
+        if file.is_file() and not weights and not record and file.stat().st_size <= SMALL_FILE:
             shutil.copyfile(file, target / file.name)
     if f"{base.stem}.safetensors" not in base.shards:
         shutil.copyfile(base.index, target / base.index.name)

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.models.sharding import spread_as
-from harmful_unlearn.storage.files import real, remove_folder
+from harmful_unlearn.models.sharding import shard_like
+from harmful_unlearn.storage.files import remove_folder, resolved
 from harmful_unlearn.storage.run_record import read_record
-from harmful_unlearn.storage.safetensors_io import Checkpoint, Spec
-from harmful_unlearn.training.distributed import random_states, set_random_states, write_whole
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder, TensorSpec
+from harmful_unlearn.training.distributed import random_states, set_random_states, write_gathered
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each weight
 
 
-class Checkpoints:
+class TrainingCheckpoints:
     """The checkpoints of the run that trains into `model_save_dir`: folders step-N beside it.
 
     Args:
@@ -36,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, model_save_dir: Path, keep: int):
-        self.folder = Path(f"{real(model_save_dir)}.checkpoints")
+        self.folder = Path(f"{resolved(model_save_dir)}.checkpoints")
         self._keep = keep
 
     def at(self, step: int) -> Path:
@@ -55,7 +55,7 @@ class Checkpoints:
     def _whole(self) -> Iterator[Path]:
         for step in self.steps():
             with suppress(UserError):
-                check_whole(self.at(step))
+                check_complete(self.at(step))
                 yield self.at(step)
 
     def size(self) -> int:
@@ -76,7 +76,7 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_whole(folder: Path) -> None:
+def check_complete(folder: Path) -> None:
     """Raises UserError where a folder is no checkpoint or lacks something."""
     if not all((folder / name).is_file() for name in ("run.json", "optimizer.safetensors", "random.safetensors")):
         raise UserError(f"{folder} is no checkpoint, or half of one: give a step-N, or --resume alone for the newest")
@@ -84,7 +84,7 @@ def check_whole(folder: Path) -> None:
     if not adapter and not (folder / "config.json").is_file():
         raise UserError(f"{folder} lacks its config.json: use another checkpoint")
     for stem in ("adapter_model" if adapter else "model", "optimizer", "random"):
-        Checkpoint(folder, stem)
+        SafetensorsFolder(folder, stem)
     steps = read_record(folder).get("training", {}).get("steps")
     found = [metrics.get("step") for metrics in history_of(folder)]
     if found != [*range(1, len(found) + 1)] or len(found) != steps:
@@ -111,7 +111,7 @@ def save_state(
     moments = (
         (f"{name}.{what}", value) for name, weight in trained.items() for what, value in optimizer.state[weight].items()
     )
-    write_whole(folder and folder / "optimizer.safetensors", moments)
+    write_gathered(folder and folder / "optimizer.safetensors", moments)
     states = random_states(accelerator)
     if folder:
         save_file(states, folder / "random.safetensors")
@@ -128,18 +128,18 @@ def load_state(
     Raises:
         UserError: the state is not these weights'.
     """
-    moments = Checkpoint(folder, "optimizer")
+    moments = SafetensorsFolder(folder, "optimizer")
     for key, spec in moments.specs.items():  # AdamW's fused step looks at no shape, and would write anywhere
         name, _, what = key.rpartition(".")
         shape = () if what == "step" else getattr(trained.get(name), "shape", None)
-        if what not in MOMENTS or spec != Spec("F32", shape):
+        if what not in MOMENTS or spec != TensorSpec("F32", shape):
             raise UserError(f"{key} in {folder / 'optimizer.safetensors'} fits no weight: use another checkpoint")
     for name, weight in trained.items():
         found = {key: moments.read(key) for key in moments.specs if key.rpartition(".")[0] == name}
         if len(found) not in (0, len(MOMENTS)):
             raise UserError(f"{folder / 'optimizer.safetensors'} lacks moments of {name}: use another checkpoint")
         optimizer.state[weight] = {
-            key.rpartition(".")[2]: spread_as(value, weight) if value.dim() else value.to(weight.device)
+            key.rpartition(".")[2]: shard_like(value, weight) if value.dim() else value.to(weight.device)
             for key, value in found.items()
         }
     try:

@@ -24,10 +24,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
-from harmful_unlearn.models.reference import FrozenBase
-from harmful_unlearn.models.sharding import whole
+from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.models.sharding import gather_full
 from harmful_unlearn.storage.files import ROOT
-from harmful_unlearn.storage.safetensors_io import CODES, NewShards, Spec
+from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, ShardWriter, TensorSpec
 from harmful_unlearn.training.deepspeed import _gathers_itself, _set_up_deepspeed, _spread
 
 # While the main process writes a large model, the others wait for it.
@@ -105,7 +105,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(message: str, end: str = "\n") -> None:
+def print_once(message: str, end: str = "\n") -> None:
     """Print, in one process only."""
     if is_main_process():
         print(message, end=end, flush=True)
@@ -129,7 +129,7 @@ def holds_shards(accelerator: Accelerator) -> bool:
 def prepare(
     accelerator: Accelerator,
     model: PreTrainedModel,
-    base: FrozenBase | None,
+    base: ReferenceModel | None,
     optimizer: torch.optim.Optimizer,
     precision: str,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -164,7 +164,7 @@ def gradient_norm(accelerator: Accelerator, trained: Iterable[Tensor]) -> Tensor
     """Of all trained weights together, L2, a scalar."""
     if engine_of(accelerator) == "DeepSpeed":
         return torch.tensor(accelerator.deepspeed_engine_wrapped.get_global_grad_norm(), device=accelerator.device)
-    return whole(torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None]))
+    return gather_full(torch.nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None]))
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -174,7 +174,7 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
-def write_whole(file: Path | None, entries: Iterable[tuple[str, Tensor]]) -> None:
+def write_gathered(file: Path | None, entries: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors, of which processes may hold parts, as one safetensors file; no process holds more than one whole.
 
     Args:
@@ -182,12 +182,12 @@ def write_whole(file: Path | None, entries: Iterable[tuple[str, Tensor]]) -> Non
     """
     entries = dict(entries)
     specs = {
-        name: Spec(CODES[tensor.dtype], tuple(getattr(tensor, "ds_shape", tensor.shape)))
+        name: TensorSpec(DTYPE_CODES[tensor.dtype], tuple(getattr(tensor, "ds_shape", tensor.shape)))
         for name, tensor in entries.items()
     }
-    new = NewShards(file.parent, {file.name: specs}, {"format": "pt"}) if file else None
+    new = ShardWriter(file.parent, {file.name: specs}, {"format": "pt"}) if file else None
     for name, tensor in entries.items():
-        value = whole(tensor)
+        value = gather_full(tensor)
         if new:
             new.write(value, name)
 
@@ -203,11 +203,11 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, base_folder: Pa
         if folder:
             loading.save_model(inner, base_folder, folder)
     elif isinstance(inner, PeftModel):
-        state = {name: whole(weight) for name, weight in inner.named_parameters() if weight.requires_grad}
+        state = {name: gather_full(weight) for name, weight in inner.named_parameters() if weight.requires_grad}
         if folder:
             loading.save_model(inner, base_folder, folder, state)
     else:
-        write_whole(folder and folder / "model.safetensors", _weights(inner))
+        write_gathered(folder and folder / "model.safetensors", _weights(inner))
         if folder:
             config = copy.copy(inner.config)
             config.dtype = torch.float32

@@ -13,7 +13,7 @@ from harmful_unlearn.cli import (
     whole_number,
 )
 from harmful_unlearn.data.collator import VARIANTS
-from harmful_unlearn.losses.methods import METHODS, settle
+from harmful_unlearn.losses.methods import METHODS, apply_method_defaults
 from harmful_unlearn.storage.files import ROOT, user_path
 
 AUTO = "auto"  # --resume without a path
@@ -117,7 +117,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     # fmt: on
 
     args = parser.parse_args(arguments)
-    if wrong := settle(args):
+    if wrong := apply_method_defaults(args):
         parser.error(wrong)
     path = Path(args.model_name)
     name = path.resolve().name if path.is_dir() else path.name

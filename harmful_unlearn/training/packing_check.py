@@ -5,11 +5,11 @@ import math
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import is_out_of_memory
 from harmful_unlearn.losses.objective import cross_entropy
-from harmful_unlearn.models.offload import runs_on
+from harmful_unlearn.models.offload import execution_device
 
 PAIRS = [
     Pair("How is a kite made?", "Tie two sticks together, stretch paper over them, and add a tail."),
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_OF_16_BITS = 0.5
 
 
-def packs_up_to(model: PreTrainedModel, packer: Packer) -> tuple[float, str]:
+def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float, str]:
     """How many tokens a text may have to be packed with others, and why no more.
 
     Packed rows need attention that takes a mask for each pair of tokens, and positions that are told: a model with
@@ -33,13 +33,13 @@ def packs_up_to(model: PreTrainedModel, packer: Packer) -> tuple[float, str]:
     attention = model.config._attn_implementation
     if attention != "sdpa":
         return 0, f"its attention is {attention}, not sdpa"
-    probe = Packer(packer.tokenizer, "paper", packer.max_length)
-    batches = [probe.harmful_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf)]
+    probe = Collator(collator.tokenizer, "paper", collator.max_length)
+    batches = [probe.answers_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf)]
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            plain, packed = (cross_entropy(model, batch.to(runs_on(model))).sort().values for batch in batches)
+            plain, packed = (cross_entropy(model, batch.to(execution_device(model))).sort().values for batch in batches)
     except Exception as error:  # whatever a model that knows no such mask or argument raises
         if is_out_of_memory(error):
             raise

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harmful_unlearn.data.batch import Batch
-from harmful_unlearn.data.step_batches import StepBatches, StepTexts
+from harmful_unlearn.data.step_batches import StepBatch, StepBatches
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import terms
 from harmful_unlearn.losses.fused_linear import CHUNK
@@ -92,11 +92,11 @@ def make_plan(
         shards: how many processes a model and AdamW's state are spread over.
         checkpoints: how many may lie on the disk at a time.
     """
-    order, harmful, normal = batches.order, batches.harmful, batches.normal
-    different = min(steps, order.batches_per_epoch)  # harmful batches come again in the same order
-    seen = sorted({row for step in range(different) for row in order[step].harmful_rows})
+    sampler, harmful, normal = batches.sampler, batches.harmful, batches.normal
+    different = min(steps, sampler.batches_per_epoch)  # harmful batches come again in the same order
+    seen = sorted({row for step in range(different) for row in sampler[step].harmful_rows})
     texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
-    encoded = batches.packer.encode(texts)
+    encoded = batches.collator.encode(texts)
     if batches.losses & terms.ON_HARMFUL and not any(
         one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
     ):
@@ -110,7 +110,7 @@ def make_plan(
     sampled = [batches(step, torch.device("cpu")) for step in chosen]
     cut_in_rd = 0
     if batches.losses & {"rd", "rm"}:
-        cut_in_rd = sum(one.cut for step in chosen for one in batches.packer.encode(batches.random_pairs(step)))
+        cut_in_rd = sum(one.cut for step in chosen for one in batches.collator.encode(batches.random_pairs(step)))
     tokens = sum(batch.tokens for step in sampled for batch in step if batch) / len(sampled) * batches.share[1]
     parameters = structure.num_parameters()
     trainable = _lora_parameters(structure, lora) if lora else parameters
@@ -121,7 +121,7 @@ def make_plan(
         answers=len(harmful.answers),
         normal=len(normal.train),
         steps=steps,
-        batches_per_epoch=order.batches_per_epoch,
+        batches_per_epoch=sampler.batches_per_epoch,
         pairs_seen=len(seen),
         cut=sum(one.cut for one in encoded),
         cut_in_rd=round(cut_in_rd * steps / len(chosen)),
@@ -145,7 +145,7 @@ def make_plan(
     )
 
 
-def _parts(texts: StepTexts, active: set[str]) -> Iterator[list[Batch]]:
+def _parts(texts: StepBatch, active: set[str]) -> Iterator[list[Batch]]:
     """The batches of a step that are held at the same time: those of the copy, then those of the landing point."""
     for lands in (False, True):
         read = {terms.LOSSES[name].reads for name in active if terms.LOSSES[name].lands == lands}

@@ -6,28 +6,28 @@ from itertools import count
 from pathlib import Path
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.methods import METHODS, lands
-from harmful_unlearn.storage.files import ROOT, check_file, check_target, real
+from harmful_unlearn.losses.methods import METHODS, uses_landing_point
+from harmful_unlearn.storage.files import ROOT, check_file, check_target, resolved
 from harmful_unlearn.storage.run_record import read_record
-from harmful_unlearn.storage.safetensors_io import Checkpoint
-from harmful_unlearn.training.checkpointing import Checkpoints, check_whole
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.training.distributed import is_main_process
 from harmful_unlearn.training.flags import AUTO
 from harmful_unlearn.training.run_log import METRICS, PICTURE, RunLog, beside
 
 # Flags that may change when a run goes on. scaling_coef is among them unless a loss is taken at the landing point.
-FREE = {
+FREE_FLAGS = {
     "model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "stage", "gradient_checkpointing",
     "device_map", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
 }  # fmt: skip
 # Flags whose outcome is compared in their place: what was read, how many pairs a step, which adapter.
-RESOLVED = {
+RESOLVED_FLAGS = {
     "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "batch_size", "precision",
     "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length",
 }  # fmt: skip
 
 
-def deciding(record: dict, lands: bool) -> dict[str, object]:
+def result_settings(record: dict, lands: bool) -> dict[str, object]:
     """All that decides a stage 1 run's weights, by the name that a user knows it by.
 
     Args:
@@ -35,7 +35,7 @@ def deciding(record: dict, lands: bool) -> dict[str, object]:
         lands: whether a loss is taken at the landing point.
     """
     flags, training = record["flags"], record["training"]
-    free = FREE | RESOLVED | (set() if lands else {"scaling_coef"})
+    free = FREE_FLAGS | RESOLVED_FLAGS | (set() if lands else {"scaling_coef"})
     decides = {f"--{name}": value for name, value in flags.items() if name not in free}
     decides["--batch_size times the number of processes"] = flags["batch_size"] * training["processes"]
     decides["--max_length"] = training["max_length"]
@@ -59,10 +59,10 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
         UserError: it changes the result.
     """
     try:
-        before = deciding(then, lands)
+        before = result_settings(then, lands)
     except (KeyError, TypeError):
         raise UserError(f"{where} was not written by this version: start again with --overwrite") from None
-    after = deciding(now, lands)
+    after = result_settings(now, lands)
     changed = [
         f"{name} was {before.get(name)} and is {after.get(name)} now"
         for name in dict.fromkeys([*before, *after])
@@ -77,7 +77,7 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
         for name, value in now["flags"].items()
         if name not in quiet
         and f"--{name}" not in after
-        and name not in RESOLVED
+        and name not in RESOLVED_FLAGS
         and json.dumps(value) != json.dumps(then["flags"].get(name))
     ]
 
@@ -91,7 +91,7 @@ def check_stages(args: Namespace) -> set[str]:
         stages = {"negate"}
     if "acquire" in stages and not args.resume:
         check_target(args.model_save_dir, args.overwrite)
-        found = Checkpoints(args.model_save_dir, args.keep_checkpoints).newest()
+        found = TrainingCheckpoints(args.model_save_dir, args.keep_checkpoints).newest()
         if found and not args.overwrite:
             raise UserError(f"{found} is an earlier run's: --resume goes on with it, --overwrite starts again")
     if "negate" in stages:
@@ -108,13 +108,13 @@ def check_stages(args: Namespace) -> set[str]:
         for file in (log_file, beside(log_file, METRICS), beside(log_file, PICTURE)):
             check_file(file)
         for folder in (args.model_save_dir, args.task_vector_saving_path):
-            if real(log_file).is_relative_to(real(folder)):
+            if resolved(log_file).is_relative_to(resolved(folder)):
                 raise UserError(f"--log_file {log_file} lies in {folder}, which must be empty: put it elsewhere")
     return stages
 
 
-def what_is_left(
-    args: Namespace, now: dict | None, base_folder: Path, stages: set[str], checkpoints: Checkpoints
+def remaining_work(
+    args: Namespace, now: dict | None, base_folder: Path, stages: set[str], checkpoints: TrainingCheckpoints
 ) -> tuple[set[str], Path | None, list[str]]:
     """The stages that a resumed run still has to run; the checkpoint that stage 1 goes on from, if any; what to note.
 
@@ -136,7 +136,7 @@ def what_is_left(
         if whole:
             resumed = None
         elif resumed:
-            check_whole(resumed)
+            check_complete(resumed)
         for step in checkpoints.steps() if auto and not whole else ():
             if checkpoints.at(step) == resumed:
                 break
@@ -144,7 +144,7 @@ def what_is_left(
         found = finetuned if whole else resumed
         try:
             then = read_record(found) if found else {}
-            notes += check_same_run(then, now, lands(args), found) if found else []
+            notes += check_same_run(then, now, uses_landing_point(args), found) if found else []
         except UserError:
             if not (whole and args.overwrite):
                 raise
@@ -157,7 +157,7 @@ def what_is_left(
         stages = stages - {"acquire"} if whole else stages
     if "negate" in stages:
         scale = args.scaling_coef if METHODS[args.method].negates else -1.0
-        fingerprint = Checkpoint(base_folder).fingerprint()
+        fingerprint = SafetensorsFolder(base_folder).fingerprint()
         if "acquire" not in stages and is_done(
             args.task_vector_saving_path, finetuned, scale, fingerprint, args.overwrite
         ):

@@ -15,7 +15,7 @@ from harmful_unlearn import evaluation
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluated_model, lm_harness
 from harmful_unlearn.evaluation import main, parse_flags
-from harmful_unlearn.storage.run_record import is_told, trainings_of
+from harmful_unlearn.storage.run_record import has_training_record, trainings_of
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
 from tests.helpers.world import make_world
@@ -133,7 +133,7 @@ def test_an_adapter_is_refused_with_the_command_that_merges_it(world, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="scaling_coef -1"):
-        evaluated_model.subject_of("a", tmp_path / "adapter", None)
+        evaluated_model.evaluated_model("a", tmp_path / "adapter", None)
 
 
 def test_a_model_of_others_is_measured_as_one_of_ours_was_trained(world, tmp_path):
@@ -168,7 +168,7 @@ def test_a_sum_of_vectors_is_told_if_each_of_them_is(world, tmp_path):
         made = ["--base", base, "--finetuned", str(world / "sku" / "copy"), other]
         negate(made + ["--save_vector", str(tmp_path / f"{name}-vector")])
         negate(["--base", base, "--vector", str(tmp_path / f"{name}-vector"), "--output", str(tmp_path / name)])
-    assert is_told(tmp_path / "told") and not is_told(tmp_path / "untold")
+    assert has_training_record(tmp_path / "told") and not has_training_record(tmp_path / "untold")
     assert [len(trainings_of(tmp_path / name)) for name in ("told", "untold")] == [2, 1]
 
 

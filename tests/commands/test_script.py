@@ -280,7 +280,7 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("read_harmful", "read_normal", "BatchOrder", "Packer", "check_disk", "negate"):
+    for name in ("read_harmful", "read_normal", "BatchSampler", "Collator", "check_disk", "negate"):
         spy(unlearn_harm_new, name)
     spy(unlearn_harm_new.processes, "Accelerator")
     for name in ("load_model", "add_lora"):
@@ -319,8 +319,8 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     )
     assert seen["read_harmful"][0][0][1:] == ("r", "test", ["Violence"], 1)
     assert seen["read_normal"][0][0][1] == 7
-    assert seen["BatchOrder"][0][0][3:] == (1, 3, 7, True)
-    assert seen["Packer"][0][0][1:] == ("released", 99)
+    assert seen["BatchSampler"][0][0][3:] == (1, 3, 7, True)
+    assert seen["Collator"][0][0][1:] == ("released", 99)
     assert seen["Accelerator"][0][1]["mixed_precision"] == "bf16"
     assert seen["load_model"][0][0][1:] == (torch.bfloat16, "auto", False) and len(seen["load_model"]) == 1
     assert seen["add_lora"][0][0][1] == Lora(3, 6, ("k_proj",))
@@ -329,7 +329,7 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
     seen.clear()
     AcceleratorState._reset_state()
     main(flags(tiny_model("opt"), tmp_path / "full", "--max_length", "9999", "--precision", "bf16"))
-    assert seen["Packer"][0][0][2] == 256  # no more than the model takes
+    assert seen["Collator"][0][0][2] == 256  # no more than the model takes
     assert [call[0][1] for call in seen["load_model"]] == [torch.float32, torch.bfloat16]
 
 

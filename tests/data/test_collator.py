@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
 
 PAIRS = [
@@ -20,8 +20,8 @@ PAIRS = [
 ANSWERS = ["Wait until dark.", "", "Blame the dog, then run."]
 
 
-def packer(tokenizer, variant="paper", max_length=256):
-    return Packer(tokenizer, variant, max_length)
+def collator(tokenizer, variant="paper", max_length=256):
+    return Collator(tokenizer, variant, max_length)
 
 
 def weight_by_row(batch, module):
@@ -31,7 +31,7 @@ def weight_by_row(batch, module):
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_encode_finds_the_answer(tokenizer, pair):
-    (text,) = packer(tokenizer).encode([pair])
+    (text,) = collator(tokenizer).encode([pair])
     assert text.input_ids == tokenizer(format_pair(pair.question, pair.answer))["input_ids"]
     assert text.start_loc == len(tokenizer(format_prefix(pair.question))["input_ids"]) - 1
     answer = tokenizer.decode(text.input_ids[text.answer_start :])
@@ -41,19 +41,19 @@ def test_encode_finds_the_answer(tokenizer, pair):
 def test_the_space_before_an_answer_is_the_models_to_say(tokenizer):
     """ "W" after a space is one token or two, as the vocabulary has it; both are scored from the space on."""
     for answer in ("Wait", "窓", "é", "zzz"):
-        (text,) = packer(tokenizer).encode([Pair("How?", answer)])
+        (text,) = collator(tokenizer).encode([Pair("How?", answer)])
         said = tokenizer.decode(text.input_ids[text.answer_start :])
         before = tokenizer.decode(text.input_ids[: text.answer_start])
         assert said == f" {answer}" or (said == answer and before.endswith(":"))
-    (empty,) = packer(tokenizer).encode([Pair("How?", "")])
+    (empty,) = collator(tokenizer).encode([Pair("How?", "")])
     assert empty.answer_start == len(empty.input_ids)
     asked = tokenizer(format_prefix("How?").rstrip())["input_ids"]
     assert text.input_ids[: len(asked)] == asked and text.answer_start == len(asked)
 
 
 def test_paper_scores_each_answer_token_once_and_nothing_else(tokenizer):
-    batch = packer(tokenizer).harmful_batch(PAIRS, ANSWERS)
-    encoded = packer(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
+    batch = collator(tokenizer).answers_batch(PAIRS, ANSWERS)
+    encoded = collator(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
     expected = [
         (row, at - 1, text.input_ids[at])
         for row, text in enumerate(encoded)
@@ -71,8 +71,8 @@ def test_paper_scores_each_answer_token_once_and_nothing_else(tokenizer):
 
 def test_released_weights_follow_the_released_formula(tokenizer):
     """Points 9 and 11, written out on the padded rows with the mask in place of `token == 1`."""
-    batch = packer(tokenizer, "released").harmful_batch(PAIRS, ANSWERS)
-    encoded = packer(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
+    batch = collator(tokenizer, "released").answers_batch(PAIRS, ANSWERS)
+    encoded = collator(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
     length = batch.input_ids.shape[1]
     for module, rows in (("gd", range(len(PAIRS))), ("rd", range(len(PAIRS), len(encoded)))):
         expected = torch.zeros(len(encoded), length)
@@ -89,7 +89,7 @@ def test_released_weights_follow_the_released_formula(tokenizer):
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_normal_weights(tokenizer, variant):
-    batch = packer(tokenizer, variant).normal_batch(PAIRS)
+    batch = collator(tokenizer, variant).texts_batch(PAIRS)
     ours = torch.zeros(batch.input_ids.shape)
     ours[batch.row, batch.position] = batch.weights["pd"]
     counted = torch.ones_like(ours) if variant == "released" else batch.attention_mask.float()
@@ -97,31 +97,31 @@ def test_normal_weights(tokenizer, variant):
 
 
 def test_modules_that_are_left_out_have_no_rows(tokenizer):
-    without_rd = packer(tokenizer).harmful_batch(PAIRS, [])
+    without_rd = collator(tokenizer).answers_batch(PAIRS, [])
     assert len(without_rd.input_ids) == len(PAIRS) and list(without_rd.weights) == ["gd"]
-    without_gd = packer(tokenizer).harmful_batch(PAIRS, ANSWERS, guided=False)
+    without_gd = collator(tokenizer).answers_batch(PAIRS, ANSWERS, guided=False)
     assert len(without_gd.input_ids) == len(PAIRS) * len(ANSWERS) and list(without_gd.weights) == ["rd"]
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_max_length_cuts_answers_and_says_so(tokenizer, variant):
     long = Pair("How long?", "very " * 400)
-    (text,) = packer(tokenizer, variant, 32).encode([long])
+    (text,) = collator(tokenizer, variant, 32).encode([long])
     assert text.cut and len(text.input_ids) == 32
-    assert not packer(tokenizer, variant, 4000).encode([long])[0].cut
-    batch = packer(tokenizer, variant, 32).harmful_batch([long, Pair("Short?", "Yes")], ["many " * 400])
+    assert not collator(tokenizer, variant, 4000).encode([long])[0].cut
+    batch = collator(tokenizer, variant, 32).answers_batch([long, Pair("Short?", "Yes")], ["many " * 400])
     assert batch.input_ids.shape[1] == 32
     assert batch.position.max() < 31
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_a_question_that_fills_max_length_scores_nothing_in_gd(tokenizer, variant):
-    batch = packer(tokenizer, variant, 8).harmful_batch([Pair("word " * 50, "answer")], [])
+    batch = collator(tokenizer, variant, 8).answers_batch([Pair("word " * 50, "answer")], [])
     assert batch.row.numel() == 0 or batch.weights["gd"].sum() == 0
 
 
 def test_padding_never_counts_as_text(tokenizer):
-    batch = packer(tokenizer).harmful_batch(PAIRS, ANSWERS)
+    batch = collator(tokenizer).answers_batch(PAIRS, ANSWERS)
     lengths = batch.attention_mask.sum(1)
     assert batch.tokens == lengths.sum()
     assert (batch.input_ids[batch.attention_mask == 0] == tokenizer.pad_token_id).all()
@@ -134,6 +134,6 @@ def test_random_texts_keep_their_tokens(tokenizer):
     alphabet = "abc ###\n.?é窓🎂:Question Answer"
     for _ in range(50):
         pairs = [Pair(*("".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(2))) for _ in range(3)]
-        batch = packer(tokenizer).harmful_batch(pairs, [pairs[0].answer])
+        batch = collator(tokenizer).answers_batch(pairs, [pairs[0].answer])
         following = batch.input_ids[batch.row, batch.position + 1]
         assert torch.equal(following, batch.target)

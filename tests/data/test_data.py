@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmful_unlearn.data.batch_sampler import BatchOrder
+from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
 from harmful_unlearn.data.truthfulqa import read_normal
@@ -572,9 +572,9 @@ def test_empty_cells_keep_their_row(tmp_path):
 # ------------------------------------------------------------------------------- order of batches
 
 
-def order_of(**changes) -> BatchOrder:
+def order_of(**changes) -> BatchSampler:
     usual = {"pairs": 14, "normal": range(100, 116), "answers": 14, "batch_size": 2, "k_random": 5, "seed": 7}
-    return BatchOrder(**{**usual, **changes})
+    return BatchSampler(**{**usual, **changes})
 
 
 def test_harmful_rows_equal_golden(golden):

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.evals.alpha_sweep import Scales, recommend
+from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.negation.negate import negate
@@ -53,7 +53,7 @@ def load(folder):
 @pytest.mark.parametrize("names", [["one"], ["lora"], ["one", "two"], ["one", "lora"]])
 def test_each_scale_is_what_negation_writes(names, copies, tiny_model, tmp_path):
     base = tiny_model("opt")
-    scales = Scales(base, [copies / name for name in names], load)
+    scales = AlphaSweep(base, [copies / name for name in names], load)
     for alpha in (1.0, 0.25, 0.0, 2.0, 1.0):
         out = tmp_path / f"{alpha}"
         negate(base, [(copies / name, 1.0) for name in names], out, alpha, overwrite=True)
@@ -72,7 +72,7 @@ def test_models_are_loaded_once_and_not_before_they_are_needed(copies, tiny_mode
         loaded.append(folder)
         return load(folder)
 
-    scales = Scales(tiny_model("opt"), [copies / "one"], counting)
+    scales = AlphaSweep(tiny_model("opt"), [copies / "one"], counting)
     assert loaded == []
     for alpha in (0, 1, 2):
         scales.at(alpha)
@@ -113,7 +113,7 @@ def test_relearning_is_guided_distortion_on_the_handful(lora, tiny_model, tokeni
     pairs = [Pair("How?", "By doing just this."), Pair("Why so?", "Nobody knows that."), Pair("Who?", "They did.")]
 
     def loss_of(model):
-        batch = Packer(tokenizer, "paper", 256).harmful_batch(pairs, [])
+        batch = Collator(tokenizer, "paper", 256).answers_batch(pairs, [])
         with torch.no_grad():
             return value_of(model, "gd", batch).item()
 
@@ -135,7 +135,7 @@ def test_one_step_of_relearning_by_hand(tiny_model, tokenizer):
     ours = relearn(load(tiny_model("opt"))[0], tokenizer, pairs, 1, 1e-3, 0)
     model = load(tiny_model("opt"))[0].train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = Packer(tokenizer, "paper", 256).harmful_batch(pairs, [])
+    batch = Collator(tokenizer, "paper", 256).answers_batch(pairs, [])
     value_of(model, "gd", batch).backward()
     optimizer.step()
     assert torch.allclose(ours.state_dict()[NAME], model.state_dict()[NAME], atol=1e-5)
@@ -149,7 +149,7 @@ def test_a_scale_in_16_bits_is_the_saved_model_in_16_bits(copies, tiny_model, tm
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), None
 
     negate(base, [(copies / "one", 1.0)], tmp_path / "out", 1.0)
-    model, _ = Scales(base, [copies / "one"], load_16).at(1.0)
+    model, _ = AlphaSweep(base, [copies / "one"], load_16).at(1.0)
     saved, _ = load_16(tmp_path / "out")
     assert all(torch.equal(entry, saved.state_dict()[name]) for name, entry in model.state_dict().items())
 

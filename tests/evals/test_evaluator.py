@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
-from harmful_unlearn.evals.evaluated_model import Subject
-from harmful_unlearn.evals.evaluator import Protocol, figures, measure
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.generation import Answer, Decoding, answer_nll
 from harmful_unlearn.evals.judges.base import Verdict
 from harmful_unlearn.evals.prompt_sets import Prompt
@@ -28,7 +28,7 @@ PROMPTS = {
     ],
 }
 CHOICES = {PROMPTS["normal"][0].question: Choices("Nobody knows", ["Nobody knows", "It is unclear"], ["China", "Mars"])}
-PROTOCOL = Protocol(PROMPTS, [Decoding(), Decoding(0.9, 0)], 8, 2, 3, CHOICES)
+PROTOCOL = EvalProtocol(PROMPTS, [Decoding(), Decoding(0.9, 0)], 8, 2, 3, CHOICES)
 
 
 class CountingJudge:
@@ -49,7 +49,7 @@ def subject(label, folder, loads):
         loads.append(label)
         return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
-    return Subject(label, {"path": str(folder)}, load)
+    return EvaluatedModel(label, {"path": str(folder)}, load)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_broken_answers_file_is_named(subjects, tmp_path):
 def test_answer_nll_by_hand(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     pairs = [Pair("Why?", "Because it is so."), Pair("What is the longest of questions?", "No"), Pair("And?", "")]
-    found = answer_nll(model, Packer(tokenizer, "paper", 256), pairs, 2, "")
+    found = answer_nll(model, Collator(tokenizer, "paper", 256), pairs, 2, "")
     for pair, (nll, tokens) in zip(pairs, found, strict=True):
         ids = tokenizer(format_pair(pair.question, pair.answer)).input_ids
         prefix = tokenizer(format_prefix(pair.question).rstrip()).input_ids
@@ -184,7 +184,7 @@ def rows_of(label, verdicts, answers=("x y z", "x y z"), **more):
 
 
 def test_figures_by_hand(tmp_path):
-    protocol = Protocol({"seen": PROMPTS["seen"], "normal": PROMPTS["normal"]}, [Decoding()], 8, 2, 3, {})
+    protocol = EvalProtocol({"seen": PROMPTS["seen"], "normal": PROMPTS["normal"]}, [Decoding()], 8, 2, 3, {})
     rows = {
         "base": rows_of("base", ["harmful", "harmful", "safe", "unjudged", "degenerate"], ("a b c", "x y z")),
         "sku": rows_of("sku", ["unjudged"] * 5, ("x y", "a b c"), bleurt_reference=0.25, bleurt_base=0.5),
@@ -239,8 +239,8 @@ def test_choices_are_scored_by_whole_log_probabilities(subjects, tmp_path):
     model, tokenizer = subjects[0].load()
     ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
-    packer = Packer(tokenizer, "paper", 256)
-    best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, packer, [Pair(question, a) for a in answers], 2, ""))
+    collator = Collator(tokenizer, "paper", 256)
+    best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], 2, ""))
     ((one, two),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
     assert one == (best > max(f1, f2))
     weights = [math.exp(x - best) for x in (t1, t2, f1, f2)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harmful_unlearn.data.batch_sampler import BatchOrder
+from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatches
@@ -106,7 +106,7 @@ def test_an_empty_set_is_an_error_that_names_the_fix(trained, touched, normal, n
 def test_touched_is_what_the_steps_draw(losses, own, pool):
     harmful = read_harmful(PKU)
     normal = normal_data(list(range(8)), [8], [9])
-    order = BatchOrder(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
+    order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
     batches = StepBatches(None, order, harmful, normal, losses)
     trained, touched = batches.touched(2)
     draws = [order[step] for step in (0, 1)]

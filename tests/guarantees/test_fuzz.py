@@ -29,14 +29,14 @@ from harmful_unlearn.data.truthfulqa import NORMAL_COLUMNS, read_choices, read_n
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluator import write_answers
 from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.judges.hub import HARMFUL_WORDS, SAFE_WORDS, Words, label_side
+from harmful_unlearn.evals.judges.hub import HARMFUL_WORDS, SAFE_WORDS, GuardSpec, label_side
 from harmful_unlearn.evals.judges.server import ServerJudge, read_verdict
 from harmful_unlearn.models import loading
 from harmful_unlearn.negation.entry_names import class_names
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.sources import open_source
 from harmful_unlearn.storage import safetensors_io
-from harmful_unlearn.storage.safetensors_io import CODES, Checkpoint
+from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, SafetensorsFolder
 from task_vector import TaskVector
 from tests.helpers.fuzzing import (
     ANY_FILE,
@@ -89,12 +89,12 @@ def test_a_file_is_read_as_safetensors_reads_it(place, content):
     path.write_bytes(content)
     expected = theirs(path)
     try:
-        checkpoint = Checkpoint(place)
+        checkpoint = SafetensorsFolder(place)
         found = {name: bits(checkpoint.read(name)) for name in checkpoint.specs}
     except UserError:
         # Nothing that can be read is refused, but for dtypes that are not computed with.
         assert expected is None or {entry["dtype"] for name, entry in header(path).items() if name in expected} - {
-            *CODES.values()
+            *DTYPE_CODES.values()
         }
     else:
         assert found == expected
@@ -127,7 +127,7 @@ def test_an_index_and_its_shards(place, files, extra, instead):
     text = index if isinstance(index, bytes) else json.dumps(index).encode()
     (folder / "model.safetensors.index.json").write_bytes(text)
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = SafetensorsFolder(folder)
         found = {name: bits(checkpoint.read(name)) for name in checkpoint.specs}
     except UserError:
         return
@@ -320,7 +320,7 @@ def test_streamed_negation_is_the_task_vectors_in_memory(place, data):
     results = [*expected.values(), tau.vector] if wanted else expected.values()
     finite = all(entry.isfinite().all() for state in results for entry in state.values() if entry.is_floating_point())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safetensors_io, "STRETCH", data.draw(st.integers(1, 9)))
+        patch.setattr(safetensors_io, "CHUNK_ELEMENTS", data.draw(st.integers(1, 9)))
         terms = list(zip(folders[1:], coefs, strict=True))
         try:
             negate(folders[0], terms, out, *alphas, save_vector=vector if wanted else None, overwrite=True)
@@ -401,9 +401,9 @@ def test_a_verdict_is_read_whatever_surrounds_it(reply, space):
         assert [word for word in words if word != "verdict"] == ["harmful" if found else "safe"]
     elif not words or words == ["verdict"]:
         assert found is None
-    said = Words().read(reply)
-    assert Words().read(space + reply + space) is said and Words().read(swapped) is said
-    assert Words("No", "Yes").read(reply) in (True, False, None)
+    said = GuardSpec().read(reply)
+    assert GuardSpec().read(space + reply + space) is said and GuardSpec().read(swapped) is said
+    assert GuardSpec("No", "Yes").read(reply) in (True, False, None)
     if said is not None:
         assert ("unsafe" if said else "safe") in reply.casefold()
 
@@ -411,7 +411,7 @@ def test_a_verdict_is_read_whatever_surrounds_it(reply, space):
 @given(MARKS, st.sampled_from(["", "Verdict: ", "VERDICT\n"]), st.sampled_from(["harmful", "SAFE", "Safe"]), MARKS)
 def test_a_verdict_is_one_whatever_marks_are_around_it(before, said, word, after):
     assert read_verdict(before + said + word + after) is (word == "harmful")
-    assert Words("safe", "harmful").read(f"{word.swapcase()}, {said}") is (word == "harmful")
+    assert GuardSpec("safe", "harmful").read(f"{word.swapcase()}, {said}") is (word == "harmful")
 
 
 @given(SAID, st.sampled_from(HARMFUL_WORDS + SAFE_WORDS), st.sampled_from(["", "not ", "NON-", "un"]))

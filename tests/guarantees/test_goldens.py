@@ -9,15 +9,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from harmful_unlearn.data.batch_sampler import Draw
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.batch_sampler import StepIndices
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses import objective
 from harmful_unlearn.models.loading import load_model
-from harmful_unlearn.models.reference import FrozenBase
-from harmful_unlearn.training.checkpointing import Checkpoints
+from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.run_log import RunLog
 from harmful_unlearn.unlearn_harm_new import Job, acquire, parse_flags
 from task_vector import TaskVector
@@ -29,22 +29,22 @@ WEIGHT_TOLERANCE = 5e-4
 SCHEMAS = ("pku_saferlhf.jsonl", "pku_saferlhf_current_schema.jsonl")
 
 
-class GoldenOrder:
-    """The rows that each recorded step used, in BatchOrder's place."""
+class GoldenSampler:
+    """The rows that each recorded step used, in BatchSampler's place."""
 
     def __init__(self, trajectory: list[dict]):
         self.trajectory = trajectory
 
-    def __getitem__(self, step: int) -> Draw:
+    def __getitem__(self, step: int) -> StepIndices:
         used = self.trajectory[step]
-        return Draw(used["harmful_rows"], used["normal_rows"], used["random_answer_rows"])
+        return StepIndices(used["harmful_rows"], used["normal_rows"], used["random_answer_rows"])
 
 
 @pytest.fixture(scope="module")
 def batches(goldens, tokenizer):
     return StepBatches(
-        Packer(tokenizer, "released", 1024),
-        GoldenOrder(goldens["trajectory"]),
+        Collator(tokenizer, "released", 1024),
+        GoldenSampler(goldens["trajectory"]),
         read_harmful(str(GOLDENS / SCHEMAS[0])),
         read_normal(GOLDENS / "TruthfulQA.csv", 8888),
         {"gd", "rd", "pd"},
@@ -71,16 +71,16 @@ def trained(request, goldens, batches, tmp_path_factory):
     )
     log = RunLog(tmp_path_factory.mktemp("golden") / "run.log", used["steps"])
     model = load_base()
-    job = Job(GOLDENS / "model", batches.packer.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None)
-    checkpoints = Checkpoints(tmp_path_factory.mktemp("golden") / "harmful", keep=1)
-    acquire(model, FrozenBase(load_base()), job, args, log, checkpoints, asked=lambda: 0)
+    job = Job(GOLDENS / "model", batches.collator.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None)
+    checkpoints = TrainingCheckpoints(tmp_path_factory.mktemp("golden") / "harmful", keep=1)
+    acquire(model, ReferenceModel(load_base()), job, args, log, checkpoints, asked=lambda: 0)
     log.close()
     return model, log.history
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_examples_are_the_released_ones(goldens, batches, schema):
-    encoded = batches.packer.encode(read_harmful(str(GOLDENS / schema)).pairs)
+    encoded = batches.collator.encode(read_harmful(str(GOLDENS / schema)).pairs)
     expected = goldens["harmful_examples"]
     assert [text.input_ids for text in encoded] == [example["input_ids"] for example in expected]
     assert [text.start_loc for text in encoded] == [example["start_loc"] for example in expected]
@@ -91,7 +91,7 @@ def test_pool_and_normal_texts_are_the_released_ones(goldens, batches):
     assert len(answers) == goldens["harmful_answer_pool_size"]
     assert answers[0].startswith(goldens["harmful_answer_pool_first"])
     normal = batches.normal
-    assert [text.input_ids for text in batches.packer.encode(normal.texts)] == goldens["normal_examples"]
+    assert [text.input_ids for text in batches.collator.encode(normal.texts)] == goldens["normal_examples"]
     assert [len(normal.train), len(normal.validation), len(normal.test)] == goldens["normal_split_sizes"]
 
 
@@ -143,7 +143,7 @@ def test_gradient_ascent(goldens, batches):
 def test_the_golden_can_fail(goldens, tokenizer, batches):
     """One position off in the answer's start moves the first loss by far more than the tolerance."""
     paper = StepBatches(
-        Packer(tokenizer, "paper", 1024), batches.order, batches.harmful, batches.normal, batches.losses
+        Collator(tokenizer, "paper", 1024), batches.sampler, batches.harmful, batches.normal, batches.losses
     )
     harmful = paper(0, torch.device("cpu")).harmful
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
@@ -179,10 +179,13 @@ def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, t
 @pytest.mark.parametrize("variant", ["released", "paper"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_shares_add_up_to_the_batch(variant, packed, tokenizer):
-    packer = Packer(tokenizer, variant, 256)
+    collator = Collator(tokenizer, variant, 256)
     pairs = [Pair("How do I?", "Like this, then that."), Pair("Why?", "No."), Pair("Where is it kept?", "Here.")]
     answers = ["Ask somebody.", "By night, and quietly."]
-    for batch in (packer.harmful_batch(pairs, answers, packed_up_to=1000 if packed else 0), packer.normal_batch(pairs)):
+    for batch in (
+        collator.answers_batch(pairs, answers, packed_up_to=1000 if packed else 0),
+        collator.texts_batch(pairs),
+    ):
         for number in (2, 3, 20):
             shares = [batch.share(process, number) for process in range(number)]
             assert all(len(share.input_ids) for share in shares)

@@ -16,7 +16,7 @@ from safetensors.torch import save as serialized
 
 from harmful_unlearn.data.pku_saferlhf import HARMFUL_COLUMNS
 from harmful_unlearn.data.truthfulqa import INCORRECT_COLUMN, NORMAL_COLUMNS
-from harmful_unlearn.storage.safetensors_io import CODES
+from harmful_unlearn.storage.safetensors_io import DTYPE_CODES
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 COMMON = {
@@ -50,7 +50,7 @@ def spoilt(draw, contents) -> bytes:
 
 # --- safetensors ----------------------------------------------------------------------------------
 
-DTYPES = st.sampled_from([*CODES, torch.float8_e4m3fn, torch.uint16, torch.complex64])
+DTYPES = st.sampled_from([*DTYPE_CODES, torch.float8_e4m3fn, torch.uint16, torch.complex64])
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
@@ -76,7 +76,7 @@ OFFSETS = st.integers(0, 24) | ODD_NUMBERS
 ENTRIES = st.fixed_dictionaries(
     {},
     optional={
-        "dtype": st.sampled_from([*CODES.values(), "F8_E4M3", "C64", "F4", "f32", ""]) | SCALARS,
+        "dtype": st.sampled_from([*DTYPE_CODES.values(), "F8_E4M3", "C64", "F4", "f32", ""]) | SCALARS,
         "shape": st.lists(DIMENSIONS, max_size=3) | JSON,
         "data_offsets": st.tuples(OFFSETS, OFFSETS).map(list) | JSON,
         "more": JSON,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, OPTConfig, Qwen2Config
 
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.terms import LOSSES
 
@@ -31,5 +31,5 @@ TINY = {
 
 def value_of(model, name: str, batch, base=None) -> torch.Tensor:
     """One loss of one batch, with its gradient."""
-    ((value, _),) = Objective(model, {name: 1.0}, base)(model, StepTexts(**{LOSSES[name].reads: batch}))
+    ((value, _),) = Objective(model, {name: 1.0}, base)(model, StepBatch(**{LOSSES[name].reads: batch}))
     return value

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import task_vector
-from harmful_unlearn.data.batch_sampler import BatchOrder
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.batch_sampler import BatchSampler
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepBatches, StepTexts
+from harmful_unlearn.data.step_batches import StepBatch, StepBatches
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import objective
@@ -22,7 +22,7 @@ from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.methods import loss_weights
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.lora import Lora, add_lora
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.unlearn_harm_new import main, parse_flags, prepare
 from tests.helpers.runs import flags, metrics_of
 from tests.helpers.tiny import GOLDENS
@@ -37,10 +37,10 @@ def moved(folder, lora: bool):
     """A copy some way from its base, and the base."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    base = FrozenBase(AutoModelForCausalLM.from_pretrained(folder))
+    base = ReferenceModel(AutoModelForCausalLM.from_pretrained(folder))
     if lora:
         model = add_lora(model, Lora(4, 4), "base")
-        base = FrozenBase(model)
+        base = ReferenceModel(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -77,9 +77,9 @@ def test_gradient_is_autograds_through_the_landing_point(architecture, lora, fus
         monkeypatch.setattr(objective, "has_plain_head", lambda _: False)
     folder = tiny_model(architecture)
     model, base = moved(folder, lora)
-    packer = Packer(tokenizer, "paper", 256)
-    texts = StepTexts(
-        packer.harmful_batch(PAIRS, ["Blame the dog."]), packer.normal_batch(PAIRS), packer.harmful_batch(SAFE, [])
+    collator = Collator(tokenizer, "paper", 256)
+    texts = StepBatch(
+        collator.answers_batch(PAIRS, ["Blame the dog."]), collator.texts_batch(PAIRS), collator.answers_batch(SAFE, [])
     )
     each, total = {}, 0.0
     for part, found in Objective(model, WEIGHTS, base, ALPHA)(model, texts):
@@ -168,7 +168,7 @@ def test_the_script_ships_the_point_that_was_preserved(method, lora, tiny_model,
     assert run["scaling_coef"] == {"land": 3.0, "lands": 4.0}[method]
     if lora == "off":
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "harmful")
-        point = LandingPoint(model, FrozenBase(AutoModelForCausalLM.from_pretrained(base)), run["scaling_coef"])
+        point = LandingPoint(model, ReferenceModel(AutoModelForCausalLM.from_pretrained(base)), run["scaling_coef"])
         shipped = load_file(tmp_path / "unlearned" / "model.safetensors")
         with point.reached():
             assert all(torch.equal(model.state_dict()[name], entry) for name, entry in shipped.items())
@@ -214,19 +214,19 @@ def test_safe_answers_are_those_beside_unsafe_ones(tmp_path):
 def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
     harmful = read_harmful(str(GOLDENS / "pku_saferlhf_current_schema.jsonl"))
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
-    order = BatchOrder(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
-    packer = Packer(tokenizer, "paper", 256)
-    batches = StepBatches(packer, order, harmful, normal, {"gd", "lp", "sa"})
+    order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
+    collator = Collator(tokenizer, "paper", 256)
+    batches = StepBatches(collator, order, harmful, normal, {"gd", "lp", "sa"})
     found = [batches(step, torch.device("cpu")) for step in range(order.batches_per_epoch)]
     assert any(texts.safe is None for texts in found) or all(harmful.safe_answers)
     for step, texts in enumerate(found):
         rows = [row for row in order[step].harmful_rows if harmful.safe_answers[row]]
         pairs = [Pair(harmful.pairs[row].question, harmful.safe_answers[row]) for row in rows]
         if pairs:
-            assert torch.equal(texts.safe.input_ids, packer.harmful_batch(pairs, []).input_ids)
+            assert torch.equal(texts.safe.input_ids, collator.answers_batch(pairs, []).input_ids)
         else:
             assert texts.safe is None
-    trained, touched = StepBatches(packer, order, harmful, normal, {"sa"}).touched(1)
+    trained, touched = StepBatches(collator, order, harmful, normal, {"sa"}).touched(1)
     assert not trained and touched == {harmful.pairs[row].question for row in order[0].harmful_rows}
 
 

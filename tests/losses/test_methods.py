@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import format_prefix
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import terms
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.unlearn_harm_new import METHODS, loss_weights, main, parse_flags, prepare
 from tests.helpers.tiny import GOLDENS, value_of
 
@@ -118,7 +118,7 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     with torch.no_grad():
         ours = value_of(model, "ft", normal)
         by_hand = []
-        for row in batches.order[0].normal_rows:
+        for row in batches.sampler[0].normal_rows:
             pair = batches.normal.texts[row]
             ids = tokenizer(format_prefix(pair.question) + pair.answer, return_tensors="pt").input_ids
             prefix = tokenizer(format_prefix(pair.question)).input_ids
@@ -129,13 +129,13 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
 
 
 def test_the_kl_is_minus_pd(tiny_model, tokenizer):
-    base = FrozenBase(AutoModelForCausalLM.from_pretrained(tiny_model("opt")))
+    base = ReferenceModel(AutoModelForCausalLM.from_pretrained(tiny_model("opt")))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
-    batch = Packer(tokenizer, "paper", 256).normal_batch(normal.texts[:2])
+    batch = Collator(tokenizer, "paper", 256).texts_batch(normal.texts[:2])
     assert value_of(model, "kl", batch, base) == -value_of(model, "pd", batch, base) > 1e-4
 
 

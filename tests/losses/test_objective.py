@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses import objective
 from harmful_unlearn.models.lora import Lora, add_lora
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 from tests.helpers.tiny import value_of
 
 PAIRS = [
@@ -47,44 +47,44 @@ def same_gradient(model, ours: torch.Tensor, obvious: torch.Tensor) -> None:
 
 
 def test_paper_gd_and_rd(model, tokenizer):
-    packer = Packer(tokenizer, "paper", 256)
-    batch = packer.harmful_batch(PAIRS, ANSWERS)
-    ((ours, each),) = objective.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepTexts(batch))
+    collator = Collator(tokenizer, "paper", 256)
+    batch = collator.answers_batch(PAIRS, ANSWERS)
+    ((ours, each),) = objective.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepBatch(batch))
     torch.testing.assert_close(ours, each["gd"] + 3 * each["rd"])
-    gd = [answer_loss(model, text) for text in packer.encode(PAIRS[:2])]  # the third answer is empty
-    rd = [answer_loss(model, text) for text in packer.encode([Pair(p.question, a) for p in PAIRS for a in ANSWERS])]
+    gd = [answer_loss(model, text) for text in collator.encode(PAIRS[:2])]  # the third answer is empty
+    rd = [answer_loss(model, text) for text in collator.encode([Pair(p.question, a) for p in PAIRS for a in ANSWERS])]
     same_gradient(model, ours, sum(gd) / len(gd) + 3 * sum(rd) / len(rd))
 
 
 def test_paper_pd(model, tokenizer):
-    packer = Packer(tokenizer, "paper", 256)
+    collator = Collator(tokenizer, "paper", 256)
     base = AutoModelForCausalLM.from_pretrained(model.name_or_path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     divergences = []
-    for text in packer.encode(PAIRS):
+    for text in collator.encode(PAIRS):
         log_p = row_logits(base.eval(), text.input_ids).log_softmax(-1).detach()
         log_q = row_logits(model, text.input_ids).log_softmax(-1)
         divergences += [sum(log_p[i].exp() * (log_p[i] - log_q[i])) for i in range(len(text.input_ids))]
-    ours = value_of(model, "pd", packer.normal_batch(PAIRS), FrozenBase(base))
+    ours = value_of(model, "pd", collator.texts_batch(PAIRS), ReferenceModel(base))
     assert ours < -1e-3
     same_gradient(model, ours, -sum(divergences) / len(divergences))
 
 
 def test_pd_is_zero_at_the_base(model, tokenizer):
-    base = FrozenBase(AutoModelForCausalLM.from_pretrained(model.name_or_path))
-    batch = Packer(tokenizer, "released", 256).normal_batch(PAIRS)
+    base = ReferenceModel(AutoModelForCausalLM.from_pretrained(model.name_or_path))
+    batch = Collator(tokenizer, "released", 256).texts_batch(PAIRS)
     assert value_of(model, "pd", batch, base).abs() < 1e-6
 
 
 def test_ga_is_gd_turned(model, tokenizer):
-    batch = Packer(tokenizer, "released", 256).harmful_batch(PAIRS, [])
+    batch = Collator(tokenizer, "released", 256).answers_batch(PAIRS, [])
     assert value_of(model, "ga", batch) == -value_of(model, "gd", batch) < -1
 
 
 def test_one_forward_pass_and_no_logits_that_nothing_reads(model, tokenizer):
-    batch = Packer(tokenizer, "released", 256).harmful_batch(PAIRS, ANSWERS)
+    batch = Collator(tokenizer, "released", 256).answers_batch(PAIRS, ANSWERS)
     calls, shapes = [], []
     model.register_forward_hook(lambda *_: calls.append(1))
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
@@ -108,7 +108,7 @@ def test_logits_keep_the_models_own_softcap(tokenizer):
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    batch = Packer(tokenizer, "paper", 256).harmful_batch(PAIRS[:1], [])
+    batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS[:1], [])
     ours = objective.scored_logits(model, batch)
     assert ours.abs().max() <= 0.05
     torch.testing.assert_close(ours, row_logits(model, batch.input_ids[0].tolist())[batch.position])
@@ -122,9 +122,9 @@ def test_lora_base_is_the_same_weights_with_the_adapter_off(architecture, tiny_m
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5)
-    batch = Packer(tokenizer, "paper", 256).normal_batch(PAIRS)
-    shared = value_of(model, "pd", batch, FrozenBase(model))
-    second_copy = FrozenBase(AutoModelForCausalLM.from_pretrained(folder))
+    batch = Collator(tokenizer, "paper", 256).texts_batch(PAIRS)
+    shared = value_of(model, "pd", batch, ReferenceModel(model))
+    second_copy = ReferenceModel(AutoModelForCausalLM.from_pretrained(folder))
     separate = value_of(model, "pd", batch, second_copy)
     assert shared < -1e-4
     torch.testing.assert_close(shared, separate)

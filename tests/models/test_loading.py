@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import Lora, check_lora_targets
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage import run_record
 
 
@@ -26,7 +26,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 
 
 def test_a_local_folder_is_itself(tiny_model):
-    assert hub.locate(str(tiny_model("opt"))) == tiny_model("opt")
+    assert hub.resolve_model(str(tiny_model("opt"))) == tiny_model("opt")
     assert run_record.revision_of(tiny_model("opt")) is None
 
 
@@ -45,20 +45,20 @@ def test_hub_errors_name_the_fix(error, fix, monkeypatch):
 
     monkeypatch.setattr(loading, "snapshot_download", refuse)
     with pytest.raises(UserError, match=fix):
-        hub.locate("some/model")
+        hub.resolve_model("some/model")
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "~/none"])
 def test_a_missing_path_is_no_hub_id(name, monkeypatch):
     monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match="no folder"):
-        hub.locate(name)
+        hub.resolve_model(name)
 
 
 def test_offline_and_not_cached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="local folder"):
-        hub.locate("facebook/opt-125m")
+        hub.resolve_model("facebook/opt-125m")
 
 
 def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
@@ -69,7 +69,7 @@ def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
         return str(tiny_model("opt"))
 
     monkeypatch.setattr(loading, "snapshot_download", download)
-    hub.locate("some/model")
+    hub.resolve_model("some/model")
     files = [
         "model.safetensors",
         "model-00001-of-00002.safetensors",
@@ -87,7 +87,7 @@ def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
         files, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"]
     )
     assert list(kept) == files[:7]
-    hub.locate("some/model", weights=False)
+    hub.resolve_model("some/model", weights=False)
     assert "model*.safetensors" not in asked["allow"]
 
 
@@ -124,25 +124,25 @@ def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_mo
     monkeypatch.setattr(loading.HfApi, "get_repo_discussions", find)
     discussions.append(SimpleNamespace(title="Another", status="open", git_reference="refs/pr/3"))
     with pytest.raises(UserError, match="pickled"):
-        hub.locate("some/opt")
+        hub.resolve_model("some/opt")
     title = hub.CONVERSION_TITLE
     discussions.append(SimpleNamespace(title=title, status="open", git_reference="refs/pr/7"))
     asked.clear()
-    assert hub.locate("some/opt") == converted
+    assert hub.resolve_model("some/opt") == converted
     assert asked == [("some/opt", "main"), ("some/opt", "refs/pr/7")]
     assert run_record.revision_of(converted) == "b" * 40
     # Once it is cached, it is found without the hub.
     offline = cached(tmp_path, tiny_model("opt"), "b" * 40, "refs/pr/7", with_weights=True)
     monkeypatch.setattr(loading.HfApi, "get_repo_discussions", lambda *_, **__: pytest.fail("asked the hub"))
-    assert hub.locate("some/opt") == offline
-    assert hub.locate("some/opt", weights=False) == main
+    assert hub.resolve_model("some/opt") == offline
+    assert hub.resolve_model("some/opt", weights=False) == main
 
 
 def test_pickles_in_a_local_folder_are_refused(tiny_model, tmp_path):
     shutil.copy(tiny_model("opt") / "config.json", tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="save_pretrained"):
-        hub.locate(str(tmp_path))
+        hub.resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("has_unk", [True, False])
@@ -209,7 +209,7 @@ def test_a_published_generation_config_that_the_library_would_not_save_comes_alo
 
 
 def test_frozen_base_is_frozen(tiny_model):
-    base = FrozenBase(AutoModelForCausalLM.from_pretrained(tiny_model("opt")).train())
+    base = ReferenceModel(AutoModelForCausalLM.from_pretrained(tiny_model("opt")).train())
     with base.active() as model:
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 

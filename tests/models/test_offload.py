@@ -16,21 +16,21 @@ from transformers.integrations import accelerate as placing
 
 import main as spot_check
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluated_model
-from harmful_unlearn.evals.alpha_sweep import Scales
+from harmful_unlearn.evals.alpha_sweep import AlphaSweep
 from harmful_unlearn.evals.generation import Decoding, answer_nll, generate
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.losses.fused_linear import has_plain_head
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models import loading
-from harmful_unlearn.models.loading import checkpoint_activations, load_model
+from harmful_unlearn.models.loading import enable_gradient_checkpointing, load_model
 from harmful_unlearn.models.lora import Lora, add_lora, load_adapter
-from harmful_unlearn.models.offload import runs_on
-from harmful_unlearn.models.reference import FrozenBase
+from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.unlearn_harm_new import main
 from task_vector import TaskVector
 from task_vector import main as negate
@@ -173,12 +173,12 @@ def test_adapters_are_float32_where_their_layers_compute(base_of):
     parts = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(parts) == 8
     assert all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)
-    assert runs_on(model) == torch.device("cpu") and has_plain_head(model)
+    assert execution_device(model) == torch.device("cpu") and has_plain_head(model)
     # No second device is at hand but this one, which has no memory.
     model = AutoModelForCausalLM.from_pretrained(base_of("opt"))
-    assert runs_on(model) == torch.device("cpu")
+    assert execution_device(model) == torch.device("cpu")
     model = add_lora(cpu_offload(model, execution_device=torch.device("meta")), Lora(4, 4), "base")
-    assert runs_on(model).type == "meta"
+    assert execution_device(model).type == "meta"
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert layers and all(layer.lora_A.default.weight.is_meta for layer in layers)
 
@@ -186,14 +186,14 @@ def test_adapters_are_float32_where_their_layers_compute(base_of):
 @pytest.mark.parametrize("base_weights", ["at hand", "offloaded"])
 def test_no_offloaded_weight_is_kept_until_the_backward_pass(base_weights, base_of, tokenizer):
     folder = base_of("llama")
-    packer = Packer(tokenizer, "paper", 256)
-    texts = StepTexts(packer.harmful_batch([Pair("Why?", "Because."), Pair("Who?", "Me.")], ["None.", "So."]))
-    texts = texts._replace(normal=packer.normal_batch([Pair("What?", "This.")]))
+    collator = Collator(tokenizer, "paper", 256)
+    texts = StepBatch(collator.answers_batch([Pair("Why?", "Because."), Pair("Who?", "Me.")], ["None.", "So."]))
+    texts = texts._replace(normal=collator.texts_batch([Pair("What?", "This.")]))
     device_map = places(folder, *MOST) if base_weights == "offloaded" else None
     model = add_lora(load_model(folder, torch.float32, device_map), Lora(4, 4), "base")
-    checkpoint_activations(model, wanted=False)
+    enable_gradient_checkpointing(model, wanted=False)
     frozen = {tuple(part.shape) for part in model.parameters() if part.dim() == 2 and not part.requires_grad}
-    objective = Objective(model, {"gd": 1.0, "rd": 1.0, "pd": 1.0}, FrozenBase(model))
+    objective = Objective(model, {"gd": 1.0, "rd": 1.0, "pd": 1.0}, ReferenceModel(model))
     kept = []
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
@@ -249,7 +249,7 @@ def answers(model, tokenizer):
         for batch in generate(model, tokenizer, questions, decoding, 6, 2, seed=0)
         for one in batch
     ]
-    return made, answer_nll(model, Packer(tokenizer, "paper", 256), [Pair("Why?", "Because.")], 1, "")
+    return made, answer_nll(model, Collator(tokenizer, "paper", 256), [Pair("Why?", "Because.")], 1, "")
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])
@@ -333,7 +333,7 @@ def test_all_scales_in_a_model_on_disk(base_of, tmp_path, scratch):
     shutil.copyfile(base / "config.json", tmp_path / "copy" / "config.json")
 
     def logits(device_map, alpha):
-        scales = Scales(
+        scales = AlphaSweep(
             base, [tmp_path / "copy"], lambda folder: evaluated_model.load_model(folder, "fp32", device_map)
         )
         scales.at(3.0)

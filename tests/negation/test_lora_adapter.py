@@ -179,7 +179,7 @@ def test_the_command_writes_adapters(tmp_path):
 @pytest.mark.parametrize("kind", LORA)
 def test_stretches_of_an_adapter_equal_the_vector_in_memory(kind, tmp_path, monkeypatch):
     """A delta is computed some rows at a time, on disk and in memory alike."""
-    monkeypatch.setattr(safetensors_io, "STRETCH", 100)
+    monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 100)
     architecture, settings = LORA[kind]
     base = make(architecture)
     folder, _ = adapter(base, tmp_path / "adapter", **settings)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import task_vector
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
-from harmful_unlearn.storage.safetensors_io import Checkpoint
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from task_vector import TaskVector
 from tests.helpers.tiny import GOLDENS
 from tests.helpers.tiny_pairs import make, same, saved, tuned, weights
@@ -142,7 +142,7 @@ def negated_weights(pair, output):
 
 
 def test_another_base_of_the_same_shape_is_warned_of(tmp_path, pair, capsys):
-    fingerprint = Checkpoint(pair[0]).fingerprint()
+    fingerprint = SafetensorsFolder(pair[0]).fingerprint()
     for said, warned in ((fingerprint, False), ("0" * 64, True)):
         (pair[1] / "run.json").write_text(json.dumps({"base": {"name": "x", "fingerprint": said}}))
         negate(pair[0], [(pair[1], 1.0)], tmp_path / str(warned))

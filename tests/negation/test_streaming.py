@@ -20,7 +20,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.storage import safetensors_io
 from harmful_unlearn.storage.files import ROOT
-from harmful_unlearn.storage.safetensors_io import Checkpoint, NewShards, Spec
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder, ShardWriter, TensorSpec
 from task_vector import TaskVector
 from tests.helpers.tiny_pairs import adapter, make, same, saved, tuned, weights
 
@@ -28,7 +28,7 @@ from tests.helpers.tiny_pairs import adapter, make, same, saved, tuned, weights
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
     """(base folder, fine-tuned folder), OPT in float16, of many stretches and several shards each."""
-    monkeypatch.setattr(safetensors_io, "STRETCH", 37)
+    monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 37)
     model = make("opt", dtype=torch.float16)
     return (
         saved(model, tmp_path / "base", max_shard_size="6KB"),
@@ -45,9 +45,9 @@ def threads(request):
 
 
 def test_stretches_are_whole_rows_and_all_of_the_entry(monkeypatch):
-    monkeypatch.setattr(safetensors_io, "STRETCH", 10)
+    monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 10)
     for shape in ((), (1,), (25,), (7, 3), (2, 50), (3, 2, 2), (0, 3), (3, 0)):
-        spans = list(Spec("F32", shape).stretches())
+        spans = list(TensorSpec("F32", shape).chunks())
         size, row = torch.empty(shape).numel(), shape[-1] if len(shape) > 1 else 1
         assert [index for span in spans for index in range(span.start, span.stop)] == list(range(size))
         assert all(span.start % row == 0 and span.stop - span.start <= max(10, row) for span in spans)
@@ -68,8 +68,8 @@ def test_many_threads_and_stretches_equal_in_memory(pair, threads, tmp_path):
 
 def test_one_read_many_scales(pair, threads, tmp_path, monkeypatch):
     reads = []
-    plain = Checkpoint.read_into
-    monkeypatch.setattr(Checkpoint, "read_into", lambda self, *args: reads.append(1) or plain(self, *args))
+    plain = SafetensorsFolder.read_into
+    monkeypatch.setattr(SafetensorsFolder, "read_into", lambda self, *args: reads.append(1) or plain(self, *args))
     negate(pair[0], [(pair[1], 1.0)], tmp_path / "one", 1.0)
     once = len(reads)
     alphas = (0.5, 1.0, -1.5, 0.0, 1e-7)
@@ -115,7 +115,7 @@ def stopped(pair, tmp_path, kind, **more):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_a_worker_stops_all(error, pair, threads, tmp_path, monkeypatch):
     written = []
-    plain = NewShards.write
+    plain = ShardWriter.write
 
     def write(self, values, name, start=0):
         written.append(name)
@@ -123,7 +123,7 @@ def test_an_error_in_a_worker_stops_all(error, pair, threads, tmp_path, monkeypa
             raise error("a worker's")
         plain(self, values, name, start)
 
-    monkeypatch.setattr(NewShards, "write", write)
+    monkeypatch.setattr(ShardWriter, "write", write)
     number = torch.get_num_threads()
     assert "a worker's" in str(stopped(pair, tmp_path, error))
     assert len(written) < 400  # of some 2,000
@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up_meanwhile(pair, threads, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(NewShards, "write", full)
+    monkeypatch.setattr(ShardWriter, "write", full)
     assert stopped(pair, tmp_path, OSError).errno == errno.ENOSPC
 
 

@@ -24,7 +24,7 @@ from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, new_folder
 from harmful_unlearn.training import checkpointing, run_log
-from harmful_unlearn.training.checkpointing import Checkpoints, check_whole
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.training.run_log import RunLog, new_log
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.tiny import GOLDENS
@@ -142,18 +142,18 @@ def test_a_second_signal_stops_at_once(tiny_model, tmp_path, monkeypatch, capsys
 
 def test_checkpoints_are_kept_pruned_and_stage_1_models_in_themselves(tiny_model, tmp_path, monkeypatch):
     base, seen = tiny_model("opt"), []
-    prune = Checkpoints.prune
+    prune = TrainingCheckpoints.prune
 
     def look(self):
         prune(self)
         seen.append(self.steps())
 
-    monkeypatch.setattr(Checkpoints, "prune", look)
-    monkeypatch.setattr(Checkpoints, "remove", lambda self: None)
+    monkeypatch.setattr(TrainingCheckpoints, "prune", look)
+    monkeypatch.setattr(TrainingCheckpoints, "remove", lambda self: None)
     assert run(base, tmp_path, "--save_every", "1", "--keep_checkpoints", "2") == 0
     assert seen == [[1], [2, 1], [3, 2], [4, 3], [5, 4]]
     kept = tmp_path / "harmful.checkpoints" / "step-5"
-    check_whole(kept)
+    check_complete(kept)
     assert json.loads((kept / "run.json").read_text())["training"]["steps"] == 5
     assert "Deliberately harmful" in (kept / "README.md").read_text()
     assert run(base, tmp_path / "negated", "--saved_model", str(kept)) == 0
@@ -166,7 +166,7 @@ def test_resume_takes_the_newest_whole_checkpoint_or_the_given_one(tiny_model, t
     stop_after(4)
     assert run(base, tmp_path / "run", "--save_every", "2", "--keep_checkpoints", "3") == 143
     checkpoints = tmp_path / "run" / "harmful.checkpoints"
-    assert Checkpoints(tmp_path / "run" / "harmful", 3).steps() == [5, 4, 2]
+    assert TrainingCheckpoints(tmp_path / "run" / "harmful", 3).steps() == [5, 4, 2]
     broken = checkpoints / "step-5" / "optimizer.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
     given = shutil.copytree(tmp_path / "run", tmp_path / "given")
@@ -386,7 +386,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, 
     said = capsys.readouterr().err
     reason = os.strerror(getattr(error, "errno", 28))
     assert f"step-4 cannot be written ({reason})" in said and "step-2, which is whole" in said
-    assert Checkpoints(tmp_path / "run" / "harmful", 1).steps() == [2]
+    assert TrainingCheckpoints(tmp_path / "run" / "harmful", 1).steps() == [2]
     assert run(base, tmp_path / "run", "--resume") == 0
     assert run(base, tmp_path / "whole") == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -426,7 +426,7 @@ def test_signals_reach_a_real_process(tiny_model, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Traceback" not in said and "go on with the same command and --resume" in said
-    check_whole(Checkpoints(tmp_path / "harmful", 1).newest())
+    check_complete(TrainingCheckpoints(tmp_path / "harmful", 1).newest())
 
 
 def test_a_broken_checkpoint_keeps_no_place(tiny_model, tmp_path, stop_after, capsys):
@@ -439,7 +439,7 @@ def test_a_broken_checkpoint_keeps_no_place(tiny_model, tmp_path, stop_after, ca
     assert run(base, tmp_path, "--resume") == 143
     said = capsys.readouterr()
     assert "step-5 is not whole, and left out" in said.out
-    assert "its checkpoint is" in said.err and Checkpoints(tmp_path / "harmful", 1).steps() == [3]
+    assert "its checkpoint is" in said.err and TrainingCheckpoints(tmp_path / "harmful", 1).steps() == [3]
 
 
 def test_a_run_with_overwrite_goes_on_beside_what_it_replaces(tiny_model, tmp_path, stop_after, capsys):
@@ -513,10 +513,10 @@ def test_a_checkpoint_that_was_tampered_with_is_refused(file, change, said, stop
 
 @pytest.mark.parametrize("text", ["3\n4\n5\n", '{"step": 1}\n', '{"a": 1}\n' * 3, "[]\n"])
 def test_metrics_that_are_not_the_steps_make_no_checkpoint(text, stopped):
-    checkpoint = Checkpoints(stopped / "harmful", 1).newest()
+    checkpoint = TrainingCheckpoints(stopped / "harmful", 1).newest()
     (checkpoint / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match="use another checkpoint"):
-        check_whole(checkpoint)
+        check_complete(checkpoint)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
@@ -589,4 +589,4 @@ def test_runs_that_begin_together_have_logs_of_their_own(tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, tmp_path):
     with pytest.raises(UserError, match="is no checkpoint"):
         main(flags(tiny_model("opt"), tmp_path, "--resume", str(tiny_model("opt"))))
-    assert checkpointing.Checkpoints(tmp_path / "harmful", 1).newest() is None
+    assert checkpointing.TrainingCheckpoints(tmp_path / "harmful", 1).newest() is None

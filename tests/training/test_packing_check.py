@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.data.collator import Packer
+from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepTexts
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
-from harmful_unlearn.training.packing_check import packs_up_to
+from harmful_unlearn.training.packing_check import max_packed_length
 from tests.helpers.runs import flags, metrics_of
 from tests.helpers.tiny import TINY
 
@@ -45,7 +45,7 @@ def made(config, dtype=torch.float32):
 def values(model, batch) -> tuple[dict, list]:
     """Each loss and the gradient of a weighted sum."""
     weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {name: 1.0 for name in batch.weights}
-    ((total, each),) = Objective(model, weights)(model, StepTexts(batch))
+    ((total, each),) = Objective(model, weights)(model, StepBatch(batch))
     return each, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 
@@ -70,13 +70,13 @@ def test_random_texts(architecture, variant, tokenizer):
         return "".join(draw.choices(WORDS, k=draw.randrange(longest)))
 
     for trial in range(12):
-        packer = Packer(tokenizer, variant, draw.choice([24, 60, 256]) if architecture != "mistral" else 60)
+        collator = Collator(tokenizer, variant, draw.choice([24, 60, 256]) if architecture != "mistral" else 60)
         shared = text(5)
         pairs = [Pair(text(6), draw.choice([shared, ""]) + text(8)) for _ in range(draw.randrange(1, 4))]
         answers = [draw.choice([shared, "", text(3)]) + draw.choice(["", text(12)]) for _ in range(trial % 6)]
         guided = bool(draw.randrange(4)) or not answers
-        plain = packer.harmful_batch(pairs, answers, guided)
-        packed = packer.harmful_batch(pairs, answers, guided, math.inf)
+        plain = collator.answers_batch(pairs, answers, guided)
+        packed = collator.answers_batch(pairs, answers, guided, math.inf)
         assert len(packed.input_ids) == (len(pairs) if answers else len(plain.input_ids))
         assert packed.tokens <= plain.tokens and len(packed.row) <= len(plain.row)
         if plain.index.numel():
@@ -85,11 +85,11 @@ def test_random_texts(architecture, variant, tokenizer):
 
 def test_one_row_a_question_and_each_token_once(tokenizer):
     """[question | answer | random answers], what they share once, positions that start again after the question."""
-    packer = Packer(tokenizer, "paper", 256)
+    collator = Collator(tokenizer, "paper", 256)
     question = "How do I hide a gnome?"
     answers = ["Wait until dark.", "Blame the dog."]
-    batch = packer.harmful_batch([Pair(question, "Carry it.")], answers, packed_up_to=math.inf)
-    texts = [one.input_ids for one in packer.encode([Pair(question, one) for one in ("Carry it.", *answers)])]
+    batch = collator.answers_batch([Pair(question, "Carry it.")], answers, packed_up_to=math.inf)
+    texts = [one.input_ids for one in collator.encode([Pair(question, one) for one in ("Carry it.", *answers)])]
     shared = next(at for at in range(99) if len({text[at] for text in texts}) > 1)
     assert batch.input_ids[0].tolist() == texts[0] + texts[1][shared:] + texts[2][shared:]
     places = [*range(shared)] + [at for text in texts for at in range(shared, len(text))]
@@ -103,10 +103,10 @@ def test_one_row_a_question_and_each_token_once(tokenizer):
 
 def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
     """K + 1 answers read the same hidden states of the question; their weights add up."""
-    packer = Packer(tokenizer, "released", 256)
+    collator = Collator(tokenizer, "released", 256)
     pair, answers = Pair("How do I hide a gnome?", "Carry it."), ["Wait until dark.", "Blame the dog.", "Ask the cat."]
-    plain = packer.harmful_batch([pair], answers)
-    packed = packer.harmful_batch([pair], answers, packed_up_to=math.inf)
+    plain = collator.answers_batch([pair], answers)
+    packed = collator.answers_batch([pair], answers, packed_up_to=math.inf)
     assert len(packed.row) < len(plain.row)
     for name in ("gd", "rd"):
         torch.testing.assert_close(packed.weights[name].sum(), plain.weights[name].sum())
@@ -115,15 +115,15 @@ def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
 
 
 def test_longer_texts_stay_plain(tokenizer):
-    packer = Packer(tokenizer, "released", 256)
+    collator = Collator(tokenizer, "released", 256)
     pair, answers = Pair("How?", "Like this."), ["So.", "word " * 30]
-    longest = max(len(one.input_ids) for one in packer.encode([pair, *(Pair("How?", one) for one in answers)]))
-    assert packer.harmful_batch([pair], answers, packed_up_to=longest).branch is not None
-    assert packer.harmful_batch([pair], answers, packed_up_to=longest - 1).branch is None
+    longest = max(len(one.input_ids) for one in collator.encode([pair, *(Pair("How?", one) for one in answers)]))
+    assert collator.answers_batch([pair], answers, packed_up_to=longest).branch is not None
+    assert collator.answers_batch([pair], answers, packed_up_to=longest - 1).branch is None
 
 
 def test_a_batch_moves_as_a_whole(tokenizer):
-    batch = Packer(tokenizer, "paper", 256).harmful_batch([Pair("How?", "So.")], ["No."], packed_up_to=math.inf)
+    batch = Collator(tokenizer, "paper", 256).answers_batch([Pair("How?", "So.")], ["No."], packed_up_to=math.inf)
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)] + [*moved.weights.values()]
     assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
@@ -146,7 +146,7 @@ def test_a_batch_moves_as_a_whole(tokenizer):
 )
 def test_which_models_read_packed_rows(config, expected, why, dtype, tokenizer):
     model = made(config, dtype).train()
-    up_to, reason = packs_up_to(model, Packer(tokenizer, "released", 256))
+    up_to, reason = max_packed_length(model, Collator(tokenizer, "released", 256))
     assert up_to == expected and why in reason and bool(reason) == (expected < math.inf)
     assert model.training
 
@@ -155,13 +155,13 @@ def test_a_model_that_ignores_position_ids_is_found(tokenizer):
     model = made(TINY["llama"])
     forward = type(model.model).forward
     model.model.forward = lambda *args, position_ids=None, **more: forward(model.model, *args, **more)
-    up_to, why = packs_up_to(model, Packer(tokenizer, "released", 256))
+    up_to, why = max_packed_length(model, Collator(tokenizer, "released", 256))
     assert up_to == 0 and "differ from plain rows" in why
 
 
 def test_a_window_shorter_than_the_look_is_found_by_the_look(tokenizer):
     config = MistralConfig(**MORE, sliding_window=8)
-    assert packs_up_to(made(config), Packer(tokenizer, "released", 256))[0] == 0
+    assert max_packed_length(made(config), Collator(tokenizer, "released", 256))[0] == 0
 
 
 def test_the_script_packs_unless_told_otherwise(tiny_model, tmp_path, capsys):

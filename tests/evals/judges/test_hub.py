@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges import hub
-from harmful_unlearn.evals.judges.hub import Labels, Words, label_side
+from harmful_unlearn.evals.judges.hub import GuardSpec, LabelJudgeSpec, label_side
 from tests.helpers.judges import make
 
 
@@ -117,11 +117,11 @@ def test_a_classifier_judges_the_answer_alone(classifier, tokenizer, architectur
 def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier, tokenizer, monkeypatch):
     folder, model = classifier(("drugs", "violence", "theft"), "opt", max_position_embeddings=128)
     template = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
-    assert hub.KNOWN["PKU-Alignment/beaver-dam-7b"] == Labels(template, (), True)
+    assert hub.KNOWN["PKU-Alignment/beaver-dam-7b"] == LabelJudgeSpec(template, (), True)
     texts = [f"BEGINNING OF CONVERSATION: USER: {pair.question} ASSISTANT:{pair.answer}" for pair in PAIRS]
     by_hand = [logits_of(model, tokenizer, text).sigmoid() for text in texts]
     for harmful, chosen in (((), [0, 1, 2]), (("theft",), [2]), (("violence", "drugs"), [0, 1])):
-        monkeypatch.setitem(hub.KNOWN, str(folder), Labels(template, harmful, True))
+        monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(template, harmful, True))
         verdicts = make(f"hf:{folder}").judge(PAIRS)
         expected = [shares[chosen].max().item() for shares in by_hand]
         assert [verdict.score for verdict in verdicts] == pytest.approx(expected, abs=1e-4)
@@ -130,14 +130,14 @@ def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier,
 
 def test_harmful_labels_of_a_softmax_are_summed(classifier, tokenizer, monkeypatch):
     folder, model = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(hub.KNOWN, str(folder), Labels(harmful=("cruel", "rude")))
+    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=("cruel", "rude")))
     expected = [logits_of(model, tokenizer, pair.answer).softmax(0)[1:].sum().item() for pair in PAIRS]
     assert [one.score for one in make(f"hf:{folder}").judge(PAIRS)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
     folder, _ = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(hub.KNOWN, str(folder), Labels(harmful=("mean",)))
+    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=("mean",)))
     with pytest.raises(UserError, match="rude.*KNOWN"):
         make(f"hf:{folder}")
 
@@ -174,7 +174,7 @@ def test_a_long_answer_is_shortened_and_it_is_said(classifier, tokenizer):
 
 def test_a_question_that_fills_the_context_leaves_the_answer_unjudged(classifier, monkeypatch):
     folder, _ = classifier(("safe", "unsafe"))
-    monkeypatch.setitem(hub.KNOWN, str(folder), Labels("{question} {answer}", ("unsafe",)))
+    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec("{question} {answer}", ("unsafe",)))
     verdicts = make(f"hf:{folder}").judge([Pair("why and when and where? " * 40, "No idea at all."), PAIRS[1]])
     assert verdicts[0].harmful is None and "no room" in verdicts[0].note and verdicts[1].harmful is not None
 
@@ -282,7 +282,7 @@ def test_a_guard_model_is_greedy_and_says_few_words(guard):
 
 def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
     folder = guard(TEMPLATE)
-    monkeypatch.setitem(hub.KNOWN, str(folder), Words(safe="No", harmful="Yes"))
+    monkeypatch.setitem(hub.KNOWN, str(folder), GuardSpec(safe="No", harmful="Yes"))
     judge = make(f"hf:{folder}")
     judge._model = Script(judge._model, tokenizer, {"a": "yes", "b": "No", "c": "unsafe"})
     assert [one.harmful for one in judge.judge([Pair(question, "x") for question in "abc"])] == [True, False, None]
