@@ -82,7 +82,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     return kind("403", response=SimpleNamespace(headers={}, request=None))
 
 
-HUB = "harmful_unlearn.models.snapshot_download"
+HUB = "harmful_unlearn.models.hub.snapshot_download"
 FC1 = "model.decoder.layers.0.fc1.weight"
 NORM = "model.decoder.final_layer_norm.weight"
 ROW = json.loads((GOLDENS / "pku_saferlhf_current_schema.jsonl").read_text(encoding="utf-8").splitlines()[0])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from harmful_unlearn import evaluation
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluated_model, lm_harness
 from harmful_unlearn.evaluation import main, parse_flags
+from harmful_unlearn.models import loading
 from harmful_unlearn.storage.run_record import has_training_record, trainings_of
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
@@ -110,7 +110,7 @@ def test_one_command_measures_models_beside_the_base(world, tmp_path, capsys):
 def test_a_second_run_changes_nothing_and_loads_no_model(world, tmp_path, monkeypatch):
     main(flags(world, tmp_path))
     first = json.loads((tmp_path / "results.json").read_text())["figures"]
-    monkeypatch.setattr(evaluation.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     main(flags(world, tmp_path))
     assert json.loads((tmp_path / "results.json").read_text())["figures"] == first
 

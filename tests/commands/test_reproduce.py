@@ -8,6 +8,7 @@ import pytest
 from harmful_unlearn import recipes, reproduce
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
+from harmful_unlearn.models import loading
 from harmful_unlearn.recipes import RECIPES, Recipe, Run, flags_of, runs_of
 from harmful_unlearn.reproduce import main, parse_flags, scale_list
 from harmful_unlearn.training.flags import parse_flags as unlearn_flags
@@ -193,7 +194,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_tables(stop_at, whole, world,
 def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
     before = (whole / "comparison.json").read_text()
     monkeypatch.setattr(reproduce.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(reproduce.models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     main(flags(world, whole))
     assert without_times(json.loads(before)) == without_times(comparison_of(whole))
 

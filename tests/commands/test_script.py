@@ -19,8 +19,10 @@ from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.prompt_format import format_pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import objective
+from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import Lora
 from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.training import distributed
 from harmful_unlearn.unlearn_harm_new import MODELS, main, parse_flags
 from task_vector import TaskVector
 from tests.helpers.runs import flags, metrics_of, weights
@@ -209,7 +211,7 @@ def test_variants_differ(tiny_model, tmp_path):
 
 
 def test_check_prints_the_plan_and_writes_nothing(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(unlearn_harm_new.models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     main(flags(tiny_model("opt"), tmp_path, "--check"))
     plan = capsys.readouterr().out
     for word in ("12 rows", "14 pairs", "16 texts", "steps", "tokens", "memory", "disk"):
@@ -282,9 +284,9 @@ def test_flags_reach_what_they_are_for(tiny_model, tmp_path, monkeypatch):
 
     for name in ("read_harmful", "read_normal", "BatchSampler", "Collator", "check_disk", "negate"):
         spy(unlearn_harm_new, name)
-    spy(unlearn_harm_new.processes, "Accelerator")
+    spy(distributed, "Accelerator")
     for name in ("load_model", "add_lora"):
-        spy(unlearn_harm_new.models, name)
+        spy(loading if name == "load_model" else unlearn_harm_new, name)
     monkeypatch.setitem(MODELS, str(tiny_model("llama")), Lora(3, 5, ("k_proj",)))
     main(
         flags(
@@ -417,7 +419,7 @@ def test_nothing_is_downloaded_before_the_data_are_read(tiny_model, tmp_path, mo
         asked.append(weights)
         return tiny_model("opt")
 
-    monkeypatch.setattr(unlearn_harm_new.models, "locate", locate)
+    monkeypatch.setattr(hub, "resolve_model", locate)
     with pytest.raises(UserError):
         main(flags(Path("some/model"), tmp_path, "--normal_dataset", str(tmp_path / "none.csv")))
     assert asked == [False]

@@ -468,8 +468,9 @@ def test_a_bug_stays_a_bug(hub):
 )
 def test_offline_hub_for_real(call, tmp_path):
     code = (
-        "import sys\nfrom harmful_unlearn.data import read_harmful, read_normal\n"
-        f"from harmful_unlearn.errors import exit_code\nsys.exit(exit_code(lambda: {call}))"
+        "import sys\nfrom harmful_unlearn.data.pku_saferlhf import read_harmful\n"
+        "from harmful_unlearn.data.truthfulqa import read_normal\n"
+        f"from harmful_unlearn.cli import exit_code\nsys.exit(exit_code(lambda: {call}))"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_DATASETS_CACHE", None)
@@ -480,7 +481,8 @@ def test_offline_hub_for_real(call, tmp_path):
 
 def test_files_import_neither_datasets_nor_torch():
     code = (
-        "import sys\nfrom harmful_unlearn.data import *\n"
+        "import sys\nfrom harmful_unlearn.data.pku_saferlhf import read_harmful\n"
+        "from harmful_unlearn.data.truthfulqa import read_normal\n"
         f"read_harmful({str(TODAY)!r}); read_normal({str(TRUTHFUL)!r}, 0)\n"
         "assert not {'datasets', 'torch', 'transformers'} & set(sys.modules)"
     )

@@ -43,14 +43,14 @@ def test_hub_errors_name_the_fix(error, fix, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=fix):
         hub.resolve_model("some/model")
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "~/none"])
 def test_a_missing_path_is_no_hub_id(name, monkeypatch):
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match="no folder"):
         hub.resolve_model(name)
 
@@ -68,7 +68,7 @@ def test_hub_downloads_only_what_is_used(monkeypatch, tiny_model):
         asked.update(name=name, allow=allow_patterns, ignore=ignore_patterns)
         return str(tiny_model("opt"))
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     hub.resolve_model("some/model")
     files = [
         "model.safetensors",
@@ -119,9 +119,9 @@ def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_mo
         assert (name, author, discussion_type) == ("some/opt", "SFconvertbot", "pull_request")
         return discussions
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
-    monkeypatch.setattr(loading, "scan_cache_dir", lambda: huggingface_hub.scan_cache_dir(tmp_path))
-    monkeypatch.setattr(loading.HfApi, "get_repo_discussions", find)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "scan_cache_dir", lambda: huggingface_hub.scan_cache_dir(tmp_path))
+    monkeypatch.setattr(hub.HfApi, "get_repo_discussions", find)
     discussions.append(SimpleNamespace(title="Another", status="open", git_reference="refs/pr/3"))
     with pytest.raises(UserError, match="pickled"):
         hub.resolve_model("some/opt")
@@ -133,7 +133,7 @@ def test_pickled_weights_are_taken_from_the_hubs_conversion(monkeypatch, tiny_mo
     assert run_record.revision_of(converted) == "b" * 40
     # Once it is cached, it is found without the hub.
     offline = cached(tmp_path, tiny_model("opt"), "b" * 40, "refs/pr/7", with_weights=True)
-    monkeypatch.setattr(loading.HfApi, "get_repo_discussions", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub.HfApi, "get_repo_discussions", lambda *_, **__: pytest.fail("asked the hub"))
     assert hub.resolve_model("some/opt") == offline
     assert hub.resolve_model("some/opt", weights=False) == main
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Mixt
 from transformers.integrations import accelerate as placing
 
 import main as spot_check
-from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
@@ -91,7 +90,7 @@ MOST = ("embed_tokens", "layers.0", "layers.1", "lm_head")
 
 def spread(how, monkeypatch, calls=(1,)):
     """The script loads its models (the first, the second, ...) with a part of them offloaded."""
-    load, made = unlearn_harm_new.models.load_model, []
+    load, made = loading.load_model, []
 
     def loaded(folder, dtype, device_map=None, *more):
         made.append(None)
@@ -103,7 +102,7 @@ def spread(how, monkeypatch, calls=(1,)):
             return model
         return load(folder, dtype, {"": "disk"} if how == "all" else places(folder, *how), *more)
 
-    monkeypatch.setattr(unlearn_harm_new.models, "load_model", loaded)
+    monkeypatch.setattr(loading, "load_model", loaded)
 
 
 def trained(folder, out, *more):

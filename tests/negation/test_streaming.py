@@ -192,7 +192,7 @@ PEAK = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import harmful_unlearn.negation.negate as streaming
+from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.storage.files import ROOT
 
 def anonymous():

@@ -7,7 +7,7 @@ import pytest
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.judges.server import INSTRUCTION, read_verdict
+from harmful_unlearn.evals.judges.server import INSTRUCTION, WORKERS, read_verdict
 from tests.helpers.judges import KEY, make, serving
 
 
@@ -138,7 +138,7 @@ def test_requests_go_out_together_and_the_same_pair_once(server, tmp_path):
     questions = [f"slowly SAFE #{i}" for i in range(24)]
     _, verdicts = ask(tmp_path, *questions, *questions)
     assert verdicts == [Verdict(False, None)] * 48 and len(server.requests) == 24
-    assert 2 <= server.most_at_once <= server.WORKERS
+    assert 2 <= server.most_at_once <= WORKERS
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
