@@ -9,7 +9,15 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the fix."""
+    """A problem that the user can fix. The message is one sentence that names the problem and the fix."""
+
+
+class Diverged(UserError):
+    """Training cannot continue: a loss or a gradient is not finite."""
+
+
+class NoSafeAnswers(UserError):
+    """The loss SA has nothing to learn: no harmful answer that is trained on has a safe one beside it."""
 
 
 class Stopped(BaseException):
