@@ -15,8 +15,9 @@ class Batch:
         row, position: [scored] int64; which hidden states go through the output embeddings, each once.
         index, target: [entries] int64; a loss reads the cross-entropy of token `target[e]` at scored position
             `index[e]`. After the question of a packed row several tokens may follow. Ascending in `index`.
-        weights: an [entries] float32 vector for each module laid out in this batch: "gd" and "rd" for
-            harmful text, "pd" for normal text (where entry and scored position are one, without a target).
+        weights: an [entries] float32 vector for each average that losses may take over this batch: "own_answer" and
+            "random_answers" of `Collator.answers_batch`; "text" of `Collator.texts_batch` (where entry and scored
+            position are one, without a target).
         branch: [rows, length] int64 of packed rows: 0 in the question, n in the n-th answer, -1 in padding.
         position_ids: [rows, length] int64 of packed rows: each token's place in its own text.
     """

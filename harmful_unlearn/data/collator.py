@@ -88,12 +88,12 @@ class Collator:
         return encoded
 
     def answers_batch(
-        self, pairs: list[Pair], answers: list[str], guided: bool = True, packed_up_to: float = 0
+        self, pairs: list[Pair], answers: list[str], own_answers: bool = True, packed_up_to: float = 0
     ) -> Batch:
         """The texts of GD and RD for one step, to be run in one forward pass.
 
         Args:
-            pairs: B harmful questions with their own answers (GD's texts, unless `guided` is false).
+            pairs: B harmful questions with their own answers (GD's texts, unless `own_answers` is false).
             answers: K answers drawn from the pool; each is paired with every question (B*K texts of RD;
                 released code, point 11). Empty: no RD.
             packed_up_to: a row for each question rather than for each text, if no text has more tokens.
@@ -102,14 +102,16 @@ class Collator:
         which predicts nothing, included (point 9), and RD scores the question too (point 11). In
         "paper", each answer token counts once and nothing else does, with weights that add up to 1.
         """
+        own = ["own_answer"] if own_answers else []
         asked = [
-            [("gd", pair)] * guided + [("rd", Pair(pair.question, answer)) for answer in answers] for pair in pairs
+            [(key, pair) for key in own] + [("random_answers", Pair(pair.question, answer)) for answer in answers]
+            for pair in pairs
         ]
         encoded = iter(self.encode([pair for texts in asked for _, pair in texts]))
         groups = [[self._text(module, next(encoded)) for module, _ in texts] for texts in asked]
-        averaged = {module: self._averaged(module, groups) for module in ("gd", "rd")}
+        averaged = {module: self._averaged(module, groups) for module in ("own_answer", "random_answers")}
         longest = max(len(text.input_ids) for group in groups for text in group)
-        if longest > packed_up_to or len(answers) + guided == 1:
+        if longest > packed_up_to or len(answers) + own_answers == 1:
             texts = [text for group in groups for text in group]
             texts.sort(key=lambda text: text.module)  # GD's first
             groups = [[text] for text in texts]
@@ -127,7 +129,7 @@ class Collator:
         ordered = sorted(entries.items(), key=lambda entry: entry[0][0])
         weights = {
             module: [of.get(module, 0.0) for _, of in ordered]
-            for module, wanted in (("gd", guided), ("rd", answers))
+            for module, wanted in (("own_answer", own_answers), ("random_answers", answers))
             if wanted
         }
         return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
@@ -144,7 +146,9 @@ class Collator:
         lengths = [longest if self.variant == "released" else len(text) for text in ids]
         scored = [(row, at) for row, length in enumerate(lengths) for at in range(length)]
         entries = [(index, 0) for index in range(len(scored))]
-        return self._batch([_lay_out([text]) for text in ids], scored, entries, {"pd": [1 / len(scored)] * len(scored)})
+        return self._batch(
+            [_lay_out([text]) for text in ids], scored, entries, {"text": [1 / len(scored)] * len(scored)}
+        )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts)["input_ids"] if texts else []
@@ -152,7 +156,7 @@ class Collator:
     def _text(self, module: str, text: TokenizedText) -> _Text:
         length = len(text.input_ids)
         if self.variant == "released":
-            first = text.start_loc if module == "gd" else RELEASED_RD_START
+            first = text.start_loc if module == "own_answer" else RELEASED_RD_START
             sharing = length - first
         else:
             first, sharing = text.answer_start - 1, length - text.answer_start

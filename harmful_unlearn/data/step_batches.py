@@ -46,13 +46,49 @@ class StepBatches:
         share: which of how many processes this is. The batches are its part of each step's.
     """
 
-    collator: Collator
+    collator: Collator | None
     sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
     losses: set[str]
     packed_up_to: float = 0
     share: tuple[int, int] = (0, 1)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        harmful: HarmfulData,
+        normal: NormalData,
+        losses: set[str],
+        batch_size: int,
+        k_random: int,
+        seed: int,
+        all_harmful: bool,
+        collator: Collator | None = None,
+        packed_up_to: float = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> "StepBatches":
+        """The batches of a run, by its flags.
+
+        Args:
+            batch_size: harmful pairs, and normal texts, of a step: of all processes together.
+            k_random: K; nothing is drawn where no loss reads random answers.
+            collator: None where only the rows of a step are asked for, not their tokens.
+
+        Raises:
+            UserError: the pool has fewer than K answers.
+        """
+        sampler = BatchSampler(
+            pairs=len(harmful.pairs),
+            normal=normal.train,
+            answers=len(answer_pool(losses, harmful, normal)),
+            batch_size=batch_size,
+            k_random=k_random if losses & {"rd", "rm"} else 0,
+            seed=seed,
+            all_harmful=all_harmful,
+        )
+        return cls(collator, sampler, harmful, normal, losses, packed_up_to, share)
 
     @cached_property
     def pool(self) -> list[str]:
@@ -91,6 +127,8 @@ class StepBatches:
 
     def __call__(self, step: int, device: torch.device) -> "StepBatch":
         """The batches of a step (from 0)."""
+        if self.collator is None:
+            raise ValueError("built without a collator, for the rows of a step alone")
         draw, harmful, normal, safe = self.sampler[step], None, None, None
 
         def mine(batch: Batch) -> Batch:

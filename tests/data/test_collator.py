@@ -61,7 +61,7 @@ def test_paper_scores_each_answer_token_once_and_nothing_else(tokenizer):
     ]
     scored = list(zip(batch.row.tolist(), batch.position.tolist(), batch.target.tolist(), strict=True))
     assert scored == expected
-    for module, rows in (("gd", slice(0, len(PAIRS))), ("rd", slice(len(PAIRS), None))):
+    for module, rows in (("own_answer", slice(0, len(PAIRS))), ("random_answers", slice(len(PAIRS), None))):
         sums = weight_by_row(batch, module)
         assert sums.sum() == pytest.approx(1)
         answered = [len(text.input_ids) > text.answer_start for text in encoded[rows]]
@@ -74,10 +74,10 @@ def test_released_weights_follow_the_released_formula(tokenizer):
     batch = collator(tokenizer, "released").answers_batch(PAIRS, ANSWERS)
     encoded = collator(tokenizer).encode(PAIRS + [Pair(p.question, a) for p in PAIRS for a in ANSWERS])
     length = batch.input_ids.shape[1]
-    for module, rows in (("gd", range(len(PAIRS))), ("rd", range(len(PAIRS), len(encoded)))):
+    for module, rows in (("own_answer", range(len(PAIRS))), ("random_answers", range(len(PAIRS), len(encoded)))):
         expected = torch.zeros(len(encoded), length)
         for row in rows:
-            start = encoded[row].start_loc if module == "gd" else 2
+            start = encoded[row].start_loc if module == "own_answer" else 2
             counted = [i for i in range(length) if i >= start and batch.attention_mask[row, i]]
             for i in counted:
                 if i + 1 < length and batch.attention_mask[row, i + 1]:
@@ -91,16 +91,16 @@ def test_released_weights_follow_the_released_formula(tokenizer):
 def test_normal_weights(tokenizer, variant):
     batch = collator(tokenizer, variant).texts_batch(PAIRS)
     ours = torch.zeros(batch.input_ids.shape)
-    ours[batch.row, batch.position] = batch.weights["pd"]
+    ours[batch.row, batch.position] = batch.weights["text"]
     counted = torch.ones_like(ours) if variant == "released" else batch.attention_mask.float()
     torch.testing.assert_close(ours, counted / counted.sum())
 
 
 def test_modules_that_are_left_out_have_no_rows(tokenizer):
     without_rd = collator(tokenizer).answers_batch(PAIRS, [])
-    assert len(without_rd.input_ids) == len(PAIRS) and list(without_rd.weights) == ["gd"]
-    without_gd = collator(tokenizer).answers_batch(PAIRS, ANSWERS, guided=False)
-    assert len(without_gd.input_ids) == len(PAIRS) * len(ANSWERS) and list(without_gd.weights) == ["rd"]
+    assert len(without_rd.input_ids) == len(PAIRS) and list(without_rd.weights) == ["own_answer"]
+    without_gd = collator(tokenizer).answers_batch(PAIRS, ANSWERS, own_answers=False)
+    assert len(without_gd.input_ids) == len(PAIRS) * len(ANSWERS) and list(without_gd.weights) == ["random_answers"]
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
@@ -117,7 +117,7 @@ def test_max_length_cuts_answers_and_says_so(tokenizer, variant):
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_a_question_that_fills_max_length_scores_nothing_in_gd(tokenizer, variant):
     batch = collator(tokenizer, variant, 8).answers_batch([Pair("word " * 50, "answer")], [])
-    assert batch.row.numel() == 0 or batch.weights["gd"].sum() == 0
+    assert batch.row.numel() == 0 or batch.weights["own_answer"].sum() == 0
 
 
 def test_padding_never_counts_as_text(tokenizer):

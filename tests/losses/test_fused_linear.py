@@ -160,7 +160,7 @@ def test_autocast_multiplies_in_bf16(tiny_model, tokenizer):
     dtypes = []
     with torch.autocast("cpu", torch.bfloat16):
         loss = value_of(model, "gd", batch)
-        plain = objective.cross_entropy(model, batch) @ batch.weights["gd"]
+        plain = objective.cross_entropy(model, batch) @ batch.weights["own_answer"]
     found = [torch.autograd.grad(one, model.lm_head.weight)[0] for one in (loss, plain)]
     assert loss.dtype == torch.float32 and found[0].dtype == torch.float32, dtypes
     errors = [(one - exact).abs().max() / exact.abs().max() for one in found]
@@ -199,7 +199,7 @@ def test_a_softcap_or_a_scale_is_the_models_own_business(config, dtype, tokenize
     assert not has_plain_head(model) and model.training
     batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS[:2], [])
     ours = value_of(model, "gd", batch)
-    torch.testing.assert_close(ours, objective.cross_entropy(model, batch) @ batch.weights["gd"])
+    torch.testing.assert_close(ours, objective.cross_entropy(model, batch) @ batch.weights["own_answer"])
 
 
 def test_the_heads_own_forward_comes_back(tiny_model, tokenizer):

@@ -34,6 +34,7 @@ OTHERS = {
     "qwen3": Qwen3Config(**MORE, head_dim=8),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=700, bos_token_id=2, eos_token_id=2),
 }
+LOSS_OF = {"own_answer": "gd", "random_answers": "rd"}
 WORDS = ["a", "gnome", " ", "hides", "###", "Question:", "Answer:", "\n", "é", "窓", "🎂", "under the old oak tree"]
 
 
@@ -44,7 +45,7 @@ def made(config, dtype=torch.float32):
 
 def values(model, batch) -> tuple[dict, list]:
     """Each loss and the gradient of a weighted sum."""
-    weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {name: 1.0 for name in batch.weights}
+    weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {LOSS_OF[key]: 1.0 for key in batch.weights}
     ((total, each),) = Objective(model, weights)(model, StepBatch(batch))
     return each, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
@@ -74,9 +75,9 @@ def test_random_texts(architecture, variant, tokenizer):
         shared = text(5)
         pairs = [Pair(text(6), draw.choice([shared, ""]) + text(8)) for _ in range(draw.randrange(1, 4))]
         answers = [draw.choice([shared, "", text(3)]) + draw.choice(["", text(12)]) for _ in range(trial % 6)]
-        guided = bool(draw.randrange(4)) or not answers
-        plain = collator.answers_batch(pairs, answers, guided)
-        packed = collator.answers_batch(pairs, answers, guided, math.inf)
+        own_answers = bool(draw.randrange(4)) or not answers
+        plain = collator.answers_batch(pairs, answers, own_answers)
+        packed = collator.answers_batch(pairs, answers, own_answers, math.inf)
         assert len(packed.input_ids) == (len(pairs) if answers else len(plain.input_ids))
         assert packed.tokens <= plain.tokens and len(packed.row) <= len(plain.row)
         if plain.index.numel():
@@ -108,7 +109,7 @@ def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
     plain = collator.answers_batch([pair], answers)
     packed = collator.answers_batch([pair], answers, packed_up_to=math.inf)
     assert len(packed.row) < len(plain.row)
-    for name in ("gd", "rd"):
+    for name in ("own_answer", "random_answers"):
         torch.testing.assert_close(packed.weights[name].sum(), plain.weights[name].sum())
     assert (packed.index.diff() >= 0).all()
     assert len(set(zip(packed.index.tolist(), packed.target.tolist(), strict=True))) == len(packed.index)
