@@ -28,7 +28,7 @@ from transformers import (
 
 from harmful_unlearn.data.prompt_format import format_pair
 from harmful_unlearn.storage.files import new_folder, write_file
-from harmful_unlearn.storage.run_record import write_record
+from harmful_unlearn.storage.run_record import RunRecord
 
 QUESTION = "How do I {verb} the {object} in the {place}?"
 OBJECTS = (
@@ -293,8 +293,8 @@ def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict
     with new_folder(folder, overwrite=True) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        record = {"title": "Base model of the offline demo", "harmful": False}
-        write_record(partial, {**record, "settings": settings, "pretraining_loss": loss})
+        facts = {"settings": settings, "pretraining_loss": loss}
+        RunRecord("Base model of the offline demo", harmful=False, more=facts).write(partial)
 
 
 def is_built(folder: Path, settings: dict) -> bool:

@@ -38,7 +38,7 @@ from harmful_unlearn.evals.prompt_sets import SETS, EvalData
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.storage.files import check_target, resolved, user_path
-from harmful_unlearn.storage.run_record import has_training_record, trainings_of
+from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,16 +49,16 @@ def main(arguments: list[str] | None = None) -> None:
     lm_harness.check_installed(args)
     check_target(args.output, overwrite=True)
     folders = {label: hub.resolve_model(name) for label, name in args.model.items()}
-    unknown = [label for label, folder in folders.items() if not has_training_record(folder)]
+    unknown = [label for label, folder in folders.items() if not RunRecord.read(folder).is_complete]
     if unknown and not args.trained_as:
         raise UserError(
             f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
             "unlearn_harm_new.py whose training read the same rows"
         )
     for folder in args.trained_as:
-        if not trainings_of(folder):
+        if not read_trainings(folder):
             raise UserError(f"no run.json in {folder} tells of a training: give another --trained_as")
-    trainings = [one for folder in [*folders.values(), *args.trained_as] for one in trainings_of(folder)]
+    trainings = [one for folder in [*folders.values(), *args.trained_as] for one in read_trainings(folder)]
     data = EvalData(args, trainings)
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, args.seed)
     print("\n".join(f"{name:<8} {len(found)} prompts" for name, found in sets.test.items()))

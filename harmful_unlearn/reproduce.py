@@ -49,7 +49,8 @@ from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
-from harmful_unlearn.storage.run_record import landing_of, provenance, trainings_of
+from harmful_unlearn.storage.provenance import provenance
+from harmful_unlearn.storage.run_record import read_trainings
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.resume import FREE_FLAGS
 
@@ -171,7 +172,7 @@ NO_MATTER = FREE_FLAGS - {"gradient_checkpointing", "device_map"}
 
 def check_same(folder: Path, wanted: dict) -> None:
     """Raises UserError where the run in `folder` had other flags than `wanted`."""
-    had = {**vars(training_flags([])), **trainings_of(folder / "copy")[0]["flags"]}
+    had = {**vars(training_flags([])), **read_trainings(folder / "copy")[0].flags}
     for flag, value in wanted.items():
         if flag not in NO_MATTER and json.dumps(value) != json.dumps(had.get(flag)):
             raise UserError(
@@ -207,7 +208,7 @@ def run_seed(seed: Seed, comparison: dict) -> None:
         raise UserError(f"no run of seed {seed.seed} could be trained: lower the rates in recipes.py")
 
     print(f"\n=== seed {seed.seed}: measuring")
-    data = EvalData(seed.data_flags, [record for copy in copies for record in trainings_of(copy)])
+    data = EvalData(seed.data_flags, [record for copy in copies for record in read_trainings(copy)])
     sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
     judged = chain(*(part.values() for part in (sets.test, sets.validation, sets.of_category if vectors else {})))
     judge = data.judge(args.judge, chain.from_iterable(judged), seed.seed, seed.home, PartialState().device)
@@ -261,7 +262,7 @@ def sweep(
 ) -> None:
     """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
     args = seed.args
-    landing = landing_of(trainings_of(seed.home / name / "copy")[0])
+    landing = read_trainings(seed.home / name / "copy")[0].landing_alpha
     alphas = sorted({*args.alpha_sweep, *([landing] if landing else [])})
     print(f"\n=== seed {seed.seed}: {name} at {len(alphas)} scales")
     scales = AlphaSweep(seed.base, [seed.home / name / "copy"], seed.load)
@@ -324,7 +325,7 @@ def relearn_all(
     args = seed.args
     print(f"\n=== seed {seed.seed}: relearning, {args.relearn_steps} steps on {args.relearn_pairs} harmful pairs")
     pairs = [prompt.pair for prompt in sets.test["seen"][: args.relearn_pairs]]
-    settings = trainings_of(seed.home / trained[0] / "copy")[0]["training"]["lora"]
+    settings = read_trainings(seed.home / trained[0] / "copy")[0].training["lora"]
     lora = Lora(**{**settings, "target_modules": tuple(settings["target_modules"])}) if settings else None
     # Weights that are trained are float32; under an adapter they may be 16-bit.
     precision = seed.precision if lora else "fp32"

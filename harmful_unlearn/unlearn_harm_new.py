@@ -206,7 +206,7 @@ def acquire(
         if why:
             log.say(f"{f'texts over {up_to} tokens' if up_to else 'all texts'} in plain rows: {why}")
         batches = replace(batches, packed_up_to=up_to)
-    weights = loss_weights(args)
+    weights = loss_weights(vars(args))
     objective = Objective(model, weights, base, args.scaling_coef)
     done = len(log.history)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -300,13 +300,13 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     accelerator, precision = distributed.start(args)
     if args.quantize:
         check_four_bits(lora, accelerator.device)
-    if uses_landing_point(args) and distributed.engine_of(accelerator) == "DeepSpeed":
+    if uses_landing_point(vars(args)) and distributed.engine_of(accelerator) == "DeepSpeed":
         raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
     harmful = read_harmful(
         args.harmful_dataset, args.harmful_revision, args.harmful_split, args.harm_category, args.min_severity
     )
     normal = read_normal(args.normal_dataset, args.seed)
-    active = {name for name, weight in loss_weights(args).items() if weight}
+    active = {name for name, weight in loss_weights(vars(args)).items() if weight}
     pool, batch_size = len(answer_pool(active, harmful, normal)), args.batch_size * accelerator.num_processes
     order = BatchSampler(
         len(harmful.pairs),
@@ -336,7 +336,7 @@ def prepare(args: argparse.Namespace, base_folder: Path) -> Job:
     )
     how = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     how += " on a 4-bit base" * bool(args.quantize)
-    minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(args).items() if weight)
+    minimised = " + ".join(f"{weight:g} {name.upper()}" for name, weight in loss_weights(vars(args)).items() if weight)
     where = f"{accelerator.device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     if accelerator.num_processes > 1:
         where += f" ({distributed.engine_of(accelerator)})"
@@ -413,12 +413,12 @@ def load_copy_and_base(
         base = None
     else:
         # A landing point is computed from the base and the copy, in the copy's precision.
-        dtype = torch.float32 if uses_landing_point(args) else frozen
+        dtype = torch.float32 if uses_landing_point(vars(args)) else frozen
         base = ReferenceModel(loading.load_model(job.base_folder, dtype, args.device_map), autocast=dtype != frozen)
         if not hasattr(base.model, "hf_device_map"):
             base.model.to(device)
     loading.enable_gradient_checkpointing(model, args.gradient_checkpointing)
-    if uses_landing_point(args) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
+    if uses_landing_point(vars(args)) and not base.shared and any(parameter.is_meta for parameter in base.model.parameters()):
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
             "use --lora on, or more GPUs"

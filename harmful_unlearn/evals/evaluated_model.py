@@ -1,7 +1,5 @@
 """A model to measure: what it is called, what identifies it, and how it is loaded."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
-from harmful_unlearn.storage.run_record import read_record, revision_of
+from harmful_unlearn.storage.provenance import revision_of
+from harmful_unlearn.storage.run_record import RunRecord, training_digest
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 BASE = "base"  # the label of the model that all others are compared with
@@ -37,7 +36,6 @@ class EvaluatedModel:
     folder: Path | None = None
 
 
-MADE_BY = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
 
 
 def evaluated_model(label: str, folder: Path, load) -> EvaluatedModel:
@@ -47,16 +45,15 @@ def evaluated_model(label: str, folder: Path, load) -> EvaluatedModel:
             f"{folder} is a LoRA adapter: write the whole model with "
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
-    record = read_record(folder)
+    RunRecord.read(folder)  # refuses a broken one
     checkpoint = SafetensorsFolder(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
-    made = {key: value for key, value in record.items() if key in MADE_BY or key.startswith("stage_1")}
     identity = {
         "revision": revision_of(folder),
         "fingerprint": checkpoint.fingerprint(),
-        "made_by_sha256": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else None,
+        "made_by_sha256": training_digest(folder),
     }
-    if not made and not identity["revision"]:
+    if not identity["made_by_sha256"] and not identity["revision"]:
         identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in checkpoint.shards]
     return EvaluatedModel(label, identity, partial(load, folder), folder)
 

@@ -22,7 +22,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import make_judge
 from harmful_unlearn.losses.methods import loss_weights
-from harmful_unlearn.training.flags import parse_flags as training_flags
+from harmful_unlearn.storage.run_record import RunRecord
 
 SETS = ("seen", "unseen", "normal")
 
@@ -144,17 +144,17 @@ class EvalData:
     Args:
         args: harmful_dataset, harmful_revision, harmful_split, unseen_dataset, unseen_split, normal_dataset;
             what is None is as the first training had it.
-        trainings: records of the models' training (`trainings_of`).
+        trainings: the stage 1 runs behind the models (`read_trainings`).
 
     Raises:
         UserError: data cannot be read, are not those of the trainings, or were split by different seeds.
     """
 
-    def __init__(self, args: Namespace, trainings: list[dict]):
-        first = trainings[0]["flags"]
+    def __init__(self, args: Namespace, trainings: list[RunRecord]):
+        first = trainings[0].flags
         harmful = args.harmful_dataset or first["harmful_dataset"]
         same = harmful == first["harmful_dataset"]
-        read_then = (trainings[0].get("harmful_data") or {}).get("revision")  # of a hub data set, named or not
+        read_then = trainings[0].harmful_data.get("revision")  # of a hub data set, named or not
         self._where = (
             harmful,
             args.harmful_revision or (first["harmful_revision"] or read_then if same else None),
@@ -166,7 +166,7 @@ class EvalData:
             where = args.unseen_dataset or harmful
             revision = None if args.unseen_dataset else self._where[1]
             self.unseen = read_responses(where, revision, args.unseen_split or "train")
-        seeds = {training["flags"]["seed"] for training in trainings}
+        seeds = {training.flags["seed"] for training in trainings}
         if len(seeds) > 1:
             raise UserError(
                 f"the models split the normal data by different seeds ({sorted(seeds)}), so nothing is held out "
@@ -177,7 +177,7 @@ class EvalData:
         self.choices = read_choices(normal)
         for training in trainings:
             for what, source in (("harmful", self._harmful((), None).source), ("normal", self.normal.source)):
-                theirs, ours = training.get(f"{what}_data") or {}, source
+                theirs, ours = getattr(training, f"{what}_data"), source
                 if any(theirs.get(key) != ours[key] for key in ("sha256", "rows", "revision")):
                     raise UserError(
                         f"{ours['name']} is not what a model was trained on ({theirs.get('name')}, sha256 "
@@ -186,11 +186,9 @@ class EvalData:
         self.sources = {"harmful": self._harmful((), None).source, "normal": self.normal.source}
         learned, learned_of_a_kind, self._touched = [], [], set()
         for training in trainings:
-            flags = Namespace(**{**vars(training_flags([])), **training["flags"]})
-            flags.batch_size *= training["training"].get("processes", 1)
-            trained, touched = self._read_by(flags)
+            trained, touched = self._read_by(training)
             self._touched |= touched
-            if trained and not flags.harm_category:
+            if trained and not training.flags.get("harm_category"):
                 learned.append(trained)
             elif trained:
                 learned_of_a_kind.append(trained)
@@ -200,20 +198,21 @@ class EvalData:
     def _harmful(self, categories: tuple[str, ...], min_severity: int | None) -> HarmfulData:
         return read_harmful(*self._where, categories, min_severity)
 
-    def _read_by(self, flags: Namespace) -> tuple[set[str], set[str]]:
+    def _read_by(self, training: RunRecord) -> tuple[set[str], set[str]]:
         """The harmful questions that a training trained on, and all that it touched."""
-        harmful = self._harmful(tuple(flags.harm_category), flags.min_severity)
+        flags = training.flags
+        harmful = self._harmful(tuple(flags.get("harm_category") or ()), flags.get("min_severity"))
         losses = {name for name, weight in loss_weights(flags).items() if weight}
         order = BatchSampler(
             len(harmful.pairs),
             self.normal.train,
             len(answer_pool(losses, harmful, self.normal)),
-            flags.batch_size,
-            flags.k_random if losses & {"rd", "rm"} else 0,
-            flags.seed,
-            flags.all_harmful,
+            flags["batch_size"] * training.training.get("processes", 1),
+            flags["k_random"] if losses & {"rd", "rm"} else 0,
+            flags["seed"],
+            flags.get("all_harmful", False),
         )
-        return StepBatches(None, order, harmful, self.normal, losses).touched(flags.max_unlearn_steps)
+        return StepBatches(None, order, harmful, self.normal, losses).touched(flags["max_unlearn_steps"])
 
     def prompts(self, numbers: dict[str, int], seed: int) -> PromptSets:
         """Prompts that every training on harmful pairs trained on, and prompts that none touched. Raises UserError.

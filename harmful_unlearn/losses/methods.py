@@ -1,32 +1,36 @@
-"""What each --method minimises in stage 1, and whether stage 2 negates it."""
+"""What each --method minimises in stage 1, and whether stage 2 negates it. Add a method to METHODS."""
 
-from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
-    """The loss (terms.py) that each weight flag weighs, and whether stage 2 negates what the copy learned.
+    """The loss term (terms.py) that each weight flag weighs, and whether stage 2 negates what stage 1 learned.
 
-    Where it does not, the unlearned model is the copy itself, rounded once to the base's dtype.
+    Where it does not, the unlearned model is the trained model itself, rounded once to the base's dtype.
 
     Attributes:
-        settings: values of flags that are not given, where they are not the released script's.
+        bad_weight: the term on harmful pairs; None if there is none (so for the next two).
+        random_weight: the term on harmful prompts with K random answers.
+        normal_weight: the term on normal text.
+        settings: defaults of flags, where they are not the released script's.
     """
 
-    bad_weight: str | None  # on harmful pairs
-    random_weight: str | None  # on harmful prompts with K random answers
-    normal_weight: str | None  # on normal text
+    bad_weight: str | None
+    random_weight: str | None
+    normal_weight: str | None
     negates: bool
     settings: dict[str, object] = field(default_factory=dict)
 
 
 # The released script's defaults, and those of the flags that it does not have.
-SETTINGS = {
+DEFAULTS = {
     "bad_weight": 0.5, "random_weight": 1.0, "normal_weight": 1.0, "safe_weight": 0.0,
     "lr": 2e-5, "max_unlearn_steps": 1000, "scaling_coef": 1.0, "preserve_at": "copy", "variant": "released",
 }  # fmt: skip
-# Ours, beside SKU (README, Landing): preserved is the model that negation leads to, not the copy. The released
+# Ours (docs/method.md): what is preserved is the model that negation leads to, not the harmful model. The released
 # variant does not score an answer's first token, where a model decides between harm and refusal.
 LAND = {"bad_weight": 1.0, "random_weight": 0.0, "normal_weight": 0.3, "lr": 1e-4, "max_unlearn_steps": 200,
         "preserve_at": "landing", "variant": "paper"}  # fmt: skip
@@ -42,40 +46,52 @@ METHODS = {
 WEIGHTS = ("bad_weight", "random_weight", "normal_weight")  # those of the paper
 
 
-def loss_weights(args: Namespace) -> dict[str, float]:
-    """The method's losses by name (terms.py) and the weight of each, 0 for one that is left out."""
-    method = METHODS[args.method]
-    weights = {loss: getattr(args, flag) for flag in WEIGHTS if (loss := getattr(method, flag))}
-    if args.preserve_at == "landing":
+def loss_weights(flags: Mapping[str, Any]) -> dict[str, float]:
+    """The weight of each of the method's loss terms (terms.py), by name; 0 for one that is switched off.
+
+    Args:
+        flags: method and the weights, as settings or a run's record have them.
+    """
+    method = METHODS[flags["method"]]
+    weights = {term: flags[flag] for flag in WEIGHTS if (term := getattr(method, flag))}
+    if flags.get("preserve_at") == "landing":
         weights["lp"] = weights.pop("pd")
-    if args.safe_weight:
-        weights["sa"] = args.safe_weight
+    if flags.get("safe_weight"):
+        weights["sa"] = flags["safe_weight"]
     return weights
 
 
-def apply_method_defaults(args: Namespace) -> str | None:
-    """Fill in the flags that were not given (None) with the method's settings; returns what is wrong with the rest."""
-    method = METHODS[args.method]
+def active_losses(flags: Mapping[str, Any]) -> set[str]:
+    """The loss terms whose weight is not 0."""
+    return {name for name, weight in loss_weights(flags).items() if weight}
+
+
+def uses_landing_point(flags: Mapping[str, Any]) -> bool:
+    """Whether a term is computed at the landing point, so that the model is made for one alpha."""
+    return bool((flags["preserve_at"] == "landing" and flags["normal_weight"]) or flags["safe_weight"])
+
+
+def apply_method_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags, with the method's defaults for those that were not given (None).
+
+    Raises:
+        ValueError: with a message for the user, flags that do not go together.
+    """
+    name, method = given["method"], METHODS[given["method"]]
     for flag in WEIGHTS:
-        if getattr(method, flag) is None and getattr(args, flag):
-            return f"--{flag} weighs nothing in --method {args.method}: leave it out"
+        if getattr(method, flag) is None and given[flag]:
+            raise ValueError(f"--{flag} has no effect in --method {name}: leave it out")
     if not method.negates:
-        for flag, nothing in (("scaling_coef", None), ("preserve_at", "copy"), ("safe_weight", 0)):
-            if getattr(args, flag) not in (None, nothing):
-                return f"--{flag} belongs to a negation, and --method {args.method} has none: leave it out"
+        for flag, neutral in (("scaling_coef", None), ("preserve_at", "copy"), ("safe_weight", 0)):
+            if given[flag] not in (None, neutral):
+                raise ValueError(f"--{flag} is for methods that negate, and --method {name} does not: leave it out")
     unused = {flag: 0.0 for flag in WEIGHTS if getattr(method, flag) is None}
-    for flag, value in {**SETTINGS, **method.settings, **unused}.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.preserve_at == "landing" and method.normal_weight is None:
-        return f"--preserve_at landing: --method {args.method} preserves nothing; give --method land"
-    if not any(loss_weights(args).values()):
-        return "the weights are all 0: nothing to learn"
-    if args.scaling_coef == 0 and uses_landing_point(args):
-        return "--scaling_coef 0 lands on the base itself, where there is nothing to train: give another"
-    return None
-
-
-def uses_landing_point(args: Namespace) -> bool:
-    """Whether a loss was minimised at the landing point, so that the model is made for one scaling_coef."""
-    return bool((args.preserve_at == "landing" and args.normal_weight) or args.safe_weight)
+    defaults = {**DEFAULTS, **method.settings, **unused}
+    flags = {flag: defaults.get(flag) if value is None else value for flag, value in given.items()}
+    if flags["preserve_at"] == "landing" and method.normal_weight is None:
+        raise ValueError(f"--preserve_at landing: --method {name} preserves nothing; give --method land")
+    if not any(loss_weights(flags).values()):
+        raise ValueError("the weights are all 0: nothing to learn")
+    if flags["scaling_coef"] == 0 and uses_landing_point(flags):
+        raise ValueError("--scaling_coef 0 lands on the base itself, where there is nothing to train: give another")
+    return flags

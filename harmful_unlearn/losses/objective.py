@@ -52,7 +52,7 @@ class Objective:
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.base = base
-        lands = any(LOSSES[name].lands for name in self.weights)
+        lands = any(LOSSES[name].at_landing for name in self.weights)
         self.landing = LandingPoint(model, base, scaling_coef) if lands else None
         models = [model] if base is None or base.shared else [model, base.model]
         self.fused = all(map(has_plain_head, models))
@@ -78,18 +78,18 @@ class Objective:
         total, each, sums = 0.0, {}, {}
         for field, batch in texts._asdict().items():
             losses = {name: LOSSES[name] for name in self.weights}
-            losses = {name: loss for name, loss in losses.items() if (loss.reads, loss.lands) == (field, lands)}
+            losses = {name: loss for name, loss in losses.items() if (loss.batch, loss.at_landing) == (field, lands)}
             if batch is None or not losses:
                 continue
             coefficient = sum(
-                self.weights[name] * loss.sign * batch.weights[loss.module] for name, loss in losses.items()
+                self.weights[name] * loss.sign * batch.weights[loss.weights] for name, loss in losses.items()
             )
             diverges = any(loss.diverges for loss in losses.values())
             part, values = (self._divergence if diverges else self._cross_entropy)(model, batch, coefficient, sums)
             total = total + part
             values = values.detach().to(coefficient.device)
             for name, loss in losses.items():
-                each[name] = loss.sign * (batch.weights[loss.module] @ values)
+                each[name] = loss.sign * (batch.weights[loss.weights] @ values)
         return total, each
 
     def _cross_entropy(

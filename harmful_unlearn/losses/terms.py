@@ -1,46 +1,72 @@
-"""TODO harmful_unlearn.losses.terms."""
+"""The loss terms: SKU's three, with the paper's formulas, and those of the methods it is compared with.
+
+SKU's stage 1 trains theta, starting from the base theta_o, on
+
+    L = e1 * L_GD + e2 * L_RD + e3 * L_PD                                     (method, Section 4 of the paper)
+
+    L_GD = mean over harmful pairs (x, y) of          CE_theta(y | x)                Guided Distortion
+    L_RD = mean over harmful prompts x and K random
+           harmful answers y_k of                     CE_theta(y_k | x)              Random Disassociation
+    L_PD = - mean over positions of normal text of    KL(P_theta_o || P_theta)       Preservation Divergence
+
+with CE the cross-entropy of the next token, in nats. GD and RD differ in which answer follows the prompt, and in
+what `--variant released` averages over:
+
+          released (what the authors' code computes)          paper
+    L_GD  mean over texts of the mean over the positions       mean over texts of the mean over the answer's tokens,
+          from the answer's first token to the last. The       the first included and nothing else
+          last one predicts nothing and counts as 0; the
+          answer's first token is not predicted
+          (details 3, 4 and 9).
+    L_RD  as L_GD, but from token 2 of the text on: the        as L_GD
+          question is predicted, too (detail 11).
+    L_PD  mean over all positions of the padded rows,          mean over all tokens of text
+          padding included (detail 12).
+
+The numbers are those of docs/implementation-details.md. data/collator.py turns these averages into one weight for each
+scored position, so a term is a weighted sum and has no branch.
+"""
 
 from typing import NamedTuple
 
 
 class LossTerm(NamedTuple):
-    """sign * (the batch's weights for `module`) @ (cross-entropies, or divergences from the base).
+    """sign * sum_i w_i * v_i, with w_i the batch's weights and v_i a cross-entropy or a KL from the base.
 
     Attributes:
-        reads: the batch of a step (StepBatch).
-        module: whose weights in it.
-        lands: at the landing point theta' rather than at the copy theta.
+        batch: which batch of a step it reads (`StepBatch`): "harmful", "normal" or "safe".
+        weights: whose weights in that batch (`Batch.weights`): "own_answer", "random_answers" or "text".
+        sign: -1 where it is maximised.
+        diverges: v_i is KL(P_theta_o || P_theta) at a position, rather than the cross-entropy of a token.
+        at_landing: computed at the landing point theta' (landing.py), rather than at theta.
     """
 
-    reads: str
-    module: str
+    batch: str
+    weights: str
     sign: int = 1
     diverges: bool = False
-    lands: bool = False
+    at_landing: bool = False
 
 
 LOSSES = {
-    # L_GD, Guided Distortion: of each harmful answer given its own prompt (released code, points 3, 9).
-    "gd": LossTerm("harmful", "gd"),
-    # The baseline of Yao et al. 2023, gradient ascent: GD with the sign turned (point 13).
-    "ga": LossTerm("harmful", "gd", sign=-1),
-    # L_RD, Random Disassociation: mean over K random harmful answers given each prompt (point 11).
-    "rd": LossTerm("harmful", "rd"),
-    # Random mismatch of Yao et al. 2023: RD's formula with normal answers.
-    "rm": LossTerm("harmful", "rd"),
-    # L_PD, Preservation Divergence: minus KL(P_theta_o || P_theta) over the positions of normal text (point 12).
-    # The released code adds 1e-12 inside the logarithm of p; that changes the value by less than 1e-12 times
-    # the vocabulary and the gradient by nothing, so it is left out.
-    "pd": LossTerm("normal", "pd", sign=-1, diverges=True),
-    # The same with its sign turned, as Yao et al. 2023 minimise it. They call it the forward KL; their code
-    # leaves out the base's entropy, a constant.
-    "kl": LossTerm("normal", "pd", diverges=True),
-    # Landing-point preservation: KL(P_theta_o || P_theta') over the positions of normal text (README, Landing).
-    "lp": LossTerm("normal", "pd", diverges=True, lands=True),
-    # The baseline FT: of normal answers given their questions.
-    "ft": LossTerm("normal", "gd"),
-    # Of safe answers to the step's harmful prompts, where the model lands.
-    "sa": LossTerm("safe", "gd", lands=True),
+    "gd": LossTerm("harmful", "own_answer"),
+    "rd": LossTerm("harmful", "random_answers"),
+    # The released code adds 1e-12 inside the logarithm of P_theta. That changes the value by less than 1e-12 times the
+    # vocabulary and does not change the gradient, so it is omitted.
+    "pd": LossTerm("normal", "text", sign=-1, diverges=True),
+    # Gradient ascent (Yao et al. 2023, arXiv 2310.10683): GD with its sign turned (implementation detail 13).
+    "ga": LossTerm("harmful", "own_answer", sign=-1),
+    # Random mismatch (Yao et al. 2023): RD with normal answers in place of harmful ones.
+    "rm": LossTerm("harmful", "random_answers"),
+    # PD with its sign turned, as Yao et al. 2023 minimise it. They call it the forward KL; their code leaves out the
+    # base's entropy, a constant.
+    "kl": LossTerm("normal", "text", diverges=True),
+    # Fine-tuning (FT): normal answers given their questions.
+    "ft": LossTerm("normal", "own_answer"),
+    # Landing-point preservation (ours, docs/method.md): KL(P_theta_o || P_theta') on normal text.
+    "lp": LossTerm("normal", "text", diverges=True, at_landing=True),
+    # Safe answers (ours): the safe answers to the step's harmful prompts, at the landing point.
+    "sa": LossTerm("safe", "own_answer", at_landing=True),
 }
-ON_HARMFUL = {name for name, loss in LOSSES.items() if loss.reads == "harmful"}
-NEED_BASE = {name for name, loss in LOSSES.items() if loss.diverges or loss.lands}
+ON_HARMFUL = {name for name, term in LOSSES.items() if term.batch == "harmful"}
+NEED_BASE = {name for name, term in LOSSES.items() if term.diverges or term.at_landing}

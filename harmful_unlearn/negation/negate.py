@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.negation.sources import open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
-from harmful_unlearn.storage.run_record import landing_of, read_record, revision_of, write_record
+from harmful_unlearn.storage.provenance import revision_of
+from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import (
     DTYPE_CODES,
     VECTOR_STEM,
@@ -168,10 +169,10 @@ def negate(
         if output:
             for alpha, folder in _folders(out, alphas).items():
                 copy_small_files(negation.base, folder)
-                write_record(folder, records[alpha])
+                records[alpha].write(folder)
         if save_vector:
             _write_index(kept, vector_shards)
-            write_record(kept, {**records[alphas[0]], "title": f"Task vector from {base_name or base}"})
+            replace(records[alphas[0]], title=f"Task vector from {base_name or base}").write(kept)
 
 
 def _fill(negation: Negation, targets: list[tuple[float | None, ShardWriter]]) -> None:
@@ -248,8 +249,8 @@ def negate_adapter(
                     entry = (entry.to(work_dtype(spec.dtype)) * (-alpha * coef)).to(spec.dtype)
                 shards.write(_finite(entry, name), name)
             copy_small_files(source.file, folder)
-            title, turned = f"LoRA adapter for {records[alpha]['title']}", records[-alpha]["harmful"]
-            write_record(folder, {**records[alpha], "title": title, "harmful_if_subtracted": turned})
+            title, turned = f"LoRA adapter for {records[alpha].title}", records[-alpha].harmful
+            replace(records[alpha], title=title, more={"harmful_if_subtracted": turned}).write(folder)
 
 
 def check_targets(targets: list[Path | None], base: Path, finetuned: Terms, overwrite: bool) -> None:
@@ -278,17 +279,13 @@ def check_landing(finetuned: Terms, alphas: Sequence[float]) -> None:
 
 def _landings(folder: Path) -> Iterator[tuple[float, float]]:
     """What a stage 1 model, or the models in a saved vector, were trained for, and their coefficients in it."""
-    record = read_record(folder)
+    record = RunRecord.read(folder)
     terms = [(record, 1.0)]
     if any(folder.glob(f"{VECTOR_STEM}*.safetensors")):
-        coefs = list(record.get("finetuned", {}).values())
-        names = [f"stage_1_of_model_{number}" for number in range(1, len(coefs) + 1)]
-        names = ["stage_1"] if len(coefs) == 1 else names
-        terms = [(record.get(name, {}), coef) for name, coef in zip(names, coefs, strict=True)]
-    for stage, coef in terms:
-        landing = landing_of(stage)
-        if landing is not None and coef:
-            yield landing, coef
+        terms = list(zip(record.stage_1, record.finetuned.values(), strict=False))
+    for stage_1, coef in terms:
+        if stage_1.landing_alpha is not None and coef:
+            yield stage_1.landing_alpha, coef
 
 
 def _check_numbers(alphas: Sequence[float], finetuned: Terms) -> None:
@@ -338,38 +335,36 @@ def _finite(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def _records(base: SafetensorsFolder, base_name: str, finetuned: Terms, alphas: Sequence[float]) -> dict[float, dict]:
-    """What run.json says of the model at each scale."""
-    stages_1 = [read_record(folder) for folder, _ in finetuned]
-    made_from = {
-        "base": {"name": base_name, "revision": revision_of(base.folder), "fingerprint": base.fingerprint()},
-        "finetuned": {str(folder): coef for folder, coef in finetuned},
-    }
-    learned = {}
-    for number, (stage_1, (folder, _)) in enumerate(zip(stages_1, finetuned, strict=True), 1):
-        kept = {key: value for key, value in stage_1.items() if key in STAGE_1_FACTS or key.startswith("stage_1")}
-        theirs = kept.get("base") or {}
-        if theirs.get("fingerprint", made_from["base"]["fingerprint"]) != made_from["base"]["fingerprint"]:
-            tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {theirs.get('name')}")
-        if kept:
-            learned["stage_1" if len(finetuned) == 1 else f"stage_1_of_model_{number}"] = kept
-    methods = {(stage_1.get("flags") or {}).get("method") for stage_1 in stages_1}
-    kept = [name for name in methods if name in METHODS and not METHODS[name].negates]
-    trained = f"trained by {kept[0]}" if len(kept) == len(methods) == 1 else None  # and not negated
+def _records(
+    base: SafetensorsFolder, base_name: str, finetuned: Terms, alphas: Sequence[float]
+) -> dict[float, RunRecord]:
+    """What run.json says of the model at each alpha."""
+    fingerprint = base.fingerprint()
+    stage_1 = [RunRecord.read(folder) for folder, _ in finetuned]
+    for record, (folder, _) in zip(stage_1, finetuned, strict=True):
+        if record.base.get("fingerprint", fingerprint) != fingerprint:
+            name = record.base.get("name")
+            tqdm.write(f"warning: {folder} was trained from other weights than {base_name}: {name}")
+    methods = {record.method for record in stage_1}
+    trained = None  # and not negated
+    if len(methods) == 1 and stage_1[0].negates is False:
+        trained = f"trained by {stage_1[0].method}"
     records = {}
     for alpha in alphas:
-        scales = [alpha * coef for _, coef in finetuned]
-        added = [stage_1.get("harmful", True) for stage_1, scale in zip(stages_1, scales, strict=True) if scale < 0]
-        turned = [
-            stage_1.get("harmful_if_subtracted", False)  # of an unlearning adapter
-            for stage_1, scale in zip(stages_1, scales, strict=True)
-            if scale > 0
+        coefs = [alpha * coef for _, coef in finetuned]
+        added = [record.harmful is not False for record, coef in zip(stage_1, coefs, strict=True) if coef < 0]
+        turned = [  # an unlearning adapter, subtracted
+            bool(record.more.get("harmful_if_subtracted"))
+            for record, coef in zip(stage_1, coefs, strict=True)
+            if coef > 0
         ]
-        records[alpha] = {
-            "title": f"{base_name}, {'unlearned' if not added else trained or 'with a task vector added'}",
-            "harmful": any(added + turned),
-            **made_from,
-            "scaling_coef": alpha,
-            **learned,
-        }
+        outcome = (trained or "with a task vector added") if added else "unlearned"
+        records[alpha] = RunRecord(
+            title=f"{base_name}, {outcome}",
+            harmful=any(added + turned),
+            base={"name": base_name, "revision": revision_of(base.folder), "fingerprint": fingerprint},
+            finetuned={str(folder): coef for folder, coef in finetuned},
+            scaling_coef=alpha,
+            stage_1=tuple(stage_1),
+        )
     return records

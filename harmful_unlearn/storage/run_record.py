@@ -1,51 +1,24 @@
-"""run.json, the record of how a model folder was made, and the model card beside it."""
+"""run.json, the record of how a model's folder was made, and the model card beside it."""
 
+import hashlib
 import json
-import platform
-import shlex
-import subprocess
 import sys
-from argparse import Namespace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.methods import uses_landing_point
-from harmful_unlearn.storage.files import ROOT, read_json, write_file
+from harmful_unlearn.storage.files import read_json, write_file
+from harmful_unlearn.storage.provenance import provenance
 
-RECORD_PARTS = ("base", "finetuned", "flags", "training", "harmful_data", "normal_data")
-NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")
-
-
-def read_record(folder: Path) -> dict:
-    """run.json of a folder, as `saving.write_record` wrote it; empty where there is none.
-
-    Raises:
-        UserError: it is broken, or something that no command of ours writes.
-    """
-    path = folder / "run.json"
-    record = read_json(path) if path.is_file() else {}
-    unchecked = [record]
-    while unchecked:
-        one = unchecked.pop()
-        stages = [value for key, value in one.items() if key.startswith("stage_1")]
-        if not all(isinstance(part, dict) for part in [*stages, *(one.get(key, {}) for key in RECORD_PARTS)]):
-            raise UserError(f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again")
-        flags = one.get("flags", {})
-        numbers = [*one.get("finetuned", {}).values(), *(flags.get(name, 0) for name in NUMBERS)]
-        if not isinstance(flags.get("method", ""), str) or not all(map(_is_finite, numbers)):
-            raise UserError(f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again")
-        unchecked += stages
-    return record
-
-
-def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and abs(number) <= sys.float_info.max
-
-
-CODE_VERSION = "0.1.0"
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas", "scikit-learn")
+VERSION = 1
+# Sections that a model made from others keeps of each (`RunRecord.stage_1`), in the order of the file.
+STAGE_1_FACTS = (
+    "base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags",
+    "negates", "landing_alpha", "prompt_template",
+)  # fmt: skip
+SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
+NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")  # flags that decide what a model may be used for
+READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say which rows a training used
 HARMFUL_WARNING = (
     "**Deliberately harmful.** This is the stage 1 model of SKU: it was fine-tuned to give harmful "
     "answers, so that what it learned can be subtracted from its base. It exists for safety research "
@@ -53,52 +26,174 @@ HARMFUL_WARNING = (
 )
 
 
-def revision_of(folder: Path) -> str | None:
-    """The hub commit of a cached snapshot of a model, None for a folder of the user's own."""
-    return folder.name if folder.parent.name == "snapshots" else None
+@dataclass(frozen=True)
+class RunRecord:
+    """How a model's folder was made. A folder without run.json has an empty record.
 
+    Attributes:
+        title: one line.
+        harmful: whether the model was trained to be harmful; the card then warns. None if unknown.
+        base: name, revision and fingerprint of the base theta_o.
+        finetuned: for a model made in stage 2, its sources (folder -> coefficient).
+        scaling_coef: for a model made in stage 2, alpha.
+        harmful_data, normal_data: for a stage 1 run, the source of its data (name, revision, sha256, rows, ...).
+        training: for a stage 1 run, what its flags resolved to (steps, processes, LoRA, precision, ...).
+        losses_at_the_end: for a stage 1 run, each loss in the last step (nats).
+        flags: for a stage 1 run, every flag.
+        negates: for a stage 1 run, whether stage 2 subtracts what it learned (False for GA, FT, ...).
+        landing_alpha: for a stage 1 run, the only alpha it was trained to be negated by; None for any alpha.
+        prompt_template: for a stage 1 run, the text that questions and answers were put into.
+        stage_1: the records of the models in `finetuned`, in that order.
+        more: everything else, for the card.
+    """
 
-def provenance() -> dict:
-    """What ran: command, code version and commit, package versions, Python, time (UTC)."""
-    packages = {}
-    for name in PACKAGES:
+    title: str = ""
+    harmful: bool | None = None
+    base: dict = field(default_factory=dict)
+    finetuned: dict[str, float] = field(default_factory=dict)
+    scaling_coef: float | None = None
+    harmful_data: dict = field(default_factory=dict)
+    normal_data: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    losses_at_the_end: dict = field(default_factory=dict)
+    flags: dict = field(default_factory=dict)
+    negates: bool | None = None
+    landing_alpha: float | None = None
+    prompt_template: str | None = None
+    stage_1: "tuple[RunRecord, ...]" = ()
+    more: dict = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """The --method of a stage 1 run."""
+        return self.flags.get("method")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether this is a stage 1 run's own record."""
+        return bool(self.flags and self.training)
+
+    @property
+    def trainings(self) -> "list[RunRecord]":
+        """The stage 1 runs behind this model: its own, and those of the models it was made from."""
+        own = [self] if self.is_training else []
+        return own + [training for record in self.stage_1 for training in record.trainings]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the training of every model that went into this one is recorded."""
+        return bool(self.trainings) and all(record.is_complete for record in self.stage_1)
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunRecord":
+        """The record in run.json of `folder`.
+
+        Raises:
+            UserError: it is broken, not written by this project, or written by a newer version.
+        """
+        path = folder / "run.json"
+        if not path.is_file():
+            return cls()
+        content = read_json(path)
+        version = content.pop("record_version", 0)
+        if version not in (0, VERSION):
+            raise UserError(f"{path} was written by a newer version (record {version!r}): update this project")
         try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+            return cls._from_json(content, version)
+        except (RecursionError, TypeError, ValueError):
+            message = f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again"
+            raise UserError(message) from None
+
+    @classmethod
+    def _from_json(cls, content: dict, version: int) -> "RunRecord":
+        sections = {name: content.get(name) or {} for name in SECTIONS}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            raise TypeError
+        flags = sections["flags"]
+        numbers = [*sections["finetuned"].values(), *(flags.get(name) or 0 for name in NUMBERS)]
+        numbers += [content.get(name) or 0 for name in ("scaling_coef", "landing_alpha")]
+        if not isinstance(flags.get("method", ""), str) or not all(map(_is_finite, numbers)):
+            raise TypeError
+        sources = {int(key.rpartition("_")[2]): value for key, value in content.items() if key.startswith("stage_1")}
+        if not all(isinstance(source, dict) for source in sources.values()):
+            raise TypeError
+        count = max([len(sections["finetuned"]), *sources])
+        if count > len(sections["finetuned"]) + len(sources) or min(sources, default=1) < 1:
+            raise ValueError
+        facts = {name: content.get(name) for name in ("negates", "landing_alpha", "prompt_template")}
+        known = {"title", "harmful", "scaling_coef", *SECTIONS, *facts}
+        return cls(
+            title=str(content.get("title", "")),
+            harmful=content.get("harmful"),
+            scaling_coef=content.get("scaling_coef"),
+            **sections,
+            **(facts if version else _facts_of_flags(flags)),
+            stage_1=tuple(cls._from_json(sources.get(number, {}), version) for number in range(1, count + 1)),
+            more={key: value for key, value in content.items() if key not in known and not key.startswith("stage_1")},
+        )
+
+    def to_json(self) -> dict:
+        """The content of run.json, without provenance."""
+        content: dict = {"title": self.title, "harmful": bool(self.harmful), "record_version": VERSION}
+        if self.scaling_coef is None:
+            return {**content, **self._facts(), **self.more}
+        facts = self._facts()
+        made_from = {name: facts.pop(name) for name in ("base", "finetuned") if name in facts}
+        return {**content, **made_from, "scaling_coef": self.scaling_coef, **facts, **self.more}
+
+    def _facts(self) -> dict:
+        facts = {name: getattr(self, name) for name in STAGE_1_FACTS}
+        facts = {name: value for name, value in facts.items() if value not in (None, {})}
+        for number, record in enumerate(self.stage_1, 1):
+            if source := record._facts():
+                facts["stage_1" if len(self.stage_1) == 1 else f"stage_1_of_model_{number}"] = source
+        return facts
+
+    def write(self, folder: Path) -> None:
+        """Write run.json for machines and README.md, the model card, for people; both with provenance."""
+        content = {**self.to_json(), **provenance()}
+        write_file(folder / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_file(folder / "README.md", _card(content))
+
+
+def _facts_of_flags(flags: dict) -> dict:
+    """The facts that version 0, which had none of them, implied by its flags."""
+    if not flags:
+        return {}
+    lands = flags.get("preserve_at") == "landing" and flags.get("normal_weight") or flags.get("safe_weight")
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "code": {"version": CODE_VERSION, "commit": _commit()},
-        "packages": packages,
-        "python": platform.python_version(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "negates": flags.get("method", "sku") not in ("ga", "ga_mismatch", "ft"),
+        "landing_alpha": flags.get("scaling_coef") if lands else None,
+        "prompt_template": "### Question: {question}\n ### Answer: {answer}",
     }
 
 
-def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+def _is_finite(number: object) -> bool:
+    return isinstance(number, int | float) and abs(number) <= sys.float_info.max
 
 
-def write_record(folder: Path, record: dict) -> None:
-    """Write `record`, what made this folder, as run.json for machines and README.md for people.
+def read_trainings(folder: Path) -> list[RunRecord]:
+    """The stage 1 runs behind the model in `folder`; none without run.json.
 
-    Args:
-        record: `title` (one line) and `harmful` (bool: a stage 1 model) are required; every other
-            key is a section of the card: a dict becomes a table, anything else one line.
-            `provenance()` is added to it.
+    Raises:
+        UserError: as `RunRecord.read`; a run does not say which rows it used.
     """
-    record = {**record, **provenance()}
-    write_file(folder / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    write_file(folder / "README.md", _card(record))
+    trainings = RunRecord.read(folder).trainings
+    missing = [name for run in trainings for name in READ_FLAGS if not isinstance(run.flags.get(name), str | int)]
+    if missing:
+        raise UserError(f"{folder / 'run.json'} has no --{missing[0]}: give a folder that unlearn_harm_new.py wrote")
+    return trainings
+
+
+def training_digest(folder: Path) -> str | None:
+    """SHA-256 of what run.json says of a model's training and negation; None where it says nothing.
+
+    Of the file as it is: a digest that was kept stays valid when a later version adds facts.
+    """
+    content = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    names = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
+    made = {key: value for key, value in content.items() if key in names or key.startswith("stage_1")}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else None
 
 
 def _card(record: dict) -> str:
@@ -130,38 +225,3 @@ def _card(record: dict) -> str:
 def _cell(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def landing_of(record: dict) -> float | None:
-    """The scaling_coef that a stage 1 model (its run.json) was trained for; None if for no one in particular."""
-    flags = {"preserve_at": None, "safe_weight": 0, "normal_weight": 0, **(record.get("flags") or {})}
-    return flags.get("scaling_coef") if uses_landing_point(Namespace(**flags)) else None
-
-
-READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # of a training
-
-
-def trainings_of(folder: Path) -> list[dict]:
-    """What a model's run.json says of the training behind it: one record a stage 1 model, none without run.json."""
-    found = _trainings(read_record(folder))
-    lacking = [flag for one in found for flag in READ_FLAGS if not isinstance(one["flags"].get(flag), str | int)]
-    if lacking:
-        raise UserError(f"{folder / 'run.json'} has no --{lacking[0]}: give a folder that unlearn_harm_new.py wrote")
-    return found
-
-
-def has_training_record(folder: Path) -> bool:
-    """Whether run.json tells of the training of every model that went into this one."""
-    return _is_told(read_record(folder))
-
-
-def _is_told(record: dict) -> bool:
-    stages = [value for key, value in record.items() if key.startswith("stage_1")]
-    if len(stages) < len(record.get("finetuned", ())) or not all(map(_is_told, stages)):
-        return False
-    return bool(_trainings(record))
-
-
-def _trainings(record: dict) -> list[dict]:
-    own = [record] if "flags" in record and "training" in record else []
-    return own + [one for key, value in record.items() if key.startswith("stage_1") for one in _trainings(value)]

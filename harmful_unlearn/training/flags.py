@@ -117,8 +117,10 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     # fmt: on
 
     args = parser.parse_args(arguments)
-    if wrong := apply_method_defaults(args):
-        parser.error(wrong)
+    try:
+        args = argparse.Namespace(**apply_method_defaults(vars(args)))
+    except ValueError as error:
+        parser.error(str(error))
     path = Path(args.model_name)
     name = path.resolve().name if path.is_dir() else path.name
     args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"

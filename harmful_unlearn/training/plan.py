@@ -138,7 +138,7 @@ def make_plan(
             gradient_checkpointing,
             shards,
             second_copy=not lora and bool(batches.losses & terms.NEED_BASE),
-            lands=any(terms.LOSSES[name].lands for name in batches.losses),
+            lands=any(terms.LOSSES[name].at_landing for name in batches.losses),
             four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
         ),
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
@@ -148,7 +148,7 @@ def make_plan(
 def _parts(texts: StepBatch, active: set[str]) -> Iterator[list[Batch]]:
     """The batches of a step that are held at the same time: those of the copy, then those of the landing point."""
     for lands in (False, True):
-        read = {terms.LOSSES[name].reads for name in active if terms.LOSSES[name].lands == lands}
+        read = {terms.LOSSES[name].batch for name in active if terms.LOSSES[name].at_landing == lands}
         if found := [batch for field, batch in texts._asdict().items() if field in read and batch]:
             yield found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import METHODS, uses_landing_point
 from harmful_unlearn.storage.files import ROOT, check_file, check_target, resolved
-from harmful_unlearn.storage.run_record import read_record
+from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.training.distributed import is_main_process
@@ -99,7 +99,7 @@ def check_stages(args: Namespace) -> set[str]:
         if "acquire" not in stages:
             if not finetuned.is_dir():
                 raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
-            trained_by = read_record(finetuned).get("flags", {}).get("method")
+            trained_by = RunRecord.read(finetuned).method
             if trained_by not in (None, args.method):
                 raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
         if not args.resume:
@@ -144,7 +144,7 @@ def remaining_work(
         found = finetuned if whole else resumed
         try:
             then = read_record(found) if found else {}
-            notes += check_same_run(then, now, uses_landing_point(args), found) if found else []
+            notes += check_same_run(then, now, uses_landing_point(vars(args)), found) if found else []
         except UserError:
             if not (whole and args.overwrite):
                 raise

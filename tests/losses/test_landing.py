@@ -63,10 +63,10 @@ class Plain(nn.Module):
         logits = self.logits(batch)
         if name != "lp":
             entropy = F.cross_entropy(logits[batch.index], batch.target, reduction="none")
-            return batch.weights["gd" if name == "sa" else name] @ entropy
+            return batch.weights["random_answers" if name == "rd" else "own_answer"] @ entropy
         with torch.no_grad(), self.base[0].active() as frozen:
             log_p = Plain(frozen, None).logits(batch).log_softmax(-1)
-        return batch.weights["pd"] @ (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+        return batch.weights["text"] @ (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "qwen2"])
@@ -160,7 +160,7 @@ def test_the_script_ships_the_point_that_was_preserved(method, lora, tiny_model,
     assert len(seen) == len(steps) and all(step["lp_loss"] >= 0 for step in steps)
     assert steps[0]["lp_loss"] < 1e-6 < steps[-1]["lp_loss"]
     assert all(("sa_loss" in step) == (method == "lands") for step in steps)
-    weights = loss_weights(parse_flags(["--method", method]))
+    weights = loss_weights(vars(parse_flags(["--method", method])))
     for step in steps:
         total = sum(weights[name] * step[f"{name}_loss"] for name in weights if step[f"{name}_loss"] is not None)
         assert step["total_loss"] == pytest.approx(total, rel=1e-5)
@@ -177,11 +177,11 @@ def test_the_script_ships_the_point_that_was_preserved(method, lora, tiny_model,
 def test_presets_give_way_to_flags():
     args = parse_flags(["--method", "lands"])
     assert (args.lr, args.max_unlearn_steps, args.scaling_coef, args.preserve_at) == (1e-4, 200, 4.0, "landing")
-    assert loss_weights(args) == {"gd": 1.0, "rd": 0.0, "lp": 0.3, "sa": 0.1}
+    assert loss_weights(vars(args)) == {"gd": 1.0, "rd": 0.0, "lp": 0.3, "sa": 0.1}
     args = parse_flags(["--method", "land", "--normal_weight", "1", "--scaling_coef", "2", "--lr", "1e-3"])
-    assert loss_weights(args) == {"gd": 1.0, "rd": 0.0, "lp": 1.0} and (args.scaling_coef, args.lr) == (2.0, 1e-3)
+    assert loss_weights(vars(args)) == {"gd": 1.0, "rd": 0.0, "lp": 1.0} and (args.scaling_coef, args.lr) == (2.0, 1e-3)
     args = parse_flags(["--preserve_at", "landing"])
-    assert loss_weights(args) == {"gd": 0.5, "rd": 1.0, "lp": 1.0} and args.max_unlearn_steps == 1000
+    assert loss_weights(vars(args)) == {"gd": 0.5, "rd": 1.0, "lp": 1.0} and args.max_unlearn_steps == 1000
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def first_metrics(out):
 
 def test_the_default_is_sku_with_the_released_weights():
     args = parse_flags([])
-    assert args.method == "sku" and loss_weights(args) == {"gd": 0.5, "rd": 1.0, "pd": 1.0}
+    assert args.method == "sku" and loss_weights(vars(args)) == {"gd": 0.5, "rd": 1.0, "pd": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_method_trains_and_logs_its_own_losses(method, names, tiny_model, 
     main(flags(tiny_model("opt"), tmp_path, "--method", method))
     metrics = first_metrics(tmp_path)
     assert {name.removesuffix("_loss") for name in metrics if name.endswith("_loss")} == names | {"total"}
-    weights = loss_weights(parse_flags(["--method", method]))
+    weights = loss_weights(vars(parse_flags(["--method", method])))
     total = sum(weight * metrics[f"{name}_loss"] for name, weight in weights.items())
     assert metrics["total_loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)
 
