@@ -54,7 +54,7 @@ from harmful_unlearn.evals.generation import Decoding, answer_nll, generate
 from harmful_unlearn.evals.metrics import degenerate
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
-from harmful_unlearn.storage.run_record import provenance
+from harmful_unlearn.storage.provenance import provenance
 
 REFUSAL_SHARE = 0.2
 # The paper's 1 for --normal_weight damages this model (README, "What the demo proves").

@@ -10,7 +10,7 @@ from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.prompt_sets import SETS, EvalData, Prompt
 from harmful_unlearn.storage.files import write_file
-from harmful_unlearn.storage.run_record import provenance
+from harmful_unlearn.storage.provenance import provenance
 
 
 def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.storage.files import write_file
-from harmful_unlearn.storage.run_record import provenance
+from harmful_unlearn.storage.provenance import provenance
 
 # A KL above this many nats is damage on normal prompts that negation inherits.
 KL_WARNING = 1.0

@@ -7,7 +7,7 @@ import tomllib
 import yaml
 
 from harmful_unlearn.storage.files import ROOT
-from harmful_unlearn.storage.run_record import CODE_VERSION
+from harmful_unlearn.storage.provenance import CODE_VERSION
 
 
 def test_conda_and_pip_have_the_same_pins():

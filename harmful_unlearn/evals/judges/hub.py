@@ -14,7 +14,7 @@ from harmful_unlearn.errors import UserError, is_out_of_memory
 from harmful_unlearn.evals.generation import Decoding, configure
 from harmful_unlearn.evals.judges.base import BROKEN, THRESHOLD, Verdict, shortened
 from harmful_unlearn.models import hub, loading
-from harmful_unlearn.storage.run_record import revision_of
+from harmful_unlearn.storage.provenance import revision_of
 
 
 @dataclass(frozen=True)
