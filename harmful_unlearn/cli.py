@@ -10,18 +10,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
-from harmful_unlearn.errors import MENDABLE, OUT_OF_MEMORY, Stopped, UserError, is_out_of_memory
+from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
 
 NOTHING_HALF_WRITTEN = "no folder was left half-written"
+LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take are far below it
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a command and turn its end into an exit code, without a traceback for what users can mend.
+    """Run a command and turn its end into an exit code, without a traceback for problems that the user can fix.
 
     Returns:
-        0 when `main` returns, 2 for what the user can mend (`UserError`, no memory, a full disk, no permission),
+        0 when `main` returns, 2 for what the user can fix (`UserError`, no memory, a full disk, no permission),
         130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
     """
     process = int(os.environ.get("RANK", 0))
@@ -29,8 +32,6 @@ def exit_code(main: Callable[[], None]) -> int:
         with _handled(_terminate, signal.SIGTERM):
             main()
         return 0
-    except UserError as error:
-        message = str(error)
     except KeyboardInterrupt:
         print(f"\ninterrupted: {NOTHING_HALF_WRITTEN}", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -38,154 +39,146 @@ def exit_code(main: Callable[[], None]) -> int:
         if process == 0:
             print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.number
-    except OSError as error:
-        if error.errno not in MENDABLE:
+    except Exception as error:
+        message = _problem(error)
+        if message is None:
             raise
-        message = f"{error.filename2 or error.filename or 'a file'}: {MENDABLE[error.errno]}"
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message = OUT_OF_MEMORY
-    print(f"error{f' (process {process})' * (process > 0)}: {one_line(message)}", file=sys.stderr)
+    where = f" (process {process})" if process > 0 else ""
+    print(f"error{where}: {one_line(message)}", file=sys.stderr)
     return 2
 
 
-def _terminate(number: int, _frame) -> None:
+def _problem(error: Exception) -> str | None:
+    """The message for a problem that the user can fix; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    return disk_problem(error)
+
+
+def _terminate(number: int, _frame: object) -> None:
     raise Stopped(number, f"terminated: {NOTHING_HALF_WRITTEN}")
 
 
 @contextmanager
-def _handled(handler: Callable[[int, object], None], *signals: int) -> Iterator[None]:
-    """Within the block signals go to `handler`, if this is the thread that gets them."""
-    mine = threading.current_thread() is threading.main_thread()
-    usual = {number: signal.signal(number, handler) for number in signals if mine}
+def _handled(handler: Callable[[int, FrameType | None], None], *signals: int) -> Iterator[None]:
+    """Within the block, signals call `handler`. Only the main thread receives signals; elsewhere nothing changes."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in signals if is_main_thread}
     try:
         yield
     finally:
-        for number, before in usual.items():
+        for number, before in previous.items():
             signal.signal(number, before)
 
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], int]]:
-    """Within the block a first Ctrl-C or SIGTERM is only noted, for work to come to a good end; a second one stops it.
+    """Within the block, the first Ctrl-C or SIGTERM only asks for a stop, which work can heed; a second one stops it.
 
     Yields:
-        The number of the signal that came, 0 before. Outside of the main thread none is noted.
+        A function that returns the number of the signal received, 0 before. Outside of the main thread it is always 0.
     """
-    came = []
+    received: list[int] = []
 
-    def note(number: int, frame) -> None:
-        if came:
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
             signal.default_int_handler(number, frame) if number == signal.SIGINT else _terminate(number, frame)
-        came.append(number)
+        received.append(number)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     with _handled(note, signal.SIGINT, signal.SIGTERM):
-        yield lambda: came[0] if came else 0
+        yield lambda: received[0] if received else 0
 
 
 def one_line(message: str) -> str:
-    """A message without line ends and what else steers a terminal: file names and data may hold any of it."""
+    """A message without line breaks and terminal control characters, which file names and data may hold."""
     return "".join(sign if sign.isprintable() else " " for sign in message.strip())
 
 
-LARGEST = 2**32 - 1  # NumPy takes no larger seed
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, like all others here, and name a flag that was nearly given.
+    """An ArgumentParser whose errors are one line and suggest a flag for a misspelt one.
 
-    Flags are written out, and a negative number may have an exponent (-1e-3).
+    Flags cannot be abbreviated, and a negative number may have an exponent (-1e-3).
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's own takes -1e-3 for a flag
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None):
+        """The flags. Exits with code 2: a value is refused, a flag is missing or unknown, or not UTF-8."""
         words = sys.argv[1:] if args is None else args
-        for word in words:
-            if not word.isprintable() and ("\0" in word or not _is_utf8(word)):
-                self.error(f"{word!r} holds a NUL byte, or something else than UTF-8: give another name")
-        # Before all else: a flag that is required and misspelt would be called missing.
-        for word in words[: words.index("--") if "--" in words else None]:
-            name = word.partition("=")[0]
-            is_flag = name.startswith("-") and " " not in name and not self._negative_number_matcher.match(name)
-            if is_flag and len(name) > 1 and name not in self._option_string_actions:
-                self.error(f"there is no flag {name}{self._nearly(name)}")
-        return super().parse_args(args, namespace)
+        try:
+            "".join(words).encode()  # Python keeps other bytes as half a surrogate pair, which cannot be written
+        except UnicodeEncodeError:
+            self.error(f"{next(word for word in words if not word.isprintable())!r} is not UTF-8: give another name")
+        flags, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{self._suggestion(unknown[0])}")
+        return flags
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2 and one line in place of the usage."""
+        """Exit with code 2 and one line, rather than the usage."""
         message = one_line(message).removeprefix("argument ")
-        self.exit(2, f"error: {message} (--help tells of all flags)\n")
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
-    def _nearly(self, name: str) -> str:
+    def _suggestion(self, unknown: str) -> str:
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        name = "--" + name.lstrip("-").replace("-", "_")
+        name = "--" + unknown.partition("=")[0].lstrip("-").replace("-", "_")
         near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(name, known, 1)
         return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-def _is_utf8(word: str) -> bool:
+def _parse(text: str, kind: type, is_valid: Callable[[float], bool], expected: str) -> Any:
+    """`text` as a number of type `kind`. Raises ArgumentTypeError: it is not one, or not a valid one."""
     try:
-        word.encode()
-    except UnicodeEncodeError:  # bytes that Python keeps as half a surrogate pair
-        return False
-    return True
-
-
-def _read(text: str, kind: type, fits: Callable[[float], bool], what: str) -> float:
-    try:
-        if fits(value := kind(text)):
-            return value
+        value = kind(text)
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"give {what}, not {text!r}")
-
-
-LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take stay far below it
+        value = None
+    if value is None or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"give {expected}, not {text!r}")
+    return value
 
 
 def number(text: str) -> float:
-    """A finite number, as argparse reads it."""
-    return _read(text, float, math.isfinite, "a finite number")
+    """A finite number."""
+    return _parse(text, float, math.isfinite, "a finite number")
 
 
 def positive_number(text: str) -> float:
     """A number above 0."""
-    return _read(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+    return _parse(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def not_negative(text: str) -> float:
     """A number from 0."""
-    return _read(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
+    return _parse(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
 
 
 def share(text: str) -> float:
     """A number from 0 to 1."""
-    return _read(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    return _parse(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def whole_number(text: str) -> int:
     """A whole number from 0."""
-    return _read(text, int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
+    return _parse(text, int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
 
 
 def positive_int(text: str) -> int:
     """A whole number from 1."""
-    return _read(text, int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
+    return _parse(text, int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
 
 
 def device_map(text: str) -> str:
-    """How accelerate spreads a model over devices, or one device."""
+    """One of accelerate's ways to spread a model over devices (DEVICE_MAPS), or a device."""
     if text not in DEVICE_MAPS and not re.fullmatch(r"(cpu|disk|mps|(cuda|xpu|npu)(:\d+)?)", text):
         raise argparse.ArgumentTypeError(f"give one of {', '.join(DEVICE_MAPS)}, or a device, not {text!r}")
     if text.startswith("cuda"):
-        import torch  # seconds that no other flag needs
+        import torch  # here, since it takes seconds that no other flag needs
 
         if torch.cuda.device_count() <= int(text.partition(":")[2] or 0):
-            raise argparse.ArgumentTypeError(f"there is no {text} here: give auto or cpu")
+            raise argparse.ArgumentTypeError(f"this machine has no {text}: give auto or cpu")
     return text

@@ -21,7 +21,7 @@ class NoSafeAnswers(UserError):
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM, with what became of the work; the exit code is 128 + the signal's number."""
+    """Ctrl-C or SIGTERM, with a message about the work so far; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int, message: str):
         self.number = number
@@ -32,46 +32,43 @@ OUT_OF_MEMORY = (
     "out of memory: use a smaller --batch_size or --max_length, --lora on, "
     "--gradient_checkpointing, or a GPU with bf16 (--check prints an estimate first)"
 )
-MENDABLE = {
-    errno.ENOSPC: "no space is left on the disk: free some, then run again",
-    errno.EDQUOT: "your disk quota is used up: free some space, then run again",
-    errno.EACCES: "permission denied: give a path that you may use",
-    errno.EPERM: "permission denied: give a path that you may use",
-    errno.EROFS: "the file system is read-only: give another path",
-    errno.EFBIG: "the file is larger than this disk or account may hold: give another path",
-    errno.EIO: "the disk does not answer: check it, or give another path",
-    errno.ESTALE: "the disk is gone: mount it again, or give another path",
-    errno.ENOTCONN: "the disk is gone: mount it again, or give another path",
-    errno.ENODEV: "the disk is gone: mount it again, or give another path",
-    errno.ENAMETOOLONG: "a name is too long for the file system: give a shorter one",
-    errno.ELOOP: "its symbolic links lead round in a loop: give another path",
-    errno.ENOTDIR: "a part of the path is a file: give another path",
-    errno.EISDIR: "a folder is where a file should be: remove it, or give another path",
-}
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PATH_IS_UNUSABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """The message for a path or a disk that cannot be used; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_IS_FULL | _PATH_IS_UNUSABLE:
+        return None
+    fix = "free some space, then run again" if error.errno in _DISK_IS_FULL else "give another path"
+    return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}: {fix}"
 
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Within the block, what the system says of files is an OSError, also from libraries with errors of their own."""
+    """Within the block, a failed write is an OSError in safetensors and tokenizers, too."""
     try:
         yield
-    except Exception as error:  # safetensors' and tokenizers' derive from Exception alone
-        said = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        if isinstance(error, OSError) or not said:
+    except Exception as error:  # theirs derive from Exception alone, and name the system's error in their text
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not number:
             raise
-        number = int(said[1] or said[2])
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the machine or its GPU has no memory left."""
-    # Torch's CPU allocator raises a bare RuntimeError, told apart by its text alone.
+    # Torch's CPU allocator raises a bare RuntimeError, which only its text identifies.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(said in str(error) for said in ("can't allocate memory", "Cannot allocate memory", "unable to mmap"))
+        or any(text in str(error) for text in ("can't allocate memory", "Cannot allocate memory", "unable to mmap"))
     )
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from harmful_unlearn.errors import MENDABLE, UserError
+from harmful_unlearn.errors import UserError, disk_problem
 from harmful_unlearn.storage.files import user_path
 from harmful_unlearn.storage.safetensors_io import INDEX_NAME, read_index
 
@@ -51,7 +51,7 @@ def resolve_model(name: str, weights: bool = True) -> Path:
             f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
         ) from None
     except Exception as error:  # the hub's client raises its HTTP library's own errors
-        if isinstance(error, OSError) and error.errno in MENDABLE:
+        if disk_problem(error):
             raise
         raise UserError(
             f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}): "

@@ -72,7 +72,7 @@ def check_file(path: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Path.exists, which takes a loop of links for nothing. Raises OSError (see errors.MENDABLE)."""
+    """Path.exists, which takes a loop of links for nothing. Raises OSError (see errors.disk_problem)."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

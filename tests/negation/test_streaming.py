@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_before_the_work(pair, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(streaming, "_fill", None)  # is not reached
     assert stopped(pair, tmp_path, OSError).errno == errno.ENOSPC
     assert exit_code(lambda: negate(pair[0], [(pair[1], 1.0)], tmp_path / "out")) == 2
-    assert "no space is left on the disk: free some" in capsys.readouterr().err
+    assert "No space left on device: free some" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_meanwhile(pair, threads, tmp_path, monkeypatch):

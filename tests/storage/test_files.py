@@ -1,7 +1,6 @@
-"""Folders that are whole or absent, records, exit codes, the log of a run."""
+"""Folders and files that are complete or absent, and checks before the work."""
 
 import errno
-import json
 import os
 import socket
 import subprocess
@@ -9,12 +8,9 @@ import sys
 
 import pytest
 
-from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage import files
 from harmful_unlearn.storage.files import new_folder, write_file
-from harmful_unlearn.storage.run_record import write_record
-from harmful_unlearn.training.run_log import RunLog, beside
 
 
 def test_new_folder_is_whole_or_absent(tmp_path):
@@ -120,51 +116,6 @@ def test_write_file_replaces_in_one_step(tmp_path):
     assert (tmp_path / "deep" / "file.json").read_text() == "two"
 
 
-def test_record(tmp_path):
-    record = {
-        "title": "A | model",
-        "harmful": True,
-        "base": {"name": "owner/model"},
-        "flags": {"a": [1, 2], "b": "x|y"},
-    }
-    write_record(tmp_path, record)
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert run["flags"] == record["flags"]
-    assert run["code"]["version"] and run["packages"]["torch"] and run["created"].endswith("+00:00")
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nbase_model: owner/model\n")
-    assert "Deliberately harmful" in card and "| b | x\\|y |" in card
-
-
-@pytest.mark.parametrize(
-    "error, code, said",
-    [
-        (UserError("mend it"), 2, "error: mend it"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "full", "out.bin"), 2, "out.bin: no space is left"),
-        (PermissionError(errno.EACCES, "no", "out.bin"), 2, "permission denied"),
-        (MemoryError(), 2, "out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
-    ],
-)
-def test_exit_codes(error, code, said, capsys):
-    def main():
-        raise error
-
-    assert exit_code(main) == code
-    assert said in capsys.readouterr().err
-
-
-def test_bugs_keep_their_traceback():
-    for bug in (RuntimeError("a bug"), OSError(errno.EBADF, "ours"), KeyError("x")):
-
-        def main(bug=bug):
-            raise bug
-
-        with pytest.raises(type(bug)):
-            exit_code(main)
-
-
 def test_what_a_killed_process_left_is_cleared_up(tmp_path):
     """Of processes of this machine that are gone; not what a living one, or another machine's, is writing."""
     target, host = tmp_path / "model", socket.gethostname()
@@ -179,43 +130,6 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
     with new_folder(target, overwrite=True):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"model", *kept}
-
-
-def step(number: int, pd: float = -0.1) -> dict:
-    return {
-        "step": number,
-        "gd_loss": 1.0,
-        "rd_loss": None,
-        "pd_loss": pd,
-        "total_loss": 2.0,
-        "lr": 1e-4,
-        "grad_norm": 1.0,
-        "tokens": 10,
-        "seconds": 0.1,
-    }
-
-
-def test_run_log(tmp_path, capsys):
-    log = RunLog(tmp_path / "new" / "opt-2.7b.log", 3)
-    log.say("hello")
-    for metrics in (step(1), step(2, -1.5), step(3, -2.5)):
-        log.step(metrics)
-    log.close()
-    text = (tmp_path / "new" / "opt-2.7b.log").read_text()
-    assert "hello" in text and "step 3/3" in text and text.count("WARNING") == 1
-    lines = (tmp_path / "new" / "opt-2.7b.metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3]
-    assert lines == log.metrics_text
-    assert (tmp_path / "new" / "opt-2.7b.losses.png").read_bytes().startswith(b"\x89PNG")
-    capsys.readouterr()
-    RunLog(tmp_path / "new" / "opt-2.7b.log", 3).say("again")
-    text = (tmp_path / "new" / "opt-2.7b.log").read_text()
-    assert "hello" in text and "again" in text  # an earlier run's log is not lost
-
-
-def test_files_beside_the_log(tmp_path):
-    assert beside(tmp_path / "opt-2.7b.log", ".png") == tmp_path / "opt-2.7b.png"
-    assert beside(tmp_path / "opt-2.7b", ".png") == tmp_path / "opt-2.7b.png"
 
 
 def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
