@@ -1,0 +1,143 @@
+"""Documents: whatever they and the code name exists, and they say what they have to."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harmful_unlearn.losses.methods import METHODS
+from harmful_unlearn.losses.terms import LOSSES
+from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.storage.provenance import CODE_VERSION
+from tests.helpers import documents as check
+from tests.helpers.documents import read
+
+README = ROOT / "README.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
+DOCS = ROOT / "docs"
+
+
+def named(paths: list[Path]) -> list:
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+# ---------------------------------------------------------------------------------- what is named exists
+
+
+@pytest.mark.parametrize("document", named(check.documents()))
+def test_documents(document):
+    text = read(document)
+    assert not check.broken_links(document, text)
+    if document == CHANGELOG:  # the first column names what was there before
+        text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.MULTILINE)
+    text = check.without_links_elsewhere(text)
+    assert not check.missing_files(text, document.parent)
+    assert not check.missing_targets("\n".join(check.code_of(text)))
+    assert not check.missing_flags(text)
+    assert not check.wrong_details(text)
+
+
+@pytest.mark.parametrize("source", named(check.sources()))
+def test_what_code_says_of_documents(source):
+    text = read(source)
+    assert not check.missing_documents(text)
+    assert not check.missing_targets("\n".join(re.findall(r"[`(]make [a-z-]+(?=[`)])", text)))
+    assert not check.wrong_details(text)
+
+
+@pytest.mark.parametrize(
+    ("find", "planted", "good"),
+    [
+        (check.broken_links, "[a](docs/nowhere.md)", "[a](docs/method.md)"),
+        (check.broken_links, "![a](docs/pictures/none.png)", "![a](docs/pictures/alpha.png)"),
+        (check.broken_links, "[a](docs/method.md#nothing)", "[a](docs/method.md#landing-point)"),
+        (check.broken_links, "[a](docs/implementation-details.md#23)", "[a](docs/implementation-details.md#22)"),
+        (check.broken_links, "# One\n\n[a](#two)", "# Two\n\n[a](#two)"),
+        (check.broken_links, "[a][b]", "[a][b]\n\n[b]: README.md"),
+        (check.broken_links, "[a][b]\n\n[b]: NOTHING.md", "[a](https://example.org/NOTHING.md)"),
+        (check.broken_links, "# `x` and *y*\n\n[a](#x-y)", "# `x` and *y*\n\n[a](#x-and-y)"),
+        (check.broken_links, "```\n# One\n```\n\n[a](#one)", "# One\n\n# One\n\n[a](#one-1)"),
+        (check.missing_files, "`losses/termz.py`", "`losses/terms.py`, `harmful_unlearn/losses/terms.py`, terms.py"),
+        (check.missing_files, "see docs/nowhere.md", "see docs/method.md"),
+        (check.missing_files, "python harmful_unlearn/nothing.py --help", "python harmful_unlearn/demo.py --help"),
+        (check.missing_files, "launch/fsdp3.yaml", "launch/fsdp2.yaml and report.md"),
+        (check.missing_targets, "make everything", "make test-slow"),
+        (check.missing_flags, "python main.py --gredy", "python main.py --greedy --base B"),
+        (check.missing_flags, "`--m_seen`", "`--n_seen`, and a dash -- or two"),
+        (check.missing_documents, "(docs/nowhere.md#the-demo)", "(docs/results.md#the-demo)"),
+        (check.missing_documents, "see docs/nowhere.md", "see docs/method.md, and OUTPUT's report.md"),
+        (check.missing_documents, "docs/results.md#the-demos", "docs/results.md"),
+        (check.missing_documents, '(docs/method.md, "Landing")', '(docs/method.md, "Landing point")'),
+        (check.missing_documents, "(README, what the demo shows)", '(README, "Results")'),
+        (check.missing_documents, "README, the results", "a model card, README.md, beside it"),
+        (check.wrong_details, "(implementation detail 23)", "(implementation detail 22)"),
+        (check.wrong_details, "implementation details 9 and 0", "implementation details 3 and 9 to 12"),
+        (check.wrong_details, "(released code, point 9)", "(implementation detail 9)"),
+        (check.wrong_details, "included (point 9)", "included (detail 9)"),
+        (check.wrong_details, "as README's implementation details 3 and 9 have them", "the README's own command"),
+    ],
+)
+def test_the_checks_find_what_is_planted(find, planted, good):
+    arguments = (README,) if find is check.broken_links else ()
+    assert find(*arguments, planted), planted
+    assert not find(*arguments, good), good
+
+
+def test_code_in_documents_is_seen():
+    text = "A `make one` and\n\n    make two\n\nthen\n\n```bash\nmake three\n```\n\nnot make four\n"
+    assert check.missing_targets("\n".join(check.code_of(text))) == ["one", "three", "two"]
+    assert "make" not in check.without_code(text.replace("`make one`", "")).replace("not make four", "")
+
+
+# ---------------------------------------------------------------------------------- what they have to say
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = read(README)
+    assert len(text.splitlines()) <= 240
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target}
+    pages = {path for path in check.documents() if path not in (README, ROOT / "logs/README.md")}
+    assert pages <= linked
+
+
+def test_every_picture_is_shown():
+    targets = [target for page in DOCS.glob("*.md") for target in re.findall(r"!\[.*\]\((.*)\)", read(page))]
+    shown = {(DOCS / target).resolve() for target in targets}
+    assert shown == set((DOCS / "pictures").glob("*.png"))
+
+
+def test_all_details_have_an_anchor_and_a_heading():
+    text = read(check.DETAILS)
+    numbers = [str(number) for number in range(1, check.NUMBER_OF_DETAILS + 1)]
+    assert [name for name in re.findall(r'<a id="(\d+)"', text)] == numbers
+    assert [title.partition(".")[0] for title in check.headings(text) if title[0].isdigit()] == numbers
+
+
+def test_running_explains_every_logged_metric():
+    text = read(DOCS / "running.md")
+    logged = ["step", *(f"{name}_loss" for name in LOSSES), "total_loss", "lr", "grad_norm", "tokens", "seconds"]
+    assert [name for name in logged if f"| `{name}` |" not in text] == []
+
+
+def test_evaluation_explains_every_metric():
+    text = read(DOCS / "evaluation.md").partition("## Metrics")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"`([a-z]+[a-z0-9]*(?:_[a-z]+)?)`", text))
+    code = "".join(read(path) for path in (ROOT / "harmful_unlearn/evals").glob("*.py"))
+    figures = set(re.findall(r'add\(label, [^,]+, [^,]+, "(\w+)"', code)) | {"mc1", "mc2"}
+    assert len(figures) > 6 and figures <= explained
+    assert {name for name in explained if f'"{name}"' not in code} == set()
+
+
+def test_method_explains_every_method():
+    text = read(DOCS / "method.md").partition("## Methods")[2].partition("\n## ")[0]
+    assert [name for name in METHODS if f"`{name}`" not in text] == []
+
+
+def test_the_citation_has_the_version_and_the_paper():
+    citation = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    assert citation["version"] == CODE_VERSION
+    assert f"## {CODE_VERSION}\n" in read(CHANGELOG)
+    paper = citation["preferred-citation"]
+    assert paper["title"] in read(README) and paper["identifiers"][0]["value"] == "arXiv:2402.10058"
+    assert [author["family-names"] for author in paper["authors"]] == ["Liu", "Dou", "Tan", "Tian", "Jiang"]
