@@ -55,7 +55,7 @@ def relearn(
         chosen, order = order[:BATCH], order[BATCH:]
         batch = collator.answers_batch([pairs[index] for index in chosen], []).to(place)
         with torch.autocast(place.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            ((loss, _),) = objective(model, StepBatch(batch))
+            loss, _ = objective(model, StepBatch(batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,12 +1,5 @@
-"""The losses of SKU's stage 1, by the paper's names, and those of the methods it is compared with.
+"""The training objective: a weighted sum of loss terms, one forward pass over each batch of a step."""
 
-    L = e1 * L_GD + e2 * L_RD + e3 * L_PD
-
-Each is a sum over positions, weighted by the batch (data/collator.py), of one of two things: the cross-entropy of the
-next token, or the KL divergence from the base. Which of them a method minimises is in methods.py.
-"""
-
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -25,7 +18,6 @@ from harmful_unlearn.losses.fused_linear import (
     head_of,
     scored_hidden,
 )
-from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.terms import LOSSES
 from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.models.reference import ReferenceModel
@@ -33,101 +25,94 @@ from harmful_unlearn.models.sharding import gather_full, is_sharded
 
 
 class Objective:
-    """A weighted sum of losses of one model.
+    """The weighted sum of a method's loss terms (terms.py).
 
     Args:
-        model: whose head is looked at once: where its logits are not the plain product of hidden states and
-            output embeddings, they are computed by the model itself, all at once.
-        weights: of each loss, by name; those with 0 are left out.
-        base: theta_o, for losses in NEED_BASE.
-        scaling_coef: alpha, which says where the landing point is.
+        model: theta. Its LM head is inspected once. If logits are more than `lm_head(hidden)` (softcap, scaling), the
+            fused path is off and the model computes them, for all scored positions at once.
+        weights: the weight of each term, by name; those with 0 are left out.
+        base: theta_o, for the terms in NEED_BASE.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        weights: dict[str, float],
-        base: ReferenceModel | None = None,
-        scaling_coef: float = 1.0,
-    ):
+    def __init__(self, model: PreTrainedModel, weights: dict[str, float], base: ReferenceModel | None = None):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.base = base
-        lands = any(LOSSES[name].at_landing for name in self.weights)
-        self.landing = LandingPoint(model, base, scaling_coef) if lands else None
         models = [model] if base is None or base.shared else [model, base.model]
         self.fused = all(map(has_plain_head, models))
 
-    def __call__(self, model: PreTrainedModel, texts: StepBatch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The sum in one or two parts, of which the gradients add up; one forward pass over each batch.
-
-        Call `backward` on each part before the next is asked for: the second is computed at the landing point.
+    def __call__(self, model: PreTrainedModel, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The terms at theta: one forward pass over each batch that they read.
 
         Returns:
-            A scalar that has a gradient, and each of its losses without its weight, in nats.
+            The weighted sum, a scalar (without a gradient if the method has no term at theta), and the value of each
+            term without its weight, in nats.
         """
-        part, each = self._part(model, texts, lands=False)
-        if each:
-            yield part, each
-        if self.landing:
-            with self.landing.reached() as factor:
-                part, each = self._part(model, texts, lands=True)
-                if each:
-                    yield factor * part, each
+        return self._weighted_sum(model, batch, at_landing=False)
 
-    def _part(self, model: PreTrainedModel, texts: StepBatch, lands: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        total, each, sums = 0.0, {}, {}
-        for field, batch in texts._asdict().items():
-            losses = {name: LOSSES[name] for name in self.weights}
-            losses = {name: loss for name, loss in losses.items() if (loss.batch, loss.at_landing) == (field, lands)}
-            if batch is None or not losses:
+    def at_landing(self, model: PreTrainedModel, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for the terms at the landing point; call it within `LandingPoint.reached`."""
+        return self._weighted_sum(model, batch, at_landing=True)
+
+    def _weighted_sum(
+        self, model: PreTrainedModel, batch: StepBatch, at_landing: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total, values = torch.zeros(()), {}
+        head_gradients: dict[str, Tensor] = {}
+        for name, rows in batch._asdict().items():
+            terms = {n: LOSSES[n] for n in self.weights}
+            terms = {n: term for n, term in terms.items() if (term.batch, term.at_landing) == (name, at_landing)}
+            if rows is None or not terms:
                 continue
-            coefficient = sum(
-                self.weights[name] * loss.sign * batch.weights[loss.weights] for name, loss in losses.items()
-            )
-            diverges = any(loss.diverges for loss in losses.values())
-            part, values = (self._divergence if diverges else self._cross_entropy)(model, batch, coefficient, sums)
-            total = total + part
-            values = values.detach().to(coefficient.device)
-            for name, loss in losses.items():
-                each[name] = loss.sign * (batch.weights[loss.weights] @ values)
-        return total, each
+            # One weight an entry, so that all terms of a batch share one forward and one backward pass.
+            coefficient = sum(self.weights[n] * term.sign * rows.weights[term.weights] for n, term in terms.items())
+            compute = self._divergence if any(term.diverges for term in terms.values()) else self._cross_entropy
+            part, entries = compute(model, rows, coefficient, head_gradients)
+            total = part + total.to(part.device)
+            entries = entries.detach().to(coefficient.device)
+            for n, term in terms.items():
+                values[n] = term.sign * (rows.weights[term.weights] @ entries)
+        return total, values
 
     def _cross_entropy(
-        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, sums: dict
+        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, head_gradients: dict
     ) -> tuple[Tensor, Tensor]:
+        """coefficient @ cross-entropies, and the cross-entropies, [entries]."""
         if self.fused:
-            score = CrossEntropy(*(one.to(_place(model)) for one in (batch.index, batch.target, coefficient)))
-            return fused_loss(model, batch, score, sums), score.values
-        values = cross_entropy(model, batch).to(coefficient.device)
-        return coefficient @ values, values
+            device = execution_device(head_of(model))
+            score = CrossEntropy(batch.index.to(device), batch.target.to(device), coefficient.to(device))
+            return fused_loss(model, batch, score, head_gradients), score.values
+        entries = cross_entropy(model, batch).to(coefficient.device)
+        return coefficient @ entries, entries
 
     def _divergence(
-        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, sums: dict
+        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, head_gradients: dict
     ) -> tuple[Tensor, Tensor]:
+        """coefficient @ KL(P_theta_o || P_theta), and the divergences, [scored]."""
+        assert self.base
         if self.fused:
-            with _no_gradient(), self.base.active() as frozen:
-                hidden = scored_hidden(frozen, batch)
-            head = _at_hand(head_of(frozen), hidden.dtype)
-            # Offloaded weights of a second copy are not brought by the first one's forward pass.
+            with _no_gradient(), self.base.active() as reference:
+                hidden = scored_hidden(reference, batch)
+            head = _gathered_head(head_of(reference), hidden.dtype)
+            # The model's own forward pass does not load the offloaded weights of a separate reference model.
             with nullcontext() if self.base.shared else align_module_device(head):
-                score = Divergence(hidden, head, coefficient.to(_place(model)))
-                return fused_loss(model, batch, score, sums), score.values
-        with _no_gradient(), self.base.active() as frozen:
-            log_p = scored_logits(frozen, batch).log_softmax(-1)
+                score = Divergence(hidden, head, coefficient.to(execution_device(head_of(model))))
+                return fused_loss(model, batch, score, head_gradients), score.values
+        with _no_gradient(), self.base.active() as reference:
+            log_p = scored_logits(reference, batch).log_softmax(-1)
         log_q = scored_logits(model, batch).log_softmax(-1)
-        # Outside of inference mode, since autograd keeps p; the base may sit on another device.
+        # Copied outside of inference mode, since autograd keeps p; the base may be on another device.
         log_p = log_p.to(log_q.device, copy=True)
-        values = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).to(coefficient.device)
-        return coefficient @ values, values
+        entries = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).to(coefficient.device)
+        return coefficient @ entries, entries
 
 
 def _no_gradient():
-    # Weights that are gathered from other processes in inference mode could not be trained with afterwards.
+    # Weights that were gathered from other processes in inference mode could not be trained afterwards.
     return torch.no_grad() if torch.distributed.is_initialized() else torch.inference_mode()
 
 
-def _at_hand(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Output embeddings outside of their model's forward pass, where engines have only a part of them here."""
+def _gathered_head(head: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The LM head outside of its model's forward pass, where engines have only a shard of it."""
     if not is_sharded(head.weight):
         return head
     gathered = nn.Module()
@@ -136,15 +121,10 @@ def _at_hand(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return gathered
 
 
-def _place(model: PreTrainedModel) -> torch.device:
-    return execution_device(head_of(model))
-
-
 def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits of the scored positions alone, as the model defines them (its softcap or scale included).
+    """Logits of the scored positions only, as the model defines them (softcap or scaling included).
 
-    The hidden states of all other positions never meet the output embeddings, so logits of
-    [rows, length, vocabulary] never exist.
+    The LM head sees no other position, so logits of [rows, length, vocabulary] never exist.
 
     Returns:
         [scored, vocabulary] float32.

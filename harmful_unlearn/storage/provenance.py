@@ -21,7 +21,7 @@ def revision_of(folder: Path) -> str | None:
 
 def provenance() -> dict:
     """What ran: command, code version and commit, package versions, Python, time (UTC)."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)

@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import read_json, write_file
@@ -106,7 +107,7 @@ class RunRecord:
 
     @classmethod
     def _from_json(cls, content: dict, version: int) -> "RunRecord":
-        sections = {name: content.get(name) or {} for name in SECTIONS}
+        sections: dict[str, Any] = {name: content.get(name) or {} for name in SECTIONS}
         if not all(isinstance(section, dict) for section in sections.values()):
             raise TypeError
         flags = sections["flags"]
@@ -120,7 +121,7 @@ class RunRecord:
         count = max([len(sections["finetuned"]), *sources])
         if count > len(sections["finetuned"]) + len(sources) or min(sources, default=1) < 1:
             raise ValueError
-        facts = {name: content.get(name) for name in ("negates", "landing_alpha", "prompt_template")}
+        facts: dict[str, Any] = {name: content.get(name) for name in ("negates", "landing_alpha", "prompt_template")}
         known = {"title", "harmful", "scaling_coef", *SECTIONS, *facts}
         return cls(
             title=str(content.get("title", "")),

@@ -1,6 +1,6 @@
 """The flags of unlearn_harm_new.py."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from harmful_unlearn.cli import (
@@ -13,18 +13,90 @@ from harmful_unlearn.cli import (
     whole_number,
 )
 from harmful_unlearn.data.collator import VARIANTS
-from harmful_unlearn.losses.methods import METHODS, apply_method_defaults
+from harmful_unlearn.losses.methods import METHODS, apply_method_defaults, loss_weights, uses_landing_point
 from harmful_unlearn.storage.files import ROOT, user_path
 
 AUTO = "auto"  # --resume without a path
 
 
-def checkpoint(text: str) -> str | Path:
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The flags of unlearn_harm_new.py (`--help` says what each means), with the method's defaults filled in."""
+
+    max_unlearn_steps: int
+    bad_weight: float
+    random_weight: float
+    normal_weight: float
+    batch_size: int
+    lr: float
+    model_name: str
+    model_save_dir: Path
+    saved_model: Path | None
+    log_file: Path | None
+    task_vector_saving_path: Path
+    method: str
+    preserve_at: str
+    safe_weight: float
+    variant: str
+    k_random: int
+    scaling_coef: float
+    seed: int
+    stage: str
+    max_length: int | None
+    harmful_dataset: str
+    harmful_revision: str | None
+    harmful_split: str
+    normal_dataset: str
+    harm_category: list[str]
+    min_severity: int | None
+    all_harmful: bool
+    lora: str
+    lora_r: int | None
+    lora_alpha: int | None
+    lora_target_modules: list[str] | None
+    quantize: str | None
+    precision: str
+    no_packing: bool
+    gradient_checkpointing: bool
+    device_map: str | None
+    save_every: int | None
+    keep_checkpoints: int
+    resume: str | Path | None
+    report_to: str
+    check: bool
+    overwrite: bool
+
+    @property
+    def harmful_model(self) -> Path:
+        """The folder of the stage 1 model that stage 2 reads."""
+        return self.saved_model or self.model_save_dir
+
+    @property
+    def negates(self) -> bool:
+        """Whether stage 2 subtracts what stage 1 learned."""
+        return METHODS[self.method].negates
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each of the method's loss terms, by name."""
+        return loss_weights(vars(self))
+
+    @property
+    def uses_landing_point(self) -> bool:
+        """Whether a loss term is computed at the landing point."""
+        return uses_landing_point(vars(self))
+
+    def to_json(self) -> dict[str, object]:
+        """The flags as run.json has them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+def checkpoint_path(text: str) -> str | Path:
     """What --resume takes."""
     return AUTO if text == AUTO else user_path(text)
 
 
-def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namespace:
+def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSettings:
     """The flags; the first group is the released script's, with its names, meanings and defaults.
 
     Args:
@@ -106,7 +178,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
     flag(running, "--keep_checkpoints", "of the newest, in MODEL_SAVE_DIR.checkpoints; all go once the stage 1 model "
          "is saved", type=positive_int, default=1)
     flag(running, "--resume", "go on with a run that was stopped: at the newest checkpoint, or at this one; at step 1 "
-         "where there is none, and at stage 2 where stage 1 is done", nargs="?", const=AUTO, type=checkpoint,
+         "where there is none, and at stage 2 where stage 1 is done", nargs="?", const=AUTO, type=checkpoint_path,
          metavar="CHECKPOINT")
     flag(running, "--report_to", "send each step's metrics there, too (pip install it)",
          choices=("none", "tensorboard", "wandb"), default="none")
@@ -116,13 +188,13 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> argparse.Namesp
          action="store_true")
     # fmt: on
 
-    args = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
     try:
-        args = argparse.Namespace(**apply_method_defaults(vars(args)))
+        flags = apply_method_defaults(given)
     except ValueError as error:
         parser.error(str(error))
-    path = Path(args.model_name)
+    path = Path(flags["model_name"])
     name = path.resolve().name if path.is_dir() else path.name
-    args.model_save_dir = args.model_save_dir or ROOT / "models" / f"{name}-harmful"
-    args.task_vector_saving_path = args.task_vector_saving_path or ROOT / "models" / f"{name}-unlearned"
-    return args
+    flags["model_save_dir"] = flags["model_save_dir"] or ROOT / "models" / f"{name}-harmful"
+    flags["task_vector_saving_path"] = flags["task_vector_saving_path"] or ROOT / "models" / f"{name}-unlearned"
+    return TrainingSettings(**flags)

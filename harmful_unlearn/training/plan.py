@@ -10,13 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
-from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses import terms
+from harmful_unlearn.errors import NoSafeAnswers, UserError
 from harmful_unlearn.losses.fused_linear import CHUNK
+from harmful_unlearn.losses.terms import LOSSES, NEED_BASE, ON_HARMFUL
 from harmful_unlearn.models.lora import Lora, linear_layers
+from harmful_unlearn.training.flags import TrainingSettings
 
 GIB = 2**30
-# Values that training keeps for each token, layer and hidden unit; about what OPT and LLaMA need.
+# Values saved for the backward pass for each token, layer and hidden unit; about right for OPT and LLaMA.
 SAVED_VALUES = 34
 STEPS_SAMPLED = 25
 CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
@@ -74,47 +75,47 @@ class Plan:
 
 
 def make_plan(
+    settings: TrainingSettings,
     batches: StepBatches,
-    steps: int,
     structure: PreTrainedModel,
     lora: Lora | None,
     precision: str,
-    gradient_checkpointing: bool,
-    four_bit: bool = False,
-    shards: int = 1,
-    checkpoints: int = 0,
+    shards: int,
 ) -> Plan:
-    """Count what a run will read, compute and hold.
+    """Count what a run will read, compute and keep in memory.
 
     Args:
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
-        shards: how many processes a model and AdamW's state are spread over.
-        checkpoints: how many may lie on the disk at a time.
+        shards: how many processes the model and AdamW's state are sharded over.
+
+    Raises:
+        UserError: no answer has a token left to train on.
+        NoSafeAnswers: the loss SA has nothing to learn.
     """
     sampler, harmful, normal = batches.sampler, batches.harmful, batches.normal
-    different = min(steps, sampler.batches_per_epoch)  # harmful batches come again in the same order
+    steps = settings.max_unlearn_steps
+    different = min(steps, sampler.batches_per_epoch)  # harmful batches repeat in the same order
     seen = sorted({row for step in range(different) for row in sampler[step].harmful_rows})
-    texts = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
-    encoded = batches.collator.encode(texts)
-    if batches.losses & terms.ON_HARMFUL and not any(
-        one.answer_start < len(one.input_ids) for one in encoded[: len(seen)]
-    ):
+    pairs = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
+    texts = batches.collator.encode(pairs)
+    if batches.losses & ON_HARMFUL and not any(text.answer_start < len(text.input_ids) for text in texts[: len(seen)]):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")
     if "sa" in batches.losses and not any(harmful.safe_answers[row] for row in seen):
-        raise UserError(
+        raise NoSafeAnswers(
             f"no unsafe answer that is trained on, in {harmful.source['name']}, has a safe one beside it: use --method "
             "land (--safe_weight 0)"
         )
-    chosen = range(0, steps, max(1, steps // STEPS_SAMPLED))
-    sampled = [batches(step, torch.device("cpu")) for step in chosen]
+    sample = range(0, steps, max(1, steps // STEPS_SAMPLED))
+    sampled = [batches(step, torch.device("cpu")) for step in sample]
     cut_in_rd = 0
     if batches.losses & {"rd", "rm"}:
-        cut_in_rd = sum(one.cut for step in chosen for one in batches.collator.encode(batches.random_pairs(step)))
-    tokens = sum(batch.tokens for step in sampled for batch in step if batch) / len(sampled) * batches.share[1]
+        cut_in_rd = sum(text.cut for step in sample for text in batches.collator.encode(batches.random_pairs(step)))
+    tokens = sum(rows.tokens for step in sampled for rows in step if rows) / len(sampled) * batches.share[1]
     parameters = structure.num_parameters()
     trainable = _lora_parameters(structure, lora) if lora else parameters
     dtype = structure.config.dtype
+    checkpoints = settings.keep_checkpoints + 1 if settings.save_every else 0
     return Plan(
         rows=harmful.rows,
         pairs=len(harmful.pairs),
@@ -123,34 +124,17 @@ def make_plan(
         steps=steps,
         batches_per_epoch=sampler.batches_per_epoch,
         pairs_seen=len(seen),
-        cut=sum(one.cut for one in encoded),
-        cut_in_rd=round(cut_in_rd * steps / len(chosen)),
+        cut=sum(text.cut for text in texts),
+        cut_in_rd=round(cut_in_rd * steps / len(sample)),
         tokens=round(tokens * steps),
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(
-            parameters,
-            trainable,
-            [part for step in sampled for part in _parts(step, batches.losses)],
-            structure.config,
-            lora,
-            precision,
-            gradient_checkpointing,
-            shards,
-            second_copy=not lora and bool(batches.losses & terms.NEED_BASE),
-            lands=any(terms.LOSSES[name].at_landing for name in batches.losses),
-            four_bit=sum(layer.weight.numel() for _, layer in linear_layers(structure)) if four_bit else 0,
-        ),
+        memory={
+            **_weights(settings, batches.losses, structure, trainable, lora, precision, shards),
+            **_activations(settings, batches.losses, sampled, structure.config.get_text_config(), precision),
+        },
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
-
-
-def _parts(texts: StepBatch, active: set[str]) -> Iterator[list[Batch]]:
-    """The batches of a step that are held at the same time: those of the copy, then those of the landing point."""
-    for lands in (False, True):
-        read = {terms.LOSSES[name].batch for name in active if terms.LOSSES[name].at_landing == lands}
-        if found := [batch for field, batch in texts._asdict().items() if field in read and batch]:
-            yield found
 
 
 def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
@@ -161,44 +145,57 @@ def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
     )
 
 
-def _memory(
-    parameters: int,
+def _weights(
+    settings: TrainingSettings,
+    losses: set[str],
+    structure: PreTrainedModel,
     trainable: int,
-    parts: list[list[Batch]],
-    config: PretrainedConfig,
     lora: Lora | None,
     precision: str,
-    gradient_checkpointing: bool,
     shards: int,
-    second_copy: bool,
-    lands: bool,
-    four_bit: int,
 ) -> dict[str, float]:
-    text = config.get_text_config()
+    """Bytes of weights, gradients and AdamW's state; exact."""
+    parameters, compute = structure.num_parameters(), 2 if precision == "bf16" else 4
+    four_bit = 0
+    if settings.quantize:
+        four_bit = sum(layer.weight.numel() for _, layer in linear_layers(structure))
+    model = (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
+    model += trainable * 4 if lora else 0
+    lands, has_copy = settings.uses_landing_point, not lora and bool(losses & NEED_BASE)
+    sizes = {"weights": model, "frozen base": parameters * (4 if lands else compute) if has_copy else 0}
+    if lands and has_copy:
+        sizes["theta, saved"] = trainable * 4
+    sizes |= {"gradients": trainable * 4, "AdamW": trainable * 8}
+    return {name: size / shards for name, size in sizes.items()}
+
+
+def _activations(
+    settings: TrainingSettings, losses: set[str], sampled: list[StepBatch], config: PretrainedConfig, precision: str
+) -> dict[str, float]:
+    """Bytes that a step needs beside them; estimated from a sample of steps."""
     compute = 2 if precision == "bf16" else 4
-    cells = max(sum(batch.input_ids.numel() for batch in part) for part in parts)
-    scored = max(batch.row.numel() for part in parts for batch in part)
-    mask = max(batch.input_ids.shape[1] * batch.input_ids.numel() for part in parts for batch in part)
-    layers = 1 if gradient_checkpointing else text.num_hidden_layers
-    saved = cells * text.hidden_size * compute * (SAVED_VALUES * layers / 2 + text.num_hidden_layers)
-    held = {
-        "weights": (parameters - four_bit) * (compute if lora else 4)
-        + four_bit * FOUR_BIT_BYTES
-        + (trainable * 4 if lora else 0),
-        "frozen base": parameters * (4 if lands else compute) if second_copy else 0,
-        **({"copy set aside": trainable * 4} if lands and second_copy else {}),
-        "gradients": trainable * 4,
-        "AdamW": trainable * 8,
-    }
+    passes = [rows for step in sampled for rows in _passes(step, losses)]
+    tokens = max(sum(rows.input_ids.numel() for rows in together) for together in passes)
+    scored = max(rows.row.numel() for together in passes for rows in together)
+    mask = max(rows.input_ids.shape[1] * rows.input_ids.numel() for together in passes for rows in together)
+    layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
+    saved = tokens * config.hidden_size * compute * (SAVED_VALUES * layers / 2 + config.num_hidden_layers)
     return {
-        **{what: size / shards for what, size in held.items()},
         "activations": saved + mask * compute,  # packed rows have a mask of their own
-        "logits": min(scored * text.vocab_size * 4, CHUNK) * 3,
+        "logits": min(scored * config.vocab_size * 4, CHUNK) * 3,
     }
+
+
+def _passes(step: StepBatch, losses: set[str]) -> Iterator[list[Batch]]:
+    """The batches of a step that are in memory together: those at theta, then those at the landing point."""
+    for at_landing in (False, True):
+        names = {LOSSES[name].batch for name in losses if LOSSES[name].at_landing == at_landing}
+        if together := [rows for name, rows in step._asdict().items() if name in names and rows]:
+            yield together
 
 
 def check_disk(folder: Path, needed: float) -> None:
-    """Raises UserError when the disk that `folder` will lie on has less than `needed` bytes left."""
+    """Raises UserError when the disk of `folder` has less than `needed` bytes left."""
     while not folder.exists():
         folder = folder.parent
     free = disk_usage(folder).free

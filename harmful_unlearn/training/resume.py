@@ -1,67 +1,201 @@
-"""Which stages run: by the flags, and, of a run that is resumed, by what is there already."""
+"""Which stages run: by the flags, and, of a run that is resumed, by what an earlier run left."""
 
 import json
-from argparse import Namespace
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.methods import METHODS, uses_landing_point
 from harmful_unlearn.storage.files import ROOT, check_file, check_target, resolved
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
-from harmful_unlearn.training.distributed import is_main_process
-from harmful_unlearn.training.flags import AUTO
-from harmful_unlearn.training.run_log import METRICS, PICTURE, RunLog, beside
+from harmful_unlearn.training.flags import AUTO, TrainingSettings
+from harmful_unlearn.training.run_log import METRICS, PICTURE, beside
 
-# Flags that may change when a run goes on. scaling_coef is among them unless a loss is taken at the landing point.
+# Flags that may change when a run is resumed. So may scaling_coef, unless a loss is computed at the landing point.
 FREE_FLAGS = {
     "model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "stage", "gradient_checkpointing",
     "device_map", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
 }  # fmt: skip
-# Flags whose outcome is compared in their place: what was read, how many pairs a step, which adapter.
+# Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter.
 RESOLVED_FLAGS = {
     "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "batch_size", "precision",
     "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length",
 }  # fmt: skip
 
 
-def result_settings(record: dict, lands: bool) -> dict[str, object]:
-    """All that decides a stage 1 run's weights, by the name that a user knows it by.
+def check_stages(settings: TrainingSettings) -> frozenset[str]:
+    """Which stages the flags ask for ("acquire", "negate"). Raises UserError: a folder cannot be read or written."""
+    stages = {"acquire", "negate"} if settings.stage == "all" else {settings.stage}
+    if settings.saved_model:
+        if settings.stage == "acquire":
+            raise UserError("--saved_model is where stage 2 starts: leave out --stage acquire")
+        stages = {"negate"}
+    if "acquire" in stages and not settings.resume:
+        check_target(settings.model_save_dir, settings.overwrite)
+        newest = TrainingCheckpoints(settings.model_save_dir, settings.keep_checkpoints).newest()
+        if newest and not settings.overwrite:
+            raise UserError(f"{newest} is an earlier run's: --resume continues it, --overwrite starts again")
+    if "negate" in stages:
+        harmful = settings.harmful_model
+        if "acquire" not in stages:
+            if not harmful.is_dir():
+                raise UserError(f"there is no stage 1 model in {harmful}: run stage 1, or give --saved_model")
+            method = RunRecord.read(harmful).method
+            if method not in (None, settings.method):
+                raise UserError(f"{harmful} was trained by --method {method}: give that, not {settings.method}")
+        if not settings.resume:
+            check_target(settings.task_vector_saving_path, settings.overwrite)
+    if log_file := settings.log_file or (None if settings.resume else ROOT / "logs" / "a run's" / "run.log"):
+        for file in (log_file, beside(log_file, METRICS), beside(log_file, PICTURE)):
+            check_file(file)
+        for folder in (settings.model_save_dir, settings.task_vector_saving_path):
+            if resolved(log_file).is_relative_to(resolved(folder)):
+                raise UserError(f"--log_file {log_file} is in {folder}, which must be empty: put it elsewhere")
+    return frozenset(stages)
 
-    Args:
-        record: of a run (run.json).
-        lands: whether a loss is taken at the landing point.
+
+class RemainingWork(NamedTuple):
+    """What a resumed run still has to do.
+
+    Attributes:
+        stages: that still have to run.
+        checkpoint: that stage 1 continues from; None for the first step.
+        log_file: of the run that is resumed, if it is to be continued, too.
+        notes: what the log should say.
     """
-    flags, training = record["flags"], record["training"]
-    free = FREE_FLAGS | RESOLVED_FLAGS | (set() if lands else {"scaling_coef"})
-    decides = {f"--{name}": value for name, value in flags.items() if name not in free}
-    decides["--batch_size times the number of processes"] = flags["batch_size"] * training["processes"]
-    decides["--max_length"] = training["max_length"]
-    decides["--precision"] = training["precision"]
-    decides["LoRA"] = training["lora"] and json.dumps(training["lora"])
-    decides["base model"] = record["base"]["fingerprint"][:12]
-    for what in ("harmful", "normal"):
-        source = record[f"{what}_data"]
-        read = [source.get("revision"), source.get("split")] if not source.get("sha256") else [source["sha256"][:12]]
-        decides[f"{what} data"] = " ".join(str(one) for one in read)
-    return decides
+
+    stages: frozenset[str]
+    checkpoint: Path | None = None
+    log_file: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]:
-    """What changed since a run was begun, for the log, if none of it changes the result.
+def remaining_work(
+    settings: TrainingSettings, record: RunRecord | None, base_folder: Path, stages: frozenset[str]
+) -> RemainingWork:
+    """What is left of a run that --resume continues. With --overwrite, another run's results are replaced.
 
     Args:
-        then, now: records of the run (run.json) as it was begun, and as it would go on.
+        record: of stage 1, as it would be written now; None if the flags do not ask for stage 1.
 
     Raises:
-        UserError: it changes the result.
+        UserError: what is there belongs to another run.
     """
+    work = RemainingWork(stages)
+    if record:
+        work = _remaining_stage_1(settings, record, stages)
+    if "negate" not in stages:
+        return work
+    fingerprint = SafetensorsFolder(base_folder).fingerprint()
+    if "acquire" not in work.stages and _is_negated(settings, fingerprint):
+        return RemainingWork(work.stages - {"negate"}, log_file=work.log_file, notes=work.notes)
+    check_target(settings.task_vector_saving_path, settings.overwrite)
+    return work
+
+
+def _remaining_stage_1(settings: TrainingSettings, record: RunRecord, stages: frozenset[str]) -> RemainingWork:
+    checkpoints = TrainingCheckpoints(settings.model_save_dir, settings.keep_checkpoints)
+    automatic = settings.resume == AUTO
+    checkpoint = checkpoints.newest() if automatic else Path(settings.resume or "")
+    # A finished model next to a checkpoint belongs to this run, unless --overwrite was given: then it may be left over
+    # from an earlier one.
+    is_trained = automatic and (settings.model_save_dir / "run.json").is_file()
+    if is_trained and not (settings.overwrite and checkpoint):
+        try:
+            earlier = RunRecord.read(settings.model_save_dir)
+            notes = check_same_run(earlier, record, settings.model_save_dir)
+            return RemainingWork(stages - {"acquire"}, log_file=_log_of(earlier), notes=tuple(notes))
+        except UserError:
+            if not settings.overwrite:
+                raise
+        check_target(settings.model_save_dir, settings.overwrite)
+        return RemainingWork(stages)
+    notes = []
+    if checkpoint:
+        check_complete(checkpoint)
+    for step in checkpoints.steps() if automatic else ():
+        if checkpoints.at(step) == checkpoint:
+            break
+        notes.append(f"{checkpoints.at(step)} is not complete, and is not used")
+    earlier = RunRecord()
+    if checkpoint:
+        earlier = RunRecord.read(checkpoint)
+        notes += check_same_run(earlier, record, checkpoint)
+    check_target(settings.model_save_dir, settings.overwrite)
+    log_file = _log_of(earlier) if automatic else None  # a checkpoint from elsewhere may name any file
+    return RemainingWork(stages, checkpoint, log_file, tuple(notes))
+
+
+def _log_of(record: RunRecord) -> Path | None:
+    log_file = record.flags.get("log_file")
+    return Path(log_file) if log_file else None
+
+
+def _is_negated(settings: TrainingSettings, fingerprint: str) -> bool:
+    """Whether the unlearned model is there already, made from this base and this stage 1 model.
+
+    Raises:
+        UserError: another model is there (without --overwrite).
+    """
+    target, harmful = settings.task_vector_saving_path, settings.harmful_model
+    if not (target / "run.json").is_file():
+        return False
+    there, stage_1 = RunRecord.read(target), RunRecord.read(harmful)
+    sources = [Path(name).resolve() for name in there.finetuned]
+    alpha = settings.scaling_coef if settings.negates else -1.0
+    same_folders = (there.scaling_coef, there.base.get("fingerprint"), sources) == (
+        alpha, fingerprint, [harmful.resolve()],
+    )  # fmt: skip
+    source = there.stage_1[0] if there.stage_1 else RunRecord()
+    # The stage 1 model may have been replaced since.
+    if same_folders and (source.training, source.losses_at_the_end) == (stage_1.training, stage_1.losses_at_the_end):
+        return True
+    if settings.overwrite:
+        return False
+    names = ", ".join(map(str, sources)) + (" as it was before" if same_folders else "")
+    raise UserError(
+        f"{target} holds another model ({names} by {there.scaling_coef}): give another --task_vector_saving_path, or "
+        "add --overwrite"
+    )
+
+
+def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
+    """Every setting that affects the stage 1 weights, by flag name.
+
+    Args:
+        lands: whether a loss is computed at the landing point, so that alpha matters.
+    """
+    flags, training = record.flags, record.training
+    free = FREE_FLAGS | RESOLVED_FLAGS | (set() if lands else {"scaling_coef"})
+    settings = {f"--{name}": value for name, value in flags.items() if name not in free}
+    settings["--batch_size times the number of processes"] = flags["batch_size"] * training["processes"]
+    settings["--max_length"] = training["max_length"]
+    settings["--precision"] = training["precision"]
+    settings["LoRA"] = training["lora"] and json.dumps(training["lora"])
+    settings["base model"] = record.base["fingerprint"][:12]
+    for name, source in (("harmful data", record.harmful_data), ("normal data", record.normal_data)):
+        sha256 = source.get("sha256")
+        settings[name] = sha256[:12] if sha256 else f"{source.get('revision')} {source.get('split')}"
+    return settings
+
+
+def check_same_run(earlier: RunRecord, now: RunRecord, folder: Path) -> list[str]:
+    """What has changed since a run was started, for the log, if none of it affects the result.
+
+    Args:
+        earlier, now: the run's record as it was started, and as it would continue.
+        folder: of the earlier record, for messages.
+
+    Raises:
+        UserError: a change affects the result.
+    """
+    lands = now.landing_alpha is not None
     try:
-        before = result_settings(then, lands)
+        before = result_settings(earlier, lands)
     except (KeyError, TypeError):
-        raise UserError(f"{where} was not written by this version: start again with --overwrite") from None
+        raise UserError(f"{folder} was not written by this version: start again with --overwrite") from None
     after = result_settings(now, lands)
     changed = [
         f"{name} was {before.get(name)} and is {after.get(name)} now"
@@ -69,132 +203,23 @@ def check_same_run(then: dict, now: dict, lands: bool, where: Path) -> list[str]
         if json.dumps(before.get(name)) != json.dumps(after.get(name))
     ]
     if changed:
-        what = "; ".join(changed)
-        raise UserError(f"{where} is another run's ({what}): give what it had, or start again with --overwrite")
-    quiet = {"resume", "check", "overwrite"}
+        raise UserError(
+            f"{folder} is another run's ({'; '.join(changed)}): give what it had, or start again with --overwrite"
+        )
+    silent = {"resume", "check", "overwrite"}
     return [
-        f"--{name} was {then['flags'].get(name)} and is {value} now"
-        for name, value in now["flags"].items()
-        if name not in quiet
+        f"--{name} was {earlier.flags.get(name)} and is {value} now"
+        for name, value in now.flags.items()
+        if name not in silent
         and f"--{name}" not in after
         and name not in RESOLVED_FLAGS
-        and json.dumps(value) != json.dumps(then["flags"].get(name))
+        and json.dumps(value) != json.dumps(earlier.flags.get(name))
     ]
 
 
-def check_stages(args: Namespace) -> set[str]:
-    """Which stages will run, and whether their folders can be read and written. Raises UserError."""
-    stages = {"acquire", "negate"} if args.stage == "all" else {args.stage}
-    if args.saved_model:
-        if args.stage == "acquire":
-            raise UserError("--saved_model is the start of stage 2: leave out --stage acquire")
-        stages = {"negate"}
-    if "acquire" in stages and not args.resume:
-        check_target(args.model_save_dir, args.overwrite)
-        found = TrainingCheckpoints(args.model_save_dir, args.keep_checkpoints).newest()
-        if found and not args.overwrite:
-            raise UserError(f"{found} is an earlier run's: --resume goes on with it, --overwrite starts again")
-    if "negate" in stages:
-        finetuned = args.saved_model or args.model_save_dir
-        if "acquire" not in stages:
-            if not finetuned.is_dir():
-                raise UserError(f"there is no stage 1 model in {finetuned}: run stage 1, or give --saved_model")
-            trained_by = RunRecord.read(finetuned).method
-            if trained_by not in (None, args.method):
-                raise UserError(f"{finetuned} was trained by --method {trained_by}: give that, not {args.method}")
-        if not args.resume:
-            check_target(args.task_vector_saving_path, args.overwrite)
-    if log_file := args.log_file or (None if args.resume else ROOT / "logs" / "a run's" / "run.log"):
-        for file in (log_file, beside(log_file, METRICS), beside(log_file, PICTURE)):
-            check_file(file)
-        for folder in (args.model_save_dir, args.task_vector_saving_path):
-            if resolved(log_file).is_relative_to(resolved(folder)):
-                raise UserError(f"--log_file {log_file} lies in {folder}, which must be empty: put it elsewhere")
-    return stages
-
-
-def remaining_work(
-    args: Namespace, now: dict | None, base_folder: Path, stages: set[str], checkpoints: TrainingCheckpoints
-) -> tuple[set[str], Path | None, list[str]]:
-    """The stages that a resumed run still has to run; the checkpoint that stage 1 goes on from, if any; what to note.
-
-    With --overwrite, what an earlier run left is replaced rather than refused.
-
-    Args:
-        now: stage 1's record (run.json) as the flags have it; None where it is not asked for.
-
-    Raises:
-        UserError: what is there belongs to another run.
-    """
-    finetuned = args.saved_model or args.model_save_dir
-    resumed, notes = None, []
-    if now:
-        auto = args.resume == AUTO
-        resumed = checkpoints.newest() if auto else args.resume
-        # Beside a checkpoint a whole model is its own run's, just saved; with --overwrite it may be an earlier one's.
-        whole = auto and (finetuned / "run.json").is_file() and not (args.overwrite and resumed)
-        if whole:
-            resumed = None
-        elif resumed:
-            check_complete(resumed)
-        for step in checkpoints.steps() if auto and not whole else ():
-            if checkpoints.at(step) == resumed:
-                break
-            notes.append(f"{checkpoints.at(step)} is not whole, and left out")
-        found = finetuned if whole else resumed
-        try:
-            then = read_record(found) if found else {}
-            notes += check_same_run(then, now, uses_landing_point(vars(args)), found) if found else []
-        except UserError:
-            if not (whole and args.overwrite):
-                raise
-            whole, then = False, {}
-        if not whole:
-            check_target(finetuned, args.overwrite)
-        logged = then.get("flags", {}).get("log_file")
-        if logged and auto:  # a checkpoint from elsewhere may name any file
-            args.log_file = args.log_file or Path(logged)
-        stages = stages - {"acquire"} if whole else stages
-    if "negate" in stages:
-        scale = args.scaling_coef if METHODS[args.method].negates else -1.0
-        fingerprint = SafetensorsFolder(base_folder).fingerprint()
-        if "acquire" not in stages and is_done(
-            args.task_vector_saving_path, finetuned, scale, fingerprint, args.overwrite
-        ):
-            return stages - {"negate"}, None, notes
-        check_target(args.task_vector_saving_path, args.overwrite)
-    return stages, resumed, notes
-
-
-def is_done(target: Path, finetuned: Path, scaling_coef: float, fingerprint: str, overwrite: bool) -> bool:
-    """Whether the unlearned model is there already, made from that base and that copy.
-
-    Raises:
-        UserError: another one is (without `overwrite`).
-    """
-    if not (target / "run.json").is_file():
-        return False
-    found, copy = read_record(target), read_record(finetuned)
-    of_base = (found.get("base") or {}).get("fingerprint")
-    made_from = [Path(name).resolve() for name in found.get("finetuned") or ()]
-    learned = found.get("stage_1") or {}
-    same = (found.get("scaling_coef"), of_base, made_from) == (scaling_coef, fingerprint, [finetuned.resolve()])
-    # The copy may have been replaced since.
-    if same and all(learned.get(fact) == copy.get(fact) for fact in ("training", "losses_at_the_end")):
-        return True
-    if overwrite:
-        return False
-    raise UserError(
-        f"{target} holds another model ({', '.join(map(str, made_from))}{' as it was before' * same} by "
-        f"{found.get('scaling_coef')}): give another --task_vector_saving_path, or add --overwrite"
-    )
-
-
-def free_target(args: Namespace, log: RunLog) -> Path:
-    """--model_save_dir, or a name beside it if something else has filled that meanwhile."""
-    target = args.model_save_dir
-    if not is_main_process() or args.overwrite or not target.exists() or not any(target.iterdir()):
-        return target
-    log.warn(f"{target} was filled by something else meanwhile")
-    names = (target.with_name(f"{target.name}.new" + (f"-{number}" if number > 1 else "")) for number in count(1))
+def free_folder(folder: Path) -> Path:
+    """The folder, or a new name beside it if something else has filled it in the meantime."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    names = (folder.with_name(f"{folder.name}.new" + (f"-{n}" if n > 1 else "")) for n in count(1))
     return next(name for name in names if not name.exists())

@@ -31,5 +31,5 @@ TINY = {
 
 def value_of(model, name: str, batch, base=None) -> torch.Tensor:
     """One loss of one batch, with its gradient."""
-    ((value, _),) = Objective(model, {name: 1.0}, base)(model, StepBatch(**{LOSSES[name].batch: batch}))
+    value, _ = Objective(model, {name: 1.0}, base)(model, StepBatch(**{LOSSES[name].batch: batch}))
     return value

@@ -1,0 +1,297 @@
+"""Everything about a run that is known before weights are loaded, and loading them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
+from harmful_unlearn.data.step_batches import StepBatches
+from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.losses.methods import active_losses
+from harmful_unlearn.losses.terms import NEED_BASE
+from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
+from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.storage.files import check_apart
+from harmful_unlearn.storage.provenance import revision_of
+from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
+from harmful_unlearn.training import distributed
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints
+from harmful_unlearn.training.distributed import print_once
+from harmful_unlearn.training.flags import TrainingSettings
+from harmful_unlearn.training.plan import Plan, check_disk, make_plan
+from harmful_unlearn.training.resume import check_stages, remaining_work
+from harmful_unlearn.training.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """A stage 1 run, before weights are loaded.
+
+    Attributes:
+        base_folder: of theta_o.
+        lora: the adapter's settings; None trains every weight.
+        precision: "fp32" or "bf16" (autocast; trained weights are float32).
+        accelerator: of one process or several (distributed.py).
+        batches: of each step.
+        plan: what the run will read, compute and keep in memory.
+        checkpoint: that the run continues from; None for a new one.
+    """
+
+    settings: TrainingSettings
+    base_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    lora: Lora | None
+    precision: str
+    accelerator: Accelerator
+    batches: StepBatches
+    plan: Plan
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> TrainingCheckpoints:
+        """The run's checkpoints."""
+        return TrainingCheckpoints(self.settings.model_save_dir, self.settings.keep_checkpoints)
+
+    def record(self, log: RunLog | None = None) -> RunRecord:
+        """run.json of the model after the steps that `log` has; without a log, before the first step."""
+        settings, history = self.settings, log.history if log else []
+        last = history[-1] if history else {}
+        learned = "harmful knowledge acquired" if settings.negates else "trained, with nothing to negate"
+        return RunRecord(
+            title=f"Stage 1 of {settings.method} on {settings.model_name}: {learned}",
+            harmful=settings.negates,
+            base={
+                "name": settings.model_name,
+                "revision": revision_of(self.base_folder),
+                "fingerprint": SafetensorsFolder(self.base_folder).fingerprint(),
+            },
+            harmful_data=self.batches.harmful.source,
+            normal_data=self.batches.normal.source,
+            training={
+                "steps": len(history),
+                "of": settings.max_unlearn_steps,
+                "processes": self.accelerator.num_processes,
+                "lora": vars(self.lora) if self.lora else None,
+                "precision": self.precision,
+                "quantized": settings.quantize,
+                "max_length": self.batches.collator.max_length,
+            },
+            losses_at_the_end={name: value for name, value in last.items() if name.endswith("_loss")},
+            flags=log.flags() if log else settings.to_json(),
+            negates=settings.negates,
+            landing_alpha=settings.scaling_coef if settings.uses_landing_point else None,
+            prompt_template=PROMPT_TEMPLATE,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the script, once everything but the weights has been read and checked.
+
+    Attributes:
+        base_folder: of theta_o.
+        stages: that are still to run: "acquire", "negate".
+        stage_1: None if the flags ask for stage 2 only.
+        notes: for the log: what has changed since the run that is resumed.
+    """
+
+    settings: TrainingSettings
+    base_folder: Path
+    stages: frozenset[str]
+    stage_1: Stage1 | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the base's weights are on this machine; with --check they are not downloaded."""
+        return any(self.base_folder.glob("*.safetensors"))
+
+
+def prepare(settings: TrainingSettings, table: Mapping[str, Lora | None], others: Lora) -> Run:
+    """Read and check everything but the weights, and print the plan of stage 1.
+
+    Args:
+        table: LoRA settings by model name (MODELS in the script); None for full fine-tuning.
+        others: LoRA settings of large models that are not in the table.
+
+    Raises:
+        UserError: data, model, flags, folders and machine do not fit together.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    stages = check_stages(settings)
+    base_folder = hub.resolve_model(settings.model_name, weights=False)
+    folders = [base_folder, settings.harmful_model, settings.task_vector_saving_path]
+    stage_1 = None
+    if "acquire" in stages:
+        checkpoints = TrainingCheckpoints(settings.model_save_dir, settings.keep_checkpoints)
+        check_apart([*folders, checkpoints.folder])
+        stage_1 = prepare_stage_1(settings, base_folder, table, others)
+        if not (settings.resume and (settings.model_save_dir / "run.json").is_file()):  # else it is likely finished
+            check_disk(settings.model_save_dir, stage_1.plan.disk - checkpoints.size())
+    else:
+        check_apart(folders)
+    if not settings.check:
+        base_folder = hub.resolve_model(settings.model_name)  # a hub model is downloaded once all else is checked
+        stage_1 = stage_1 and replace(stage_1, base_folder=base_folder)  # it may be another revision's
+    run = Run(settings, base_folder, stages, stage_1)
+    if not (settings.resume and run.has_weights):
+        return run
+    work = remaining_work(settings, stage_1.record() if stage_1 else None, base_folder, stages)
+    for note in work.notes:
+        print_once(f"note: {note}")
+    settings = replace(settings, log_file=settings.log_file or work.log_file)
+    stage_1 = stage_1 and replace(stage_1, settings=settings, checkpoint=work.checkpoint)
+    return Run(settings, base_folder, work.stages, stage_1, work.notes)
+
+
+def prepare_stage_1(
+    settings: TrainingSettings, base_folder: Path, table: Mapping[str, Lora | None], others: Lora
+) -> Stage1:
+    """Read and check everything that stage 1 needs but the weights, and print the plan. As `prepare`."""
+    if any(base_folder.glob("*.safetensors")):
+        SafetensorsFolder(base_folder)  # reads the headers: is every shard there and complete
+    config = loading.load_config(base_folder)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{settings.model_name} is quantized: give the full-precision model")
+    tokenizer = loading.load_tokenizer(base_folder, config)
+    structure = loading.empty_model(config)
+    lora = choose_lora(settings, structure, table, others)
+    accelerator, precision = distributed.start(settings)
+    if settings.quantize:
+        check_four_bits(lora, accelerator.device)
+    if settings.uses_landing_point and distributed.engine_of(accelerator) == "DeepSpeed":
+        raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
+    harmful = read_harmful(
+        settings.harmful_dataset,
+        settings.harmful_revision,
+        settings.harmful_split,
+        settings.harm_category,
+        settings.min_severity,
+    )
+    normal = read_normal(settings.normal_dataset, settings.seed)
+    losses = active_losses(vars(settings))
+    limit = loading.context_length(config)
+    collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
+    # Whether the model can read packed rows is only known once it is loaded (packing_check.py).
+    pack = bool(losses & {"rd", "rm"}) and not settings.no_packing
+    batches = StepBatches.build(
+        harmful=harmful,
+        normal=normal,
+        losses=losses,
+        batch_size=settings.batch_size * accelerator.num_processes,
+        k_random=settings.k_random,
+        seed=settings.seed,
+        all_harmful=settings.all_harmful,
+        collator=collator,
+        packed_up_to=math.inf if pack else 0,
+        share=(accelerator.process_index, accelerator.num_processes),
+    )
+    shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
+    plan = make_plan(settings, batches, structure, lora, precision, shards)
+    print_once(f"{_describe(settings, lora, precision, accelerator)}\n{plan}")
+    return Stage1(settings, base_folder, tokenizer, lora, precision, accelerator, batches, plan)
+
+
+def _describe(settings: TrainingSettings, lora: Lora | None, precision: str, accelerator: Accelerator) -> str:
+    terms = " + ".join(f"{weight:g} {name.upper()}" for name, weight in settings.loss_weights.items() if weight)
+    trained = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
+    if settings.quantize:
+        trained += " on a 4-bit base"
+    machine = f"{accelerator.device}, 1 process"
+    if accelerator.num_processes > 1:
+        engine = distributed.engine_of(accelerator)
+        machine = f"{accelerator.device}, {accelerator.num_processes} processes ({engine})"
+    return (
+        f"method         {settings.method}, minimises {terms.replace('+ -', '- ')}\n"
+        f"model          {settings.model_name}: trains {trained} in {precision} on {machine}"
+    )
+
+
+def choose_lora(
+    settings: TrainingSettings, structure: PreTrainedModel, table: Mapping[str, Lora | None], others: Lora
+) -> Lora | None:
+    """LoRA's settings for this model by the flags and the table, or None for full fine-tuning.
+
+    Raises:
+        UserError: the model has no module of that name, or a LoRA flag is given for full fine-tuning.
+    """
+    is_large = structure.num_parameters() > LORA_ABOVE
+    listed = table.get(settings.model_name, others if is_large else None)
+    targets = settings.lora_target_modules
+    flags = {"r": settings.lora_r, "alpha": settings.lora_alpha, "target_modules": tuple(targets) if targets else None}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if settings.lora == "off" or (settings.lora == "auto" and listed is None):
+        if given:
+            raise UserError(f"--lora_{next(iter(given))} does nothing in full fine-tuning: add --lora on")
+        return None
+    lora = replace(listed or others, **given)
+    if settings.model_name not in table and not targets:
+        linear = lora_candidates(structure)
+        if not set(lora.target_modules) <= set(linear):
+            lora = replace(lora, target_modules=tuple(linear))  # no q_proj and v_proj here: every linear layer
+    check_lora_targets(structure, lora)
+    return lora
+
+
+def check_four_bits(lora: Lora | None, device: torch.device) -> None:
+    """Raises UserError where a base in 4 bits cannot be trained on."""
+    if not lora:
+        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
+    if device.type != "cuda":  # for a CPU, bitsandbytes repacks weights for inference, which stops gradients
+        raise UserError(f"--quantize 4bit needs a CUDA GPU, and the device here is {device}: leave it out")
+
+
+def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
+    """theta, the model to train, and theta_o: a frozen second copy, or theta with its adapter switched off.
+
+    theta_o is None in full fine-tuning by losses that do not need it. Trained weights are float32; frozen ones are in
+    the compute precision, or, with --quantize, in 4 bits.
+    """
+    settings, accelerator = run.settings, run.accelerator
+    set_seed(settings.seed)  # of the adapter's first weights
+    # An engine that shards takes each process's shard from the computer's memory.
+    device = torch.device("cpu") if distributed.shards_weights(accelerator) else accelerator.device
+    frozen = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    dtype = frozen if run.lora else torch.float32
+    source = run.checkpoint if run.checkpoint and not run.lora else run.base_folder
+    model = loading.load_model(source, dtype, settings.device_map, bool(settings.quantize))
+    if not (hasattr(model, "hf_device_map") or settings.quantize):  # else it is where a device_map put it
+        model.to(device)
+    base: ReferenceModel | None = None
+    if run.lora:
+        model = add_lora(model, run.lora, settings.model_name)
+        if run.checkpoint:
+            fill_adapter(model, run.checkpoint)
+        base = ReferenceModel(model)
+    elif run.batches.losses & NEED_BASE:
+        # The landing point is computed from base and model, in the model's precision.
+        dtype = torch.float32 if settings.uses_landing_point else frozen
+        copy = loading.load_model(run.base_folder, dtype, settings.device_map)
+        base = ReferenceModel(copy, autocast=dtype != frozen)
+        if not hasattr(copy, "hf_device_map"):
+            copy.to(device)
+    loading.enable_gradient_checkpointing(model, settings.gradient_checkpointing)
+    is_copy = base is not None and not base.shared
+    if settings.uses_landing_point and is_copy and any(p.is_meta for p in base.model.parameters()):
+        raise UserError(
+            "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
+            "use --lora on, or more GPUs"
+        )
+    return model, base
