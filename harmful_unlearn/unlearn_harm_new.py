@@ -28,7 +28,8 @@ from harmful_unlearn.errors import Stopped
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.lora import Lora
-from harmful_unlearn.negation.negate import check_landing, negate
+from harmful_unlearn.negation.negate import negate
+from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
 from harmful_unlearn.training.checkpointing import read_history
 from harmful_unlearn.training.distributed import is_main_process, print_once

@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from harmful_unlearn.training.flags import parse_flags
+from harmful_unlearn.training.setup import Stage1, prepare_stage_1
+from harmful_unlearn.unlearn_harm_new import MODELS, OTHER_MODELS
 from tests.helpers.tiny import GOLDENS
 
 DATA = [
@@ -41,3 +44,8 @@ def metrics_of(out: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def prepared(model: Path, out: Path, *more: str) -> Stage1:
+    """Stage 1 of such a run, before its weights are loaded."""
+    return prepare_stage_1(parse_flags(flags(model, out, *more)), model, MODELS, OTHER_MODELS)

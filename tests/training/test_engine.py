@@ -1,0 +1,87 @@
+"""The engine: values that are not finite, and folders that cannot be saved."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.cli import exit_code
+from harmful_unlearn.losses import objective
+from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.unlearn_harm_new import main
+from tests.helpers.runs import flags, metrics_of, prepared
+from tests.helpers.tiny import value_of
+
+SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
+METRICS = {
+    "step", "gd_loss", "rd_loss", "pd_loss", "total_loss", "lr", "grad_norm", "tokens", "seconds",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_path, capsys, monkeypatch):
+    """A NaN loss leaves the newest checkpoint (step 2 here); a NaN gradient alone leaves good weights (step 4)."""
+    base = tiny_model("opt")
+    run = flags(base, tmp_path, "--max_unlearn_steps", "9", "--save_every", "2", "--stage", "acquire")
+    calls, compute = [], objective.Objective.__call__
+    at = 4 if what == "loss" else 5
+
+    def broken(self, *args):
+        calls.append(1)
+        total, values = compute(self, *args)
+        if len(calls) == at and what == "loss":
+            values = {name: value * float("nan") for name, value in values.items()}
+        if len(calls) == at and what == "gradient":
+            total.register_hook(lambda gradient: gradient * float("inf"))
+        return total, values
+
+    monkeypatch.setattr(objective.Objective, "__call__", broken)
+    assert exit_code(lambda: main(run)) == 2
+    steps = 4 if what == "gradient" else 2
+    kept = tmp_path / "harmful.checkpoints" / f"step-{steps}"
+    said = capsys.readouterr().err
+    assert f"step {at} is not finite" in said and f"the last good weights are in {kept}" in said
+    assert f"step {at} is not finite" in (tmp_path / "logs" / "run.log").read_text()
+    assert not (tmp_path / "harmful").exists()
+    record = json.loads((kept / "run.json").read_text())
+    assert record["training"]["steps"] == steps
+    monkeypatch.undo()
+    main(flags(base, tmp_path / "whole", "--max_unlearn_steps", "9", "--stage", "acquire"))
+    whole = metrics_of(tmp_path / "whole")
+    assert record["losses_at_the_end"]["gd_loss"] == whole[steps - 1]["gd_loss"]
+    # The kept weights are those that the whole run had there.
+    batches = prepared(base, tmp_path).batches
+    loss = value_of(AutoModelForCausalLM.from_pretrained(kept), "gd", batches(steps, torch.device("cpu")).harmful)
+    assert loss.item() == pytest.approx(whole[steps]["gd_loss"], rel=1e-5)
+
+
+def test_spoilt_from_the_start_keeps_nothing(tiny_model, tmp_path, capsys):
+    assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path, "--lr", "1e30"))) == 2
+    assert "no checkpoint was saved" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_target_that_fills_during_the_run_costs_nothing(tiny_model, tmp_path, monkeypatch):
+    def train_while_another_writes(*args, **more):
+        (tmp_path / "harmful").mkdir()
+        (tmp_path / "harmful" / "theirs").write_text("x")
+        return acquire(*args, **more)
+
+    acquire = unlearn_harm_new.acquire
+    monkeypatch.setattr(unlearn_harm_new, "acquire", train_while_another_writes)
+    main(flags(tiny_model("opt"), tmp_path))
+    assert [file.name for file in (tmp_path / "harmful").iterdir()] == ["theirs"]
+    assert (tmp_path / "harmful.new" / "model.safetensors").exists()
+    assert (tmp_path / "unlearned" / "model.safetensors").exists()
+
+
+def test_a_failure_while_saving_leaves_no_folder(tiny_model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "write", full)
+    assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]

@@ -1,0 +1,64 @@
+"""--check: the plan, and what is seen without loading weights."""
+
+import shutil
+
+import pytest
+import torch
+
+from harmful_unlearn.data.prompt_format import format_pair
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.models import loading
+from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.unlearn_harm_new import main
+from tests.helpers.runs import flags, prepared
+
+SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
+METRICS = {
+    "step", "gd_loss", "rd_loss", "pd_loss", "total_loss", "lr", "grad_norm", "tokens", "seconds",
+}  # fmt: skip
+
+
+def test_check_prints_the_plan_and_writes_nothing(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    main(flags(tiny_model("opt"), tmp_path, "--check"))
+    plan = capsys.readouterr().out
+    for word in ("12 rows", "14 pairs", "16 texts", "steps", "tokens", "memory", "disk"):
+        assert word in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_counts_what_is_there(tiny_model, tmp_path, capsys):
+    base = tiny_model("opt")
+    short = ["--max_unlearn_steps", "2", "--max_length", "60"]
+    run = prepared(base, tmp_path, *short)
+    plan = run.plan
+    seen = [run.batches.harmful.pairs[row] for row in range(4)]
+    texts = seen + [run.batches.normal.texts[row] for row in run.batches.normal.train]
+    long = sum(len(ids) > 60 for ids in run.tokenizer([format_pair(p.question, p.answer) for p in texts])["input_ids"])
+    rd = [pair for step in (0, 1) for pair in run.batches.random_pairs(step)]
+    rd_long = sum(len(ids) > 60 for ids in run.tokenizer([format_pair(p.question, p.answer) for p in rd])["input_ids"])
+    assert (plan.pairs_seen, plan.cut, plan.cut_in_rd) == (4, long, rd_long) and long and rd_long
+    exact = sum(batch.tokens for step in (0, 1) for batch in run.batches(step, torch.device("cpu")) if batch)
+    assert plan.tokens == exact
+    assert all(size > 0 for size in plan.memory.values())
+    smaller = prepared(base, tmp_path, *short, "--normal_weight", "0").plan
+    assert smaller.memory["activations"] < plan.memory["activations"]
+    with pytest.raises(UserError, match="--max_length leaves no harmful answer"):
+        prepared(base, tmp_path, "--max_length", "8")
+
+
+def test_check_compares_the_headers_of_stage_2(tiny_model, tmp_path):
+    for more in (["--check"], []):
+        with pytest.raises(UserError, match="does not fit the base"):
+            main(flags(tiny_model("opt"), tmp_path, "--saved_model", str(tiny_model("llama")), *more))
+
+
+def test_check_sees_broken_weights_without_loading_them(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("opt"), tmp_path / "base")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is broken"):
+        main(flags(folder, tmp_path / "out", "--check"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no .safetensors weights"):
+        main(flags(folder, tmp_path / "out", "--check"))
