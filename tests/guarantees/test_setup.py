@@ -1,21 +1,53 @@
-"""What `make` and conda install, and what the checkout holds."""
+"""What `make` and conda install, what the checkout holds, and what its scripts run."""
 
+import ast
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
+import pytest
 import yaml
 
+from harmful_unlearn import demo, reproduce
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.provenance import CODE_VERSION
 
+PACKAGE = ROOT / "harmful_unlearn"
+# Imported only where a flag asks for it; the message then says what to install.
+OPTIONAL = {"bitsandbytes", "deepspeed", "lm_eval", "tensorboard", "wandb"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "PyYAML": "yaml", "Jinja2": "jinja2", "Markdown": "markdown"}
+# Not run by this project, or not installed here, and yet not to be hidden.
+OTHER_LIBRARIES = {"evaluate", "metrics", "tables", "utils", "trl", "mergekit", "scipy", "bleurt_pytorch"}
+
+
+def pins() -> dict[str, str]:
+    """The packages of requirements.txt, and their versions."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
 
 def test_conda_and_pip_have_the_same_pins():
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins)
     environment = yaml.safe_load((ROOT / "llm_unlearn.yml").read_text())
     assert environment["name"] == "llm_unlearn"
-    assert environment["dependencies"][-1]["pip"] == pins
+    assert environment["dependencies"][-1]["pip"] == [f"{name}=={version}" for name, version in pins().items()]
+
+
+def test_every_import_is_pinned():
+    pinned = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in pins()}
+    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "dataloader")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    imported = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
+    own = {"harmful_unlearn", "tests"} | {path.stem for path in ROOT.glob("*.py")}
+    assert imported - own - OPTIONAL - pinned == set()
 
 
 def test_one_version():
@@ -24,44 +56,90 @@ def test_one_version():
 
 
 def test_top_level():
-    for name in (
-        "README.md",
-        "llm_unlearn.yml",
-        "task_vector.py",
-        "main.py",
-        "harmful_unlearn",
-        "dataloader",
-        "logs",
-        "tests",
-        "pyproject.toml",
-        "requirements.txt",
-        "Makefile",
-        "LICENSE",
-        ".ci/run",
-    ):
+    files = "README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE Makefile pyproject.toml requirements.txt"
+    commands = "llm_unlearn.yml task_vector.py main.py .ci/run .github/workflows/test.yml scripts/reproduce_demo.sh"
+    folders = "harmful_unlearn docs dataloader logs tests benchmarks"
+    for name in f"{files} {commands} {folders}".split():
         assert (ROOT / name).exists(), name
 
 
 def test_modules_shadow_no_package():
-    """The script's folder comes first on sys.path, so its modules hide packages of the same name."""
-    ours = {path.stem for path in (ROOT / "harmful_unlearn").glob("*.py")}
-    taken = {
-        "datasets",
-        "evaluate",
-        "transformers",
-        "accelerate",
-        "peft",
-        "tokenizers",
-        "torch",
-        "metrics",
-        "tables",
-        "utils",
-    }
-    assert not ours & taken
+    """A command's folder or the repository comes first on sys.path: what is there hides a library of the same name."""
+    modules = {path.stem for folder in (ROOT, PACKAGE) for path in folder.glob("*.py")}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    ours = {name for name in modules | folders if not name.startswith("__")}
+    assert {"data", "models", "losses", "evaluation", "task_vector"} <= ours
+    libraries = set(packages_distributions()) | set(sys.stdlib_module_names) | OTHER_LIBRARIES | OPTIONAL
+    assert ours & libraries == set()
+
+
+def targets() -> list[str]:
+    """The targets of the Makefile."""
+    return re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+
+
+def made(*arguments: str) -> str:
+    """What `make` prints."""
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_make_names_every_target():
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    for target in ("demo", "reproduce-demo", "test", "test-slow", "fuzz", "data", "setup", "clean"):
-        assert f"make {target}" in done.stdout
+    assert {"demo", "reproduce-demo", "lint", "test", "test-slow", "fuzz", "data", "setup", "clean"} < set(targets())
+    described = re.findall(r"^make ([a-z-]+)  +\S", made("help"), re.MULTILINE)
+    assert sorted(described) == sorted(set(targets()) - {"help"})
+
+
+def test_make_test_lints_first():
+    printed = made("--dry-run", "test")
+    steps = [printed.index(step) for step in ("ruff check", "ruff format --check", "-m mypy", "-m pytest")]
+    assert steps == sorted(steps)
+
+
+def test_every_file_that_make_names_exists():
+    printed = "".join(made("--dry-run", target) for target in targets() if target not in ("help", "clean"))
+    files = set(re.findall(r"(?<![\w./])(?:[\w-]+/)+[\w-]+\.(?:py|sh)\b", printed))
+    assert len(files) > 3
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_workflow_runs_make_test_on_every_python():
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert job["strategy"]["matrix"]["python"] == [lowest, "3.12", "3.13"]
+    assert all(re.fullmatch(r"[\w/-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+PARSERS = {"harmful_unlearn/demo.py": demo.parse_flags, "harmful_unlearn/reproduce.py": reproduce.parse_flags}
+
+
+def test_the_comparison_on_the_demo_runs_commands_that_exist(tmp_path):
+    """scripts/reproduce_demo.sh with a Python that only prints: its commands are read by their own parsers."""
+    (tmp_path / "scripts").mkdir()
+    script = Path(shutil.copy(ROOT / "scripts/reproduce_demo.sh", tmp_path / "scripts"))
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\nprintf \'%q \' "$OMP_NUM_THREADS" "$@"\necho\n')
+    python.chmod(0o755)
+    more = ["--harm_category", "Drugs, Weapons", "--seeds", "7"]
+    done = subprocess.run(
+        [script, *more], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    parsed = [(command, PARSERS[command](flags)) for _, command, *flags in commands]
+    assert [Path(command).stem for command, _ in parsed] == ["demo", "reproduce", "demo"] * 2
+    assert [threads for threads, *_ in commands] == ["", "1", ""] * 2
+    first, second = (flags for command, flags in parsed if "reproduce" in command)
+    assert first.seeds == [7] and first.harm_category[-1] == "Drugs, Weapons" and len(first.harm_category) == 4
+    assert second.recipe == "demo-no-refusals" and second.harm_category == ["Drugs, Weapons"]
+    python.write_text("#!/usr/bin/env bash\nexit 3\n")
+    assert subprocess.run([script]).returncode == 3
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
+def test_scripts_stop_at_the_first_failure(script):
+    assert "\nset -euo pipefail\n" in script.read_text() and script.stat().st_mode & 0o111
