@@ -168,7 +168,7 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], _safe: list[Pair]):
-    """GD, RD and PD as README's implementation details 3 and 9 to 12 have them."""
+    """GD, RD and PD as implementation details 3 and 9 to 12 describe them."""
     model, tokenizer, device = setting.model, setting.tokenizer, setting.device
 
     def padded(texts: list[Pair]) -> dict:
