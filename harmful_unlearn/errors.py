@@ -69,6 +69,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """Batch: rows of tokens, the positions that losses read, and their weights."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask: [rows, length] int64; padded on the right, 0 in the mask.
-        row, position: [scored] int64; which hidden states go through the output embeddings, each once.
-        index, target: [entries] int64; a loss reads the cross-entropy of token `target[e]` at scored position
-            `index[e]`. After the question of a packed row several tokens may follow. Ascending in `index`.
+        row, position: [scored] int64; the positions whose logits are computed, each once.
+        index, target: [entries] int64; entry e is the cross-entropy of token `target[e]` at scored position
+            `index[e]`. Ascending in `index`. In a packed row several tokens may follow one position.
         weights: an [entries] float32 vector for each average that losses may take over this batch: "own_answer" and
-            "random_answers" of `Collator.answers_batch`; "text" of `Collator.texts_batch` (where entry and scored
-            position are one, without a target).
+            "random_answers" of `Collator.answers_batch`; "text" of `Collator.texts_batch` (which has one entry for
+            each scored position, and no targets).
         branch: [rows, length] int64 of packed rows: 0 in the question, n in the n-th answer, -1 in padding.
         position_ids: [rows, length] int64 of packed rows: each token's place in its own text.
     """
@@ -34,56 +35,52 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of text in the batch, padding left out; a packed question counts once, a stand-in (`share`) not."""
+        """Number of tokens, without padding and the dummy row of `share`; a packed question is counted once."""
         return int(self.attention_mask.sum()) if any(weight.any() for weight in self.weights.values()) else 0
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
-        """The forward pass's arguments; the mask of packed rows is [rows, 1, length, length], true where seen."""
-        if self.branch is None:
+        """The arguments of the forward pass. The mask of packed rows is [rows, 1, length, length], true where seen."""
+        if self.branch is None or self.position_ids is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         seeing, seen = self.branch[:, :, None], self.branch[:, None, :]
         mask = ((seen == 0) | (seen == seeing)).tril()
         return {"input_ids": self.input_ids, "attention_mask": mask[:, None], "position_ids": self.position_ids}
 
     def share(self, process: int, processes: int) -> "Batch":
-        """The rows of one of several processes, whose losses and gradients add up to the batch's.
+        """The rows of one of several processes. Losses and gradients of all processes add up to the batch's.
 
-        Where there are fewer rows than processes, the first row stands in with weights of 0: all take part in
-        every forward pass.
+        Every process has to take part in every forward pass: one without rows gets the first row, with weights of 0.
         """
         if processes == 1:
             return self
         rows = torch.tensor(range(process, len(self.input_ids), processes), dtype=torch.long)
-        idle = not len(rows)
-        rows = torch.zeros(1, dtype=torch.long) if idle else rows
+        is_idle = len(rows) == 0
+        if is_idle:
+            rows = torch.zeros(1, dtype=torch.long)
         scored = torch.isin(self.row, rows)
         entries = scored[self.index]
         position = self.position[scored]
+        # Of the padding, only what is scored ("released" counts the padding of normal texts).
         length = max([int(self.attention_mask[rows].sum(1).max()), *(position + 1).tolist()])
-
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows, :length]
-
+        weights = {key: weight[entries] for key, weight in self.weights.items()}
+        if is_idle:
+            weights = {key: torch.zeros_like(weight) for key, weight in weights.items()}
         return Batch(
-            input_ids=cut(self.input_ids),
-            attention_mask=cut(self.attention_mask),
+            input_ids=self.input_ids[rows, :length],
+            attention_mask=self.attention_mask[rows, :length],
             row=torch.searchsorted(rows, self.row[scored]),
             position=position,
             index=(scored.cumsum(0) - 1)[self.index[entries]],
             target=self.target[entries],
-            weights={module: weight[entries] * (not idle) for module, weight in self.weights.items()},
-            branch=cut(self.branch),
-            position_ids=cut(self.position_ids),
+            weights=weights,
+            branch=None if self.branch is None else self.branch[rows, :length],
+            position_ids=None if self.position_ids is None else self.position_ids[rows, :length],
         )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
-        weights = {module: weight.to(device) for module, weight in self.weights.items()}
-        tensors = {
-            field.name: value if value is None else value.to(device)
-            for field in fields(self)
-            if field.name != "weights"
-            for value in [getattr(self, field.name)]
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return Batch(weights=weights, **tensors)
+        return replace(self, weights={key: weight.to(device) for key, weight in self.weights.items()}, **tensors)

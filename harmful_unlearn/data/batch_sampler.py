@@ -9,17 +9,17 @@ import numpy as np
 
 from harmful_unlearn.errors import UserError
 
-SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams
+SPLIT, SHUFFLE, ANSWERS = range(3)  # random streams of a seed
 
 
 @dataclass(frozen=True)
 class StepIndices:
-    """What one step trains on.
+    """The rows that one step trains on.
 
     Attributes:
         harmful_rows: indices into `HarmfulData.pairs`.
         normal_rows: indices into `NormalData.texts`.
-        answer_rows: K distinct indices into `HarmfulData.answers`, shared by the batch's questions.
+        answer_rows: K distinct indices into the pool of answers, shared by the batch's questions.
     """
 
     harmful_rows: list[int]
@@ -28,22 +28,21 @@ class StepIndices:
 
 
 class BatchSampler:
-    """`sampler[step]`: which rows a step uses, whatever came before it.
+    """`sampler[step]` is the rows of a step, whatever steps came before.
 
-    Harmful pairs keep their order; normal training texts are shuffled anew each epoch; the last
-    batch of a pass may be smaller. An epoch ends when the shorter of the two ends, and both start
-    again, so that GD may never see the later pairs (released code, points 2, 6 and 7). K answers
-    are drawn without replacement, once a step (point 11).
+    Harmful pairs keep their order. Normal training texts are shuffled anew for each epoch. The last batch of an epoch
+    may be smaller. An epoch ends when the shorter of the two ends, and both start again, so that GD may never see the
+    later pairs (implementation details 2, 6 and 7). K answers are drawn without replacement, once per step
+    (implementation detail 11).
 
     Args:
         pairs: number of harmful pairs.
         normal: the normal training texts (`NormalData.train`).
-        answers: size of the answer pool.
-        batch_size: B, for each of the two.
+        answers: size of the pool of answers.
+        batch_size: B, the number of harmful pairs and that of normal texts.
         k_random: K.
         seed: of the shuffling and of the draws.
-        all_harmful: go through all harmful pairs and all normal texts, each starting again at its
-            own end.
+        all_harmful: go through all harmful pairs and all normal texts; each of the two starts again at its own end.
 
     Raises:
         UserError: the pool has fewer than K answers.
@@ -70,7 +69,7 @@ class BatchSampler:
         if not all_harmful:
             shorter = min(self._harmful_batches, self._normal_batches)
             self._harmful_batches = self._normal_batches = shorter
-        # An epoch's order is asked for once a batch, and epochs come one after the other.
+        # Every step of an epoch needs the epoch's order, and epochs follow one another.
         self._shuffled = functools.lru_cache(maxsize=1)(self._shuffle)
 
     @property

@@ -1,12 +1,16 @@
 """PKU-SafeRLHF: harmful pairs (GD), the pool of harmful answers (RD), and labelled responses for judges."""
 
+import ast
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.tables import Table, as_harms, as_label, as_severity, as_text, read_table
+from harmful_unlearn.data.tables import Table, as_text, is_missing, read_table
 from harmful_unlearn.errors import UserError
 
 HARMFUL_COLUMNS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
@@ -18,7 +22,7 @@ class Response:
     """One labelled response of PKU-SafeRLHF.
 
     Attributes:
-        categories: the kinds of harm it is marked with; empty where the data name none.
+        categories: the kinds of harm it is marked with; empty if the data have no such column.
     """
 
     question: str
@@ -32,12 +36,10 @@ class HarmfulData:
     """Harmful pairs, for GD, and the pool of harmful answers, for RD.
 
     Attributes:
-        pairs: for each row in order, response_0 if unsafe, then response_1 if unsafe
-            (released code, point 2).
-        answers: every unsafe response_0 in row order, then every unsafe response_1
-            (released code, point 5).
-        answer_questions: the question that each of them came with.
-        safe_answers: of each pair the other response of its row, if that is safe and no empty text; else None.
+        pairs: for each row in order, response_0 if unsafe, then response_1 if unsafe (implementation detail 2).
+        answers: every unsafe response_0 in row order, then every unsafe response_1 (implementation detail 5).
+        answer_questions: the question that each of `answers` came with.
+        safe_answers: for each pair, the other response of its row if that is safe and not empty; else None.
         rows: rows read, before the selection.
         source: name, revision, split, sha256 (of a file), rows, pairs, selection.
     """
@@ -57,42 +59,43 @@ def read_harmful(
     categories: Sequence[str] = (),
     min_severity: int | None = None,
 ) -> HarmfulData:
-    """The unsafe responses of PKU-SafeRLHF, or of anything in its columns.
+    """The unsafe responses of PKU-SafeRLHF, or of any data with its columns.
 
     Args:
         name: a hub id, a folder, or a .jsonl, .json, .csv or .parquet file.
-        revision: of a hub id. PKU-SafeRLHF as the paper had it is
-            ff7ba91063016c78a225b0f74e1c0860bb18230f.
-        split: of a hub id or folder; a file is read whole.
-        categories: keep a response in any of these categories of harm.
-        min_severity: keep a response of this severity or more; one without a level has 0.
+        revision: of a hub id. PKU-SafeRLHF as it was for the paper is ff7ba91063016c78a225b0f74e1c0860bb18230f.
+        split: of a hub id or folder; a file is read completely.
+        categories: keep responses in any of these categories of harm; empty: in all.
+        min_severity: keep responses of this severity or more. A response without a severity has 0.
 
     Raises:
-        UserError: the data cannot be had, lack a column, hold a value that is no text or no label,
-            cannot be selected from, or have nothing unsafe left.
+        UserError: the data cannot be read, lack a column, hold a value that is not text or not a label, cannot be
+            selected from, or have no unsafe response left.
     """
     table, prompts, responses, safe = _read_responses(name, revision, split)
-    keep = ~np.array(safe)  # [2, rows]
-    if not keep.any():
+    selected = ~np.array(safe)  # [2, rows]
+    if not selected.any():
         raise UserError(f"{table.name} marks no response as unsafe: {HARMFUL_FIX} that does")
     if categories:
-        keep &= _in_categories(table, categories)
+        selected &= _in_categories(table, categories)
     if min_severity is not None:
-        keep &= _severities(table) >= min_severity
-    if not keep.any():
+        selected &= _severities(table) >= min_severity
+    if not selected.any():
         raise UserError(
             f"{table.name} has no unsafe response that --harm_category and --min_severity leave: select less narrowly"
         )
-    kept = np.argwhere(keep.T).tolist()
-    pairs = [Pair(prompts[row], responses[i][row]) for row, i in kept]
-    others = [responses[1 - i][row] if safe[1 - i][row] else "" for row, i in kept]
-    safe_answers = [other if other.strip() else None for other in others]
-    pool = np.argwhere(keep).tolist()
-    answers = [responses[i][row] for i, row in pool]
-    questions = [prompts[row] for _, row in pool]
+    by_row, by_side = np.argwhere(selected.T).tolist(), np.argwhere(selected).tolist()
+    pairs = [Pair(prompts[row], responses[side][row]) for row, side in by_row]
+    beside = [responses[1 - side][row] if safe[1 - side][row] else "" for row, side in by_row]
     selection = {"categories": list(categories), "min_severity": min_severity}
-    source = {**table.source, "rows": table.rows, "pairs": len(pairs), "selection": selection}
-    return HarmfulData(pairs, answers, questions, safe_answers, table.rows, source)
+    return HarmfulData(
+        pairs=pairs,
+        answers=[responses[side][row] for side, row in by_side],
+        answer_questions=[prompts[row] for _, row in by_side],
+        safe_answers=[answer if answer.strip() else None for answer in beside],
+        rows=table.rows,
+        source={**table.source, "rows": table.rows, "pairs": len(pairs), "selection": selection},
+    )
 
 
 def read_responses(name: str, revision: str | None = None, split: str = "train") -> list[Response]:
@@ -101,38 +104,48 @@ def read_responses(name: str, revision: str | None = None, split: str = "train")
     Args and raises as `read_harmful`.
     """
     table, prompts, responses, safe = _read_responses(name, revision, split)
-    columns = [f"response_{i}_harm_category" for i in (0, 1)]
-    kinds = [[frozenset()] * table.rows] * 2
-    if set(columns) <= set(table.names):
-        cells = [table.cells(column, as_harms, "a dictionary of true and false") for column in columns]
-        kinds = [[frozenset(kind for kind, holds in cell.items() if holds) for cell in side] for side in cells]
+    categories: list[list[frozenset[str]]] = [[frozenset()] * table.rows] * 2
+    columns = _columns("harm_category")
+    if set(columns) <= set(table.columns):
+        flags = [_flags(table, column) for column in columns]
+        categories = [[frozenset(filter(cell.get, cell)) for cell in side] for side in flags]
     return [
-        Response(prompts[row], responses[i][row], safe[i][row], kinds[i][row])
+        Response(prompts[row], responses[side][row], safe[side][row], categories[side][row])
         for row in range(table.rows)
-        for i in (0, 1)
+        for side in (0, 1)
     ]
 
 
 def _read_responses(
     name: str, revision: str | None, split: str
 ) -> tuple[Table, list[str], list[list[str]], list[list[bool]]]:
-    """The table, its prompts, and both sides' responses and safety labels."""
+    """The table, its prompts [rows], its responses [2][rows], and whether each response is safe [2][rows]."""
     table = read_table(name, HARMFUL_FIX, revision, split)
-    missing = [column for column in HARMFUL_COLUMNS if column not in table.names]
+    missing = [column for column in HARMFUL_COLUMNS if column not in table.columns]
     if missing:
-        raise table.lacks(missing, HARMFUL_FIX)
+        raise table.missing(missing, HARMFUL_FIX)
     prompts = table.cells("prompt", as_text, "text")
-    responses = [table.cells(f"response_{i}", as_text, "text") for i in (0, 1)]
-    safe = [table.cells(f"is_response_{i}_safe", as_label, "true or false") for i in (0, 1)]
+    responses = [table.cells(f"response_{side}", as_text, "text") for side in (0, 1)]
+    safe = [table.cells(f"is_response_{side}_safe", as_label, "true or false") for side in (0, 1)]
     return table, prompts, responses, safe
 
 
+def _columns(kind: str) -> list[str]:
+    return [f"response_{side}_{kind}" for side in (0, 1)]
+
+
+def _flags(table: Table, column: str) -> list[dict[str, bool]]:
+    """For each response of a column, whether it is in each category of harm."""
+    return table.cells(column, as_flags, "a dictionary of true and false")
+
+
 def _selectable(table: Table, kind: str, flag: str) -> list[str]:
-    columns = [f"response_{i}_{kind}" for i in (0, 1)]
-    if not set(columns) <= set(table.names):
+    """The two columns to select by. Raises UserError: the data do not have them."""
+    columns = _columns(kind)
+    if not set(columns) <= set(table.columns):
         raise UserError(
             f"{table.name} has no columns {' and '.join(columns)} to select by (the data of early "
-            f"2024 had none): use today's with --harmful_revision main, or leave {flag} out"
+            f"2024 had none): use today's with --harmful_revision main, or omit {flag}"
         )
     return columns
 
@@ -140,18 +153,56 @@ def _selectable(table: Table, kind: str, flag: str) -> list[str]:
 def _in_categories(table: Table, categories: Sequence[str]) -> np.ndarray:
     """Whether each response is in one of the categories: bool [2, rows]."""
     columns = _selectable(table, "harm_category", "--harm_category")
-    harms = [table.cells(column, as_harms, "a dictionary of true and false") for column in columns]
-    known = sorted(set().union(*(cell for cells in harms for cell in cells)))
+    flags = [_flags(table, column) for column in columns]
+    known = sorted({category for side in flags for cell in side for category in cell})
     unknown = [category for category in categories if category not in known]
     if unknown:
         raise UserError(
             f"{table.name} has no --harm_category {', '.join(map(repr, unknown))}: "
             f"take from {', '.join(map(repr, known))}"
         )
-    return np.array([[any(map(cell.get, categories)) for cell in cells] for cells in harms])
+    return np.array([[any(map(cell.get, categories)) for cell in side] for side in flags])
 
 
 def _severities(table: Table) -> np.ndarray:
-    """Each response's level of severity: float [2, rows]."""
+    """Each response's severity: float [2, rows]."""
     columns = _selectable(table, "severity_level", "--min_severity")
     return np.array([table.cells(column, as_severity, "a number") for column in columns])
+
+
+_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+
+
+def as_label(value: Any) -> bool:
+    """A safety label, which may be a bool, a number or a word."""
+    return _LABELS[value.strip().lower() if isinstance(value, str) else value]
+
+
+def as_flags(value: Any) -> dict[str, bool]:
+    """A harm_category cell, which may be a dictionary or its text: whether the response is in each category."""
+    if is_missing(value):
+        return {}
+    if isinstance(value, str):
+        return _parse_flags(value)
+    if not isinstance(value, dict):
+        raise TypeError
+    return {as_text(category): flag is not None and as_label(flag) for category, flag in value.items()}
+
+
+@functools.cache  # a CSV has few different cells in its many rows
+def _parse_flags(text: str) -> dict[str, bool]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError from error
+    if not isinstance(value, dict):
+        raise TypeError
+    return as_flags(value)
+
+
+def as_severity(value: Any) -> float:
+    """A severity_level cell as a number; 0 if it is missing."""
+    return 0.0 if is_missing(value) else float(value)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# The authors' template (implementation detail 1). The answer comes last: an empty one leaves the prompt.
+PROMPT_TEMPLATE = "### Question: {question}\n ### Answer: {answer}"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -11,16 +14,16 @@ class Pair:
     answer: str
 
 
-def format_prefix(question: str) -> str:
-    """All of a pair's text before its answer, the last space included (released code, point 1)."""
-    return f"### Question: {question}\n ### Answer: "
-
-
 def format_pair(question: str, answer: str) -> str:
-    """A pair's text (released code, point 1)."""
-    return format_prefix(question) + answer
+    """The text of a question with its answer."""
+    return PROMPT_TEMPLATE.format(question=question, answer=answer)
+
+
+def format_prefix(question: str) -> str:
+    """The text before the answer, with its trailing space."""
+    return format_pair(question, "")
 
 
 def prompt_text(question: str) -> str:
-    """What a model is given. The prefix's last space belongs to the answer's first token."""
+    """What a model is asked: the prefix without its trailing space, which belongs to the answer's first token."""
     return format_prefix(question).rstrip()

@@ -1,8 +1,7 @@
 """All batches of a step, for this process."""
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,19 +15,54 @@ from harmful_unlearn.data.pku_saferlhf import HarmfulData
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NormalData
 
+READ_OWN_ANSWERS = {"gd", "ga"}  # losses (losses/terms.py) by what they read
+READ_RANDOM_ANSWERS = {"rd", "rm"}
+READ_WHOLE_NORMAL_TEXTS = {"pd", "kl", "lp"}
+
 
 def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> list[str]:
-    """Where the K random answers come from: harmful answers (RD), or normal training answers ("rm")."""
+    """The answers that K random ones are drawn from: harmful answers (RD), or normal training answers ("rm")."""
     return [normal.texts[row].answer for row in normal.train] if "rm" in losses else harmful.answers
+
+
+def run_sampler(
+    *,
+    harmful: HarmfulData,
+    normal: NormalData,
+    losses: set[str],
+    batch_size: int,
+    k_random: int,
+    seed: int,
+    all_harmful: bool,
+) -> BatchSampler:
+    """Which rows each step of a run uses, by the run's flags.
+
+    Args:
+        losses: the losses of the run, by name.
+        batch_size: the harmful pairs, and the normal texts, of a step, for all processes together.
+        k_random: K; nothing is drawn if no loss reads random answers.
+
+    Raises:
+        UserError: the pool has fewer than K answers.
+    """
+    return BatchSampler(
+        pairs=len(harmful.pairs),
+        normal=normal.train,
+        answers=len(answer_pool(losses, harmful, normal)),
+        batch_size=batch_size,
+        k_random=k_random if losses & READ_RANDOM_ANSWERS else 0,
+        seed=seed,
+        all_harmful=all_harmful,
+    )
 
 
 class StepBatch(NamedTuple):
     """The batches of a step; None for one that no loss reads.
 
     Attributes:
-        harmful: prompts with their own and with random answers.
+        harmful: questions with their own and with random answers.
         normal: normal texts.
-        safe: those of the prompts that have a safe answer beside the harmful one, with it.
+        safe: the questions that have a safe answer beside the harmful one, with that.
     """
 
     harmful: Batch | None = None
@@ -41,12 +75,13 @@ class StepBatches:
     """The batches of each step, a pure function of the step.
 
     Attributes:
-        losses: names in losses/terms.py; a loss that is left out (its weight is 0) costs nothing.
-        packed_up_to: tokens; steps whose texts are no longer have a row for each harmful question. 0: plain rows.
-        share: which of how many processes this is. The batches are its part of each step's.
+        losses: the losses of the run, by name (losses/terms.py). What none of them reads is not computed.
+        packed_up_to: in tokens: a step whose texts are no longer has one row for each harmful question
+            (`Collator.answers_batch`). 0: always one row for each text.
+        share: (process, processes): each batch holds the rows of this process (`Batch.share`).
     """
 
-    collator: Collator | None
+    collator: Collator
     sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
@@ -54,98 +89,46 @@ class StepBatches:
     packed_up_to: float = 0
     share: tuple[int, int] = (0, 1)
 
-    @classmethod
-    def build(
-        cls,
-        *,
-        harmful: HarmfulData,
-        normal: NormalData,
-        losses: set[str],
-        batch_size: int,
-        k_random: int,
-        seed: int,
-        all_harmful: bool,
-        collator: Collator | None = None,
-        packed_up_to: float = 0,
-        share: tuple[int, int] = (0, 1),
-    ) -> "StepBatches":
-        """The batches of a run, by its flags.
-
-        Args:
-            batch_size: harmful pairs, and normal texts, of a step: of all processes together.
-            k_random: K; nothing is drawn where no loss reads random answers.
-            collator: None where only the rows of a step are asked for, not their tokens.
-
-        Raises:
-            UserError: the pool has fewer than K answers.
-        """
-        sampler = BatchSampler(
-            pairs=len(harmful.pairs),
-            normal=normal.train,
-            answers=len(answer_pool(losses, harmful, normal)),
-            batch_size=batch_size,
-            k_random=k_random if losses & {"rd", "rm"} else 0,
-            seed=seed,
-            all_harmful=all_harmful,
-        )
-        return cls(collator, sampler, harmful, normal, losses, packed_up_to, share)
-
     @cached_property
     def pool(self) -> list[str]:
-        """The answers that are paired with prompts they do not belong to."""
+        """The answers that K random ones are drawn from."""
         return answer_pool(self.losses, self.harmful, self.normal)
 
     def random_pairs(self, step: int) -> list[Pair]:
-        """Each question of a step with each of the K answers drawn for it."""
-        draw = self.sampler[step]
-        questions = [self.harmful.pairs[row].question for row in draw.harmful_rows]
-        return [Pair(question, self.pool[row]) for question in questions for row in draw.answer_rows]
+        """Each question of a step with each of the K answers drawn for the step."""
+        indices = self.sampler[step]
+        questions = [self.harmful.pairs[row].question for row in indices.harmful_rows]
+        return [Pair(question, self.pool[row]) for question in questions for row in indices.answer_rows]
 
-    def touched(self, steps: int) -> tuple[set[str], set[str]]:
-        """The harmful questions whose own answer is trained on, and all that `steps` steps touch.
-
-        An answer that RD draws touches the question that it came with.
-        """
-        trained, touched = set(), set()
-        for step in range(steps):
-            draw = self.sampler[step]
-            asked = {self.harmful.pairs[row].question for row in draw.harmful_rows}
-            trained |= asked if self.losses & {"gd", "ga"} else set()
-            touched |= asked if self.losses & {"gd", "ga", "rd", "rm", "sa"} else set()
-            if "rd" in self.losses:
-                touched |= {self.harmful.answer_questions[row] for row in draw.answer_rows}
-        return trained, touched
-
-    def ahead(self, steps: range, device: torch.device) -> Iterator["StepBatch"]:
-        """Each step's batches, made in a thread while the step before is computed."""
+    def ahead(self, steps: range, device: torch.device) -> Iterator[StepBatch]:
+        """The batches of each step, prepared in a thread during the step before."""
         with ThreadPoolExecutor(1, "batches") as worker:
-            coming = deque(worker.submit(self, step, device) for step in steps[:1])
-            for step in steps[1:]:
-                coming.append(worker.submit(self, step, device))
-                yield coming.popleft().result()
-            yield from (last.result() for last in coming)
+            pending: Future[StepBatch] | None = None
+            for step in steps:
+                following = worker.submit(self, step, device)
+                if pending:
+                    yield pending.result()
+                pending = following
+            if pending:
+                yield pending.result()
 
-    def __call__(self, step: int, device: torch.device) -> "StepBatch":
+    def __call__(self, step: int, device: torch.device) -> StepBatch:
         """The batches of a step (from 0)."""
-        if self.collator is None:
-            raise ValueError("built without a collator, for the rows of a step alone")
-        draw, harmful, normal, safe = self.sampler[step], None, None, None
-
-        def mine(batch: Batch) -> Batch:
-            return batch.share(*self.share).to(device)
-
-        own, random = self.losses & {"gd", "ga"}, self.losses & {"rd", "rm"}
-        if own or random:
-            pairs = [self.harmful.pairs[row] for row in draw.harmful_rows]
-            answers = [self.pool[row] for row in draw.answer_rows] if random else []
-            harmful = mine(self.collator.answers_batch(pairs, answers, bool(own), self.packed_up_to))
-        texts = [self.normal.texts[row] for row in draw.normal_rows]
-        if self.losses & {"pd", "kl", "lp"}:
-            normal = mine(self.collator.texts_batch(texts))
-        if "ft" in self.losses:  # laid out as GD: the answer counts
-            normal = mine(self.collator.answers_batch(texts, []))
+        indices = self.sampler[step]
+        harmful = [self.harmful.pairs[row] for row in indices.harmful_rows]
+        normal = [self.normal.texts[row] for row in indices.normal_rows]
+        own_answers, random_answers = bool(self.losses & READ_OWN_ANSWERS), bool(self.losses & READ_RANDOM_ANSWERS)
+        batches: dict[str, Batch] = {}
+        if own_answers or random_answers:
+            answers = [self.pool[row] for row in indices.answer_rows] if random_answers else []
+            batches["harmful"] = self.collator.answers_batch(harmful, answers, own_answers, self.packed_up_to)
+        if self.losses & READ_WHOLE_NORMAL_TEXTS:
+            batches["normal"] = self.collator.texts_batch(normal)
+        if "ft" in self.losses:
+            batches["normal"] = self.collator.answers_batch(normal, [])
         if "sa" in self.losses:
-            asked = [(self.harmful.pairs[row].question, self.harmful.safe_answers[row]) for row in draw.harmful_rows]
-            answered = [Pair(question, answer) for question, answer in asked if answer]
-            safe = mine(self.collator.answers_batch(answered, [])) if answered else None
-        return StepBatch(harmful, normal, safe)
+            safe_answers = [self.harmful.safe_answers[row] for row in indices.harmful_rows]
+            safe = [Pair(pair.question, answer) for pair, answer in zip(harmful, safe_answers, strict=True) if answer]
+            if safe:
+                batches["safe"] = self.collator.answers_batch(safe, [])
+        return StepBatch(**{name: batch.share(*self.share).to(device) for name, batch in batches.items()})

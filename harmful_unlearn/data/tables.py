@@ -1,12 +1,10 @@
 """Any source as a table: hub data sets, folders, and .csv, .json, .jsonl and .parquet files.
 
-Values are read by column name and parsed by the functions at the end, which raise ValueError,
-TypeError, KeyError or OverflowError on what they cannot take.
+Values are read by column name and parsed by functions such as `as_text`, which raise ValueError, TypeError, KeyError
+or OverflowError for a value that they refuse.
 """
 
-import ast
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -18,46 +16,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmful_unlearn.errors import UserError
+from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.storage.files import user_path
 
 
 @dataclass
 class Table:
-    """Rows from anywhere: `column(name)` lists a column's values in row order."""
+    """Rows from any source.
+
+    Attributes:
+        name: of the source, for error messages.
+        columns: their names.
+        rows: how many.
+        values: `values(column)` lists a column's values in row order; None for a missing one.
+        source: name, revision, split, and sha256 (of a file).
+    """
 
     name: str
-    names: list[str]
+    columns: list[str]
     rows: int
-    column: Callable[[str], list]
+    values: Callable[[str], list]
     source: dict
 
     def cells(self, column: str, parse: Callable[[Any], Any], expected: str) -> list:
-        """A column's values, parsed. Rows count from 1, header and blank lines apart.
+        """A column's values, parsed.
 
         Raises:
-            UserError: `parse` refuses a value, which is then no `expected`.
+            UserError: `parse` refuses a value, which should have been `expected`. Rows are counted from 1, without
+                the header and blank lines.
         """
         cells = []
-        for row, value in enumerate(self.column(column), 1):
+        for row, value in enumerate(self.values(column), 1):
             try:
                 cells.append(parse(value))
             except (KeyError, TypeError, ValueError, OverflowError):
                 raise UserError(
-                    f"{self.name}, row {row}: {column} is {reprlib.repr(value)}, not {expected}: mend that row"
+                    f"{self.name}, row {row}: {column} is {reprlib.repr(value)}, not {expected}: fix that row"
                 ) from None
         return cells
 
-    def lacks(self, missing: Sequence[str], fix: str) -> UserError:
-        """The error for columns that are not there."""
-        has = ", ".join(self.names)
-        return UserError(f"{self.name} lacks the columns {', '.join(missing)} (it has {has}): {fix} with them")
+    def missing(self, columns: Sequence[str], fix: str) -> UserError:
+        """The error for columns that the table does not have."""
+        has = ", ".join(self.columns)
+        return UserError(f"{self.name} lacks the columns {', '.join(columns)} (it has {has}): {fix} with them")
 
 
 def read_table(
     name: str, fix: str, revision: str | None = None, split: str = "train", config: str | None = None
 ) -> Table:
-    """Any source as a table with at least one row. `fix` tells how to give another source."""
+    """A table with at least one row.
+
+    Args:
+        name: a .csv, .json, .jsonl or .parquet file, a folder, or a hub id.
+        fix: for error messages, how to give another source.
+        revision, config: of a hub id.
+        split: of a hub id or a folder; a file is read completely.
+
+    Raises:
+        UserError: the source cannot be read, or has no rows.
+    """
     path = user_path(name)
     if path.is_dir():
         table = _load(str(path), fix, None, split, None)
@@ -79,8 +96,9 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
     try:
         dataset = datasets.load_dataset(name, config, revision=revision, split=split)
     except (DatasetsError, HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        cause = cause or error
+        cause: BaseException = error
+        if isinstance(error, DatasetGenerationError) and error.__cause__:
+            cause = error.__cause__
         if getattr(cause, "errno", None) == errno.ENOSPC:
             raise cause from None
         if isinstance(cause, DatasetNotFoundError):
@@ -93,33 +111,33 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
             remedy = "check its split and its files"
         raise UserError(f"cannot load {name} ({_reason(cause)}): {remedy}, or {fix}") from error
 
-    # Out of reach of the hub, `datasets` takes whichever revision its cache holds.
+    # Without a connection to the hub, `datasets` takes whichever revision is in its cache.
     urls = " ".join(dataset.download_checksums or {})
     commit = re.search(r"@([0-9a-f]{40})/", urls)
-    found = commit.group(1) if commit else revision
-    if re.fullmatch("[0-9a-f]{40}", revision or "") and found != revision:
+    loaded = commit.group(1) if commit else revision
+    if re.fullmatch("[0-9a-f]{40}", revision or "") and loaded != revision:
         raise UserError(
-            f"cannot load revision {revision} of {name} (the cache has {found}): connect to the hub, or {fix}"
+            f"cannot load revision {revision} of {name} (the cache has {loaded}): connect to the hub, or {fix}"
         )
-    source = {"name": name, "revision": found, "split": split, "sha256": None}
-    return Table(name, dataset.column_names, len(dataset), lambda key: dataset[key][:], source)
+    source = {"name": name, "revision": loaded, "split": split, "sha256": None}
+    return Table(name, dataset.column_names, len(dataset), lambda column: dataset[column][:], source)
 
 
 def _read_file(path: Path, fix: str) -> Table:
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path} is in no known format: {fix}")
+        raise UserError(f"{path} is not in a known format: {fix}")
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is no regular file: {fix}")  # /dev/zero has no end, and a pipe may have no writer
+            raise UserError(f"{path} is not a regular file: {fix}")  # reading a device or a pipe may never end
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
     if not content.strip():
         raise UserError(f"{path} is empty: {fix}")
-    names, rows, column = FORMATS[path.suffix.lower()](content, path, fix)
+    columns, rows, values = FORMATS[path.suffix.lower()](content, path, fix)
     sha256 = hashlib.sha256(content).hexdigest()
     source = {"name": str(path), "revision": None, "split": None, "sha256": sha256}
-    return Table(str(path), names, rows, column, source)
+    return Table(str(path), columns, rows, values, source)
 
 
 def _decode(content: bytes, path: Path) -> str:
@@ -129,128 +147,93 @@ def _decode(content: bytes, path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
-def _read_csv(content: bytes, path: Path, fix: str) -> tuple:
+_Columns = tuple[list[str], int, Callable[[str], list]]  # as in Table: columns, rows, values
+
+
+def _read_csv(content: bytes, path: Path, fix: str) -> _Columns:
     import pandas
 
     text = _decode(content, path)
     try:
-        # Every cell as it stands: an answer may be the word "None" or "NA".
+        # Every cell stays text: an answer may be the word "None" or "NA".
         frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     except ValueError as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        raise UserError(f"{path} is no well-formed CSV ({reason}): mend it, or {fix}") from None
+        raise UserError(f"{path} is not well-formed CSV ({reason}): fix it, or {fix}") from None
     if not isinstance(frame.index, pandas.RangeIndex):  # pandas took the extra cells for an index
-        raise UserError(f"{path} has rows with more cells than its header: mend it, or {fix}")
-    return list(frame.columns), len(frame), lambda key: frame[key].tolist()
+        raise UserError(f"{path} has rows with more cells than its header: fix it, or {fix}")
+    return list(frame.columns), len(frame), lambda column: frame[column].tolist()
 
 
-def _read_json(content: bytes, path: Path, fix: str) -> tuple:
-    """One list of objects, or an object a line."""
+def _read_json(content: bytes, path: Path, fix: str) -> _Columns:
+    """A list of objects, or one object per line.
+
+    By the json module: pandas.read_json silently drops half of a surrogate pair, and makes floats of whole numbers.
+    """
     text = _decode(content, path)
-    whole = text.lstrip().startswith("[")
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    lines = [text] if whole else text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            where = getattr(error, "lineno", 1) if whole else number
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{path}, line {where} is no JSON ({reason}): mend it") from None
-        for index, row in enumerate(value if whole else [value], 1):
-            if not isinstance(row, dict):
-                where = f"row {index}" if whole else f"line {number}"
-                raise UserError(f"{path}, {where} is no JSON object: mend it, or {fix}")
-            rows.append(row)
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    return names, len(rows), lambda key: [row.get(key) for row in rows]
+    if text.lstrip().startswith("["):
+        values = [(f"row {row}", value) for row, value in enumerate(_parse_json(text, path, 1), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)  # not splitlines(): a JSON string may hold U+2028
+        values = [(f"line {number}", _parse_json(line, path, number)) for number, line in lines if line.strip()]
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, {place} is not a JSON object: fix it, or {fix}")
+    rows = [value for _, value in values]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return columns, len(rows), lambda column: [row.get(column) for row in rows]
 
 
-def _read_parquet(content: bytes, path: Path, fix: str) -> tuple:
+def _parse_json(text: str, path: Path, first_line_number: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line_number + getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line} is not JSON ({getattr(error, 'msg', error)}): fix it") from None
+
+
+def _read_parquet(content: bytes, path: Path, fix: str) -> _Columns:
+    """By pyarrow: pandas would make arrays of lists."""
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
-        table.validate(full=True)  # a spoilt file may pass until its values are used
+        table.validate(full=True)  # a damaged file may pass until its values are used
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole Parquet file ({_reason(error)}): {fix}") from None
+        raise UserError(f"{path} is not a complete Parquet file ({_reason(error)}): {fix}") from None
 
-    def column(key: str) -> list:
+    def values(column: str) -> list:
         try:
-            return table[key].to_pylist()
-        except (pyarrow.ArrowException, KeyError, OverflowError, ValueError) as error:  # two of a name, a year 10000
-            raise UserError(f"{path}: the column {key} cannot be read ({_reason(error)}): mend it, or {fix}") from None
+            return table[column].to_pylist()
+        except (pyarrow.ArrowException, KeyError, OverflowError, ValueError) as error:  # a name twice, a year 10000
+            message = f"{path}: the column {column} cannot be read ({_reason(error)}): fix it, or {fix}"
+            raise UserError(message) from None
 
-    return table.column_names, table.num_rows, column
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return table.column_names, table.num_rows, values
 
 
-FORMATS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
+def _reason(error: BaseException) -> str:
+    return first_line(error).rstrip(".:")
 
 
-def plain(column: str) -> str:
-    """A column name without its case, spaces and underscores."""
-    return column.lower().replace(" ", "").replace("_", "")
+FORMATS: dict[str, Callable[[bytes, Path, str], _Columns]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
 
 
-def _absent(value: object) -> bool:
+def is_missing(value: object) -> bool:
+    """Whether a cell is empty: None, empty text or NaN."""
     return value is None or value == "" or value != value  # only NaN differs from itself
 
 
 def as_text(value: Any) -> str:
-    """Text; an absent value is empty text."""
-    if _absent(value):
+    """Text; a missing value is empty text."""
+    if is_missing(value):
         return ""
     if not isinstance(value, str):
         raise TypeError
-    value.encode()  # half a surrogate pair, which JSON lets through, is no text to any tokenizer
+    value.encode()  # JSON lets half of a surrogate pair through, which no tokenizer takes
     return value
-
-
-def joined(value: Any) -> str:
-    """Text, or a list of texts as one, with "; " between them."""
-    return "; ".join(map(as_text, value)) if isinstance(value, list) else as_text(value)
-
-
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-
-
-def as_label(value: Any) -> bool:
-    """True or false, as a bool, a number or a word."""
-    return _LABELS[value.strip().lower() if isinstance(value, str) else value]
-
-
-def as_harms(value: Any) -> dict[str, bool]:
-    """A harm_category cell: category to bool."""
-    if _absent(value):
-        return {}
-    if isinstance(value, str):
-        return _harms_in(value)
-    if not isinstance(value, dict):
-        raise TypeError
-    return {as_text(category): flag is not None and as_label(flag) for category, flag in value.items()}
-
-
-@functools.cache  # a CSV has few different ones among its many rows
-def _harms_in(text: str) -> dict[str, bool]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError from error
-    if not isinstance(value, dict):
-        raise TypeError
-    return as_harms(value)
-
-
-def as_severity(value: Any) -> float:
-    """A number; 0 for an absent value."""
-    return 0.0 if _absent(value) else float(value)

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from harmful_unlearn.data.batch_sampler import SPLIT
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.tables import Table, joined, plain, read_table
+from harmful_unlearn.data.tables import Table, as_text, read_table
 
 NORMAL_COLUMNS = ("Question", "Best Answer", "Correct Answers")
 INCORRECT_COLUMN = "Incorrect Answers"
@@ -20,10 +21,10 @@ NORMAL_FIX = (
 
 @dataclass
 class NormalData:
-    """Normal texts, for PD, and their random split of 70 / 10 / 20 % (released code, point 6).
+    """Normal texts, for PD, and their random split of 70 / 10 / 20 % (implementation detail 6).
 
     Attributes:
-        texts: each question with its best answer, then each with all its correct answers.
+        texts: each question with its best answer, then each question with all its correct answers as one text.
         train, validation, test: indices into `texts`.
         source: name, revision, split, sha256 (of a file), rows, texts, train, validation, test.
     """
@@ -36,10 +37,10 @@ class NormalData:
 
 
 def read_normal(name: str | Path, seed: int) -> NormalData:
-    """TruthfulQA, or anything with its columns Question, Best Answer and Correct Answers.
+    """TruthfulQA, or any data with its columns Question, Best Answer and Correct Answers.
 
-    Column names match whatever their case, spaces and underscores. Correct answers are one text,
-    semicolons included; a list of them is joined with "; ".
+    Case, spaces and underscores in column names do not matter. Correct answers are one text, semicolons included; a
+    list of them is joined with "; ".
 
     Args:
         name: a .csv, .jsonl, .json or .parquet file, a folder, or a hub id (its split "train"; of
@@ -47,22 +48,18 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
         seed: of the split.
 
     Raises:
-        UserError: the data cannot be had, lack a column, or hold something that is no text.
+        UserError: the data cannot be read, lack a column, or hold a value that is not text.
     """
     table, columns = _read_normal(name)
-    questions, best, correct = (table.cells(column, joined, "text") for column in columns[:3])
+    questions, best, correct = (table.cells(column, as_joined_text, "text") for column in columns[:3])
     texts = [
         Pair(question, answer)
         for answers in (best, correct)
         for question, answer in zip(questions, answers, strict=True)
     ]
     order = np.random.default_rng([seed, SPLIT]).permutation(len(texts)).tolist()
-    trained, validated = int(0.7 * len(texts)), int(0.1 * len(texts))
-    parts = {
-        "train": order[:trained],
-        "validation": order[trained : trained + validated],
-        "test": order[trained + validated :],
-    }
+    first, second = int(0.7 * len(texts)), int(0.7 * len(texts)) + int(0.1 * len(texts))
+    parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
     sizes = {part: len(rows) for part, rows in parts.items()}
     source = {**table.source, "rows": table.rows, "texts": len(texts), **sizes}
     return NormalData(texts, **parts, source=source)
@@ -84,30 +81,44 @@ class Choices:
 
 
 def read_choices(name: str | Path) -> dict[str, Choices]:
-    """The multiple choices of `read_normal`'s data, by question; empty without "Incorrect Answers".
+    """The multiple choices of `read_normal`'s data, by question; empty without a column "Incorrect Answers".
 
-    Lists in one cell are split at semicolons. A question without any true or false answer is left out.
+    Several answers in one cell are split at semicolons. A question without a best, a true or a false answer is omitted.
 
     Args and raises as `read_normal`.
     """
     table, columns = _read_normal(name)
     if len(columns) < 4:
         return {}
-    cells = [table.cells(column, joined, "text") for column in columns]
-    parts = [[[part.strip() for part in cell.split(";") if part.strip()] for cell in column] for column in cells[2:]]
+    questions, best, true, false = (table.cells(column, as_joined_text, "text") for column in columns)
     choices = {
-        question: Choices(best.strip(), true, false)
-        for question, best, true, false in zip(*cells[:2], *parts, strict=True)
+        question: Choices(b.strip(), _split(t), _split(f))
+        for question, b, t, f in zip(questions, best, true, false, strict=True)
     }
-    return {question: found for question, found in choices.items() if found.best and found.true and found.false}
+    return {question: choice for question, choice in choices.items() if choice.best and choice.true and choice.false}
+
+
+def _split(answers: str) -> list[str]:
+    return [answer.strip() for answer in answers.split(";") if answer.strip()]
 
 
 def _read_normal(name: str | Path) -> tuple[Table, list[str]]:
-    """The table, and its columns for NORMAL_COLUMNS and, where there is one, INCORRECT_COLUMN."""
+    """The table, and its own names for NORMAL_COLUMNS and, if it has that, INCORRECT_COLUMN."""
     config, split = HUB_CONFIGS.get(str(name), (None, "train"))
     table = read_table(str(name), NORMAL_FIX, split=split, config=config)
-    found = {plain(column): column for column in table.names}
-    missing = [column for column in NORMAL_COLUMNS if plain(column) not in found]
+    own_name = {_plain(column): column for column in table.columns}
+    missing = [column for column in NORMAL_COLUMNS if _plain(column) not in own_name]
     if missing:
-        raise table.lacks(missing, NORMAL_FIX)
-    return table, [found[plain(c)] for c in (*NORMAL_COLUMNS, INCORRECT_COLUMN) if plain(c) in found]
+        raise table.missing(missing, NORMAL_FIX)
+    wanted = (*NORMAL_COLUMNS, INCORRECT_COLUMN)
+    return table, [own_name[_plain(column)] for column in wanted if _plain(column) in own_name]
+
+
+def _plain(column: str) -> str:
+    """A column name without its case, spaces and underscores."""
+    return column.lower().replace(" ", "").replace("_", "")
+
+
+def as_joined_text(value: Any) -> str:
+    """A text, or a list of texts as one, with "; " between them."""
+    return "; ".join(map(as_text, value)) if isinstance(value, list) else as_text(value)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
-from harmful_unlearn.data.step_batches import StepBatches
+from harmful_unlearn.data.step_batches import StepBatches, run_sampler
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
@@ -189,7 +189,7 @@ def prepare_stage_1(
     collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded (packing_check.py).
     pack = bool(losses & {"rd", "rm"}) and not settings.no_packing
-    batches = StepBatches.build(
+    sampler = run_sampler(
         harmful=harmful,
         normal=normal,
         losses=losses,
@@ -197,10 +197,10 @@ def prepare_stage_1(
         k_random=settings.k_random,
         seed=settings.seed,
         all_harmful=settings.all_harmful,
-        collator=collator,
-        packed_up_to=math.inf if pack else 0,
-        share=(accelerator.process_index, accelerator.num_processes),
     )
+    packed_up_to = math.inf if pack else 0
+    share = (accelerator.process_index, accelerator.num_processes)
+    batches = StepBatches(collator, sampler, harmful, normal, losses, packed_up_to, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
     plan = make_plan(settings, batches, structure, lora, precision, shards)
     print_once(f"{_describe(settings, lora, precision, accelerator)}\n{plan}")
