@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrained
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
@@ -111,9 +112,8 @@ class Setting:
                     parameter.add_(1e-3 * torch.randn_like(parameter))
             self.base = ReferenceModel(copy, autocast=args.precision == "bf16" and not half)
         self.model.train()
-        self.objectives = {
-            name: Objective(self.model, weights, self.base, alpha) for name, (weights, alpha) in OURS.items()
-        }
+        self.objectives = {name: Objective(self.model, weights, self.base) for name, (weights, _) in OURS.items()}
+        self.landings = {name: LandingPoint(self.model, self.base, OURS[name][1]) for name in LANDING}
 
     def texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair], list[Pair]]:
         """Harmful pairs, random answers, normal texts and safe answers: words drawn at random, lengths log-normal."""
@@ -212,7 +212,12 @@ def ours(objective: str, packed_up_to: float = math.inf):
         harmful = collator.answers_batch(pairs, answers if "rd" in weights else [], packed_up_to=packed_up_to)
         texts = [harmful, collator.texts_batch(normal), collator.answers_batch(safe, []) if "sa" in weights else None]
         texts = StepBatch(*(batch and batch.to(setting.device) for batch in texts))
-        yield from setting.objectives[objective](setting.model, texts)
+        terms = setting.objectives[objective]
+        yield terms(setting.model, texts)
+        if objective in LANDING:
+            with setting.landings[objective].reached() as chain_rule:
+                loss, values = terms.at_landing(setting.model, texts)
+                yield chain_rule * loss, values
 
     return step
 
