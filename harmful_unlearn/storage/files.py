@@ -15,12 +15,12 @@ from harmful_unlearn.errors import UserError
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError: it is missing, broken, or something else."""
+    """A JSON object from a file. Raises UserError: the file is missing, broken, or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{path} {what}: give a folder that save_pretrained wrote") from None
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {problem}: give a folder that save_pretrained wrote") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from None
     if not isinstance(content, dict):
@@ -32,22 +32,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` stands for the home folder also after `--flag=`. Raises UserError."""
+    """A path from a flag, with `~` for the home folder. Raises UserError: it is empty, or that home does not exist."""
     if not text:
-        raise UserError("a path is empty: give one, or leave its flag out")
+        raise UserError("a path is empty: give one, or omit its flag")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"nobody here has the home folder in {text}: give the whole path") from None
+        raise UserError(f"{text} names the home folder of an unknown user: give the full path") from None
 
 
 def resolved(path: Path) -> Path:
-    """Path.resolve, which raises its own error on a loop of links before Python 3.13."""
+    """The absolute path without links. Unlike Path.resolve before Python 3.13, it takes a loop of links."""
     return Path(os.path.realpath(path))
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Say now, rather than after the work, that a folder cannot be written.
+    """Check before the work that a folder can be written.
 
     Raises:
         UserError: `target` is a file, a mount or the current folder, is not empty (without
@@ -56,23 +56,23 @@ def check_target(target: Path, overwrite: bool) -> None:
     if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
     if target.is_dir() and (os.path.ismount(target) or resolved(target) == Path.cwd()):
-        raise UserError(f"{target} cannot be replaced as a whole (a mount, or where you stand): give a folder in it")
+        raise UserError(f"{target} cannot be replaced (it is a mount or the current folder): give a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
     _check_parent(target)
 
 
 def check_file(path: Path) -> None:
-    """The same for a file. Raises UserError: `path` is a folder or a device, or cannot be written."""
+    """Check that a file can be written. Raises UserError: `path` is a folder or a device, or cannot be written."""
     if _exists(path) and not path.is_file():
         raise UserError(f"{path} is a folder or a device: give the path of a file")
     if path.is_file() and not os.access(path, os.W_OK):
-        raise UserError(f"{path} may not be written: give another path")
+        raise UserError(f"{path} is read-only: give another path")
     _check_parent(path)
 
 
 def _exists(path: Path) -> bool:
-    """Path.exists, which takes a loop of links for nothing. Raises OSError (see errors.disk_problem)."""
+    """Whether there is something at `path`. Unlike Path.exists, it raises OSError for a loop of links."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -85,8 +85,8 @@ def _check_parent(path: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     try:
-        # The only sure way: /proc says that root may write there, a mount may be full, and the name, with what
-        # new_folder puts beside it, too long.
+        # Probe by writing: permission bits mislead for root, a mount may be full, and the temporary name may be too
+        # long.
         tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-{_process()}", dir=parent).cleanup()
     except OSError as error:
         reason = f"{parent} is not a writable folder: {error.strerror}"
@@ -94,19 +94,19 @@ def _check_parent(path: Path) -> None:
 
 
 def check_apart(paths: list[Path]) -> None:
-    """Raises UserError where one of `paths` is another or lies inside it: writing would mix them up."""
-    for one, other in combinations(paths, 2):
-        ours, theirs = resolved(one), resolved(other)
-        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            raise UserError(f"{one} and {other} lie in one another: give each a folder of its own")
+    """Check that no path is equal to another or inside it. Raises UserError."""
+    for first, second in combinations(paths, 2):
+        a, b = resolved(first), resolved(second)
+        if a.is_relative_to(b) or b.is_relative_to(a):
+            raise UserError(f"{first} and {second} are equal or inside one another: give each a folder of its own")
 
 
 def _clear_up(target: Path) -> None:
-    """Remove what processes that were killed here left beside `target`, but for a folder that nothing has replaced."""
-    left = re.compile(rf"\.{re.escape(target.name)}\.(partial|previous|writable)-{re.escape(_HOST)}-(\d+)-")
+    """Remove what killed processes of this machine left beside `target`, except a previous folder without successor."""
+    temporary = re.compile(rf"\.{re.escape(target.name)}\.(partial|previous|writable)-{re.escape(_HOST)}-(\d+)-")
     for path in target.parent.iterdir():
-        found = left.match(path.name)
-        if found and not _runs(int(found[2])) and (found[1] != "previous" or target.exists()):
+        match = temporary.match(path.name)
+        if match and not _runs(int(match[2])) and (match[1] != "previous" or target.exists()):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -115,32 +115,33 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
-    return process != os.getpid()  # after a restart of the machine, or of a container, the number may be ours
+    return process != os.getpid()  # after a restart of the machine or of a container, the number may be our own
 
 
 _HOST = socket.gethostname()
 
 
 def _process() -> str:
-    return f"{_HOST}-{os.getpid()}-"  # in the names of temporary folders
+    """This process, in the names of temporary folders."""
+    return f"{_HOST}-{os.getpid()}-"
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `target` to write into, renamed to `target` when all went well.
+    """A temporary folder beside `target` to write into, renamed to `target` at the end of the block.
 
-    Whatever stops the block, `target` is either as it was or whole and new. The previous folder is
-    removed (with `overwrite`) only once the new one stands. Where the renaming itself fails, what was
-    written stays in the temporary folder, which the error names.
+    Whatever stops the block, `target` is either as it was or new and complete. The previous folder (with `overwrite`)
+    is removed only after the new one has its name. If the renaming itself fails, the new files stay in the temporary
+    folder, which the error names.
 
     Raises:
         UserError: as `check_target`, or the renaming failed.
     """
     check_target(target, overwrite)
     target = resolved(target)
-    made = [parent for parent in target.parents if not parent.exists()]
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_up(target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_process()}", dir=target.parent))
@@ -151,8 +152,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # something else lies in them by now
-            for parent in made:
+        with suppress(OSError):  # something else may be in them by now
+            for parent in new_parents:
                 parent.rmdir()
         raise
     previous = partial.with_name(partial.name.replace(".partial-", ".previous-"))
@@ -163,12 +164,13 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         if previous.exists():
             previous.rename(target)
-        raise UserError(f"{target} cannot be replaced ({error.strerror}): move {partial} there, it is whole") from None
+        message = f"{target} cannot be replaced ({error.strerror}): move {partial} there, which is complete"
+        raise UserError(message) from None
     shutil.rmtree(previous, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; if this is stopped half-way, nothing half of it has its name."""
+    """Remove a folder. If this is stopped halfway, the remaining files do not have the folder's name."""
     try:
         hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.previous-{_process()}", dir=folder.parent))
         folder.rename(hidden / folder.name)
@@ -184,7 +186,7 @@ def _umask() -> int:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a small file in one step: the old content or the new one, never half of it."""
+    """Write a small file atomically: it has the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -74,9 +74,9 @@ def test_files_and_folders_that_would_mix_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a writable folder"):
         files.check_file(tmp_path / "file" / "run.log")
     files.check_apart([tmp_path / "a", tmp_path / "b", tmp_path / "ab"])
-    for one, other in (("a", "a"), ("a", "a/b"), ("a/b/c", "a"), ("a", "b/../a")):
-        with pytest.raises(UserError, match="lie in one another"):
-            files.check_apart([tmp_path / "z", tmp_path / one, tmp_path / other])
+    for first, second in (("a", "a"), ("a", "a/b"), ("a/b/c", "a"), ("a", "b/../a")):
+        with pytest.raises(UserError, match="folder of its own"):
+            files.check_apart([tmp_path / "z", tmp_path / first, tmp_path / second])
 
 
 def test_a_mount_or_the_current_folder_is_refused(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_failing_rename_loses_neither_the_old_folder_nor_the_new(tmp_path, mon
         return rename(self, to)
 
     monkeypatch.setattr(files.Path, "rename", refuse)
-    with pytest.raises(UserError, match="it is whole"), new_folder(target, overwrite=True) as folder:
+    with pytest.raises(UserError, match="which is complete"), new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert (target / "old").exists()
     (kept,) = tmp_path.glob(".model.partial-*")
