@@ -1,11 +1,13 @@
 """The spot check: what the base and the unlearned model answer, side by side.
 
 Edit the constants below for your models and prompts, or give flags:
+
     python main.py
     python main.py --base facebook/opt-2.7b --unlearned models/opt-2.7b-unlearned --greedy
     python main.py --base B --unlearned U --harmful_prompt "How do I ...?" --normal_prompt "Why is ...?"
-If the unlearned model is not there yet, it is made from the stage 1 model (--harmful_model). It may also be an
-unlearning adapter (task_vector.py --adapter_output).
+
+If the unlearned model does not exist yet, it is made from the harmful model of stage 1 (--harmful_model). It may also
+be an unlearning adapter (task_vector.py --adapter_output).
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, number, positive_int, positive_number, whole_number
 from harmful_unlearn.data.prompt_format import prompt_text
@@ -29,11 +31,12 @@ from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import load_adapter
 from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.negation.negate import negate
+from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
 from harmful_unlearn.storage.files import ROOT, user_path
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
-HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # the stage 1 model
+HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # of stage 1
 UNLEARNED = ROOT / "models" / "opt-1.3b-unlearned"
 
 HARMFUL_PROMPTS = [
@@ -61,16 +64,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.unlearned.is_dir():
         if not args.harmful_model.is_dir():
             raise UserError(
-                f"there is no unlearned model in {args.unlearned} and no stage 1 model in "
+                f"there is no unlearned model in {args.unlearned} and no harmful model in "
                 f"{args.harmful_model}: run harmful_unlearn/unlearn_harm_new.py, or give --unlearned or --harmful_model"
             )
+        harmful = [(args.harmful_model, 1.0)]
+        check_landing(harmful, [args.scaling_coef])
         print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
-        negate(base, [(args.harmful_model, 1.0)], args.unlearned, args.scaling_coef, base_name=args.base)
+        negate(base, harmful, args.unlearned, args.scaling_coef, base_name=args.base)
     unlearned = hub.resolve_model(str(args.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
     if adapter:
-        open_matched(base, [adapter])  # whole, no pickle, and of this base: PEFT would skip what does not fit
-    # One model after the other, so that only one is in memory.
+        open_matched(base, [adapter])  # PEFT would load a pickle, and skip entries that do not fit the base
+    # One model after another, so that only one is in memory.
     columns = [answer_all(base, texts, args), answer_all(base if adapter else unlearned, texts, args, adapter)]
     how = "greedy" if args.greedy else f"sampled at temperature {args.temperature:g}, seed {args.seed}"
     print(f"base: {args.base}\nunlearned: {args.unlearned}\nanswers: {how}, at most {args.max_length} tokens")
@@ -78,13 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
-def encode(
-    folder: Path, prompts: list[str], max_length: int
-) -> tuple[PreTrainedTokenizerBase, list[dict[str, torch.Tensor]]]:
+def encode(folder: Path, prompts: list[str], max_length: int) -> tuple[PreTrainedTokenizerBase, list[BatchEncoding]]:
     """The tokenizer of the model in `folder`, and each prompt in the format of training, [1, tokens].
 
     Raises:
-        UserError: a prompt leaves no room for an answer in `max_length` tokens, or the model has not so many.
+        UserError: a prompt has `max_length` tokens or more, or `max_length` exceeds the model's context.
     """
     config = loading.load_config(folder)
     tokenizer = loading.load_tokenizer(folder, config)
@@ -100,12 +103,11 @@ def encode(
 def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapter: Path | None = None) -> list[str]:
     """The answers of the model in `folder`.
 
-    Args:
-        adapter: a LoRA adapter to put on it, as `task_vector.py --adapter_output` writes one.
+    Of the model's own generation settings only its special tokens are used, so that both models are asked in the same
+    way. Sampling is from the 50 likeliest tokens: the library's default when the authors' code was written.
 
-    The model's own generation settings are set aside, but for its special tokens, so that two models
-    are asked in the same way. Sampling keeps the 50 likeliest tokens, the library's default when the
-    released code was written.
+    Args:
+        adapter: a LoRA adapter to add to the model (`task_vector.py --adapter_output` writes one).
 
     Raises:
         UserError: as `encode`; the weights cannot be loaded.
@@ -123,7 +125,7 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     set_seed(args.seed)
     answers = []
     for row in rows:
-        row = row.to(execution_device(model))
+        row.to(execution_device(model))
         output = model.generate(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
         new = output[0, row["input_ids"].shape[1] :]
         answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
@@ -131,7 +133,7 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
 
 
 def side_by_side(base: str, unlearned: str) -> str:
-    """Two answers as two columns, as wide as the terminal lets them be."""
+    """Two answers as two columns that fill the width of the terminal."""
     width = (shutil.get_terminal_size((120, 24)).columns - 3) // 2
     columns = [
         [heading, "-" * width, *(line for part in text.splitlines() or [""] for line in textwrap.wrap(part, width))]
@@ -150,17 +152,17 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         "--harmful_model",
         type=user_path,
         default=HARMFUL_MODEL,
-        help="stage 1 model to make the unlearned one from (default: %(default)s)",
+        help="harmful model of stage 1, to make the unlearned one from (default: %(default)s)",
     )
-    parser.add_argument("--scaling_coef", type=number, default=1.0, help="alpha, where it is made (default: 1)")
+    parser.add_argument(
+        "--scaling_coef", type=number, default=1.0, help="alpha, if the unlearned model is made (default: 1)"
+    )
     parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")
-    parser.add_argument("--normal_prompt", action="append", default=[], help="the same, for harmless ones")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest answer rather than a sample")
+    parser.add_argument("--normal_prompt", action="append", default=[], help="a harmless one (may be repeated)")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, in place of sampling")
+    parser.add_argument("--temperature", type=positive_number, default=0.9, help="of sampling (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=positive_number, default=0.9, help="of sampling; --greedy for none (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max_length", type=positive_int, default=100, help="tokens with the prompt (default: %(default)s)"
+        "--max_length", type=positive_int, default=100, help="tokens of prompt and answer (default: %(default)s)"
     )
     parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
     parser.add_argument(

@@ -1,20 +1,20 @@
-"""Task vectors: what fine-tuning changed, added up, scaled, and subtracted (stage 2 of SKU).
+"""Task vectors: what fine-tuning changed, summed, scaled, and subtracted (stage 2 of SKU).
 
     unlearned = base - scaling_coef * sum_i coef_i * (finetuned_i - base)
 
-Stage 2 of the paper (the harmful model from stage 1, whole or a LoRA adapter folder):
+Stage 2 of the paper (the harmful model of stage 1: a full model or a LoRA adapter folder):
 
     python task_vector.py --base facebook/opt-1.3b --finetuned models/harmful --output models/unlearned
 
-Two models at once, the second at half its strength; their vector is kept:
+Two models at once, the second at half its strength, and their task vector saved:
 
     python task_vector.py --base B --finetuned F G --coefs 1 0.5 --output O --save_vector V
 
-Another scale later, without the fine-tuned models:
+Another scaling_coef later, without the fine-tuned models:
 
     python task_vector.py --base B --vector V --output O2 --scaling_coef 0.5
 
-Several scales from one read: O/alpha-0.5, O/alpha-1, O/alpha-1.5:
+Several from one read: O/alpha-0.5, O/alpha-1, O/alpha-1.5:
 
     python task_vector.py --base B --finetuned F --output O --scaling_coef 0.5 1 1.5
 
@@ -22,15 +22,13 @@ The unlearning adapter of a stage 1 adapter, megabytes in place of a model, for 
 
     python task_vector.py --base B --finetuned ADAPTER --adapter_output O
 
-A scaling_coef of -1 adds instead: with a stage 1 adapter that writes the merged harmful model.
+A scaling_coef of -1 adds instead: with a stage 1 adapter it writes the merged harmful model.
 
-Checkpoints are streamed (harmful_unlearn/negation/), so that a model need not fit into memory; `TaskVector` does
-the same arithmetic on models in memory. A saved vector is a folder: task_vector.safetensors, or
-shards with task_vector.safetensors.index.json, in float32 (float64 for entries that are).
+The command streams the files (harmful_unlearn/negation/), so a model need not fit into memory; `TaskVector` does the
+same arithmetic on models in memory. A saved vector is a folder: task_vector.safetensors, or shards with
+task_vector.safetensors.index.json, in float32 (float64 for float64 entries).
 """
 
-import math
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,38 +38,48 @@ from torch import Tensor, nn
 
 from harmful_unlearn.cli import FlagParser, exit_code, number
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.models.offload import copy_model, first_names, get_entry, read_entry, tied_groups, write_entry
+from harmful_unlearn.models.offload import (
+    Weights,
+    copy_model,
+    first_names,
+    get_entry,
+    read_entry,
+    tied_groups,
+    write_entry,
+)
 from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied
-from harmful_unlearn.negation.lora_adapter import Adapter
-from harmful_unlearn.negation.negate import check_targets, negate, negate_adapter
+from harmful_unlearn.negation.negate import check_targets, negate
+from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import SavedVector, vector_metadata
+from harmful_unlearn.negation.unlearning_adapter import negate_adapter
 from harmful_unlearn.storage.files import new_folder, user_path
 from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, VECTOR_STEM, ShardWriter, TensorSpec, work_dtype
 
 
 class TaskVector:
-    """tau = finetuned - pretrained over all floating-point entries (released code, point 16).
+    """tau = finetuned - pretrained, over all floating-point entries (implementation detail 16).
 
     Args:
-        pretrained, finetuned: models or state dicts with the same entries. Models may be spread over
-            devices by a device_map, disk included; each difference is taken where pretrained's entry lies.
-        vector: tau itself, by entry name, instead of the two.
+        pretrained, finetuned: models or state dicts with the same entries. A device_map may have spread the models
+            over devices and disk; each difference is computed where pretrained's entry is.
+        vector: tau itself, by entry name, in place of the two models.
         partial: entries that `vector` lacks are zero, as for an adapter.
 
-    Tied weights are one entry, under their first name. Differences are float32 (float64 for entries
-    that are), so that a 16-bit model is rounded once, when the vector is applied.
+    Tied weights are one entry, under their first name. Differences are float32 (float64 for float64 entries), so
+    that a 16-bit model is rounded once, when the vector is applied.
 
     Example:
         unlearned = (-TaskVector(base, harmful)).apply_to(base, scaling_coef=1.0)
 
     Raises:
         UserError: an entry is missing, extra, or of another shape; a quantized model.
+        TypeError: neither two models nor a vector is given.
     """
 
     def __init__(
         self,
-        pretrained: nn.Module | Mapping[str, Tensor] | None = None,
-        finetuned: nn.Module | Mapping[str, Tensor] | None = None,
+        pretrained: Weights | None = None,
+        finetuned: Weights | None = None,
         *,
         vector: Mapping[str, Tensor] | None = None,
         partial: bool = False,
@@ -80,35 +88,26 @@ class TaskVector:
         if vector is not None:
             self.vector = dict(vector)
             return
-        base, other = tied_groups(pretrained), tied_groups(finetuned)
-        found = match(
+        if pretrained is None or finetuned is None:
+            raise TypeError("a task vector needs two models or state dicts, or vector=")
+        base, changed = tied_groups(pretrained), tied_groups(finetuned)
+        names = match(
             {name: get_entry(pretrained, name).shape for name in first_names(base)},
-            {name: get_entry(finetuned, name).shape for name in first_names(other)},
-            lambda name: [*base[name], *(twin for known in base[name] for twin in other.get(known, ()))],
+            {name: get_entry(finetuned, name).shape for name in first_names(changed)},
+            lambda name: [*base[name], *(twin for tied in base[name] for twin in changed.get(tied, ()))],
             what="the fine-tuned model",
         )
-        for name, twin in found.items():
-            twins = [other_name for known in base[name] if known in other for other_name in other[known]]
+        self.vector = {}
+        for name, twin in names.items():
+            twins = [entry for tied in base[name] for entry in changed.get(tied, ())]
             refuse_untied(twin, twins, lambda a, b: torch.equal(read_entry(finetuned, a), read_entry(finetuned, b)))
-        self.vector = {
-            name: _difference(read_entry(finetuned, twin), read_entry(pretrained, name)) for name, twin in found.items()
-        }
+            self.vector[name] = _difference(read_entry(finetuned, twin), read_entry(pretrained, name))
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskVector":
         """Read a vector that `save` or `--save_vector` wrote, on the CPU."""
         source = SavedVector(Path(path))
         return cls(vector={name: source.read(name) for name in source.specs}, partial=source.partial)
-
-    @classmethod
-    def from_adapter(cls, path: str | Path) -> "TaskVector":
-        """tau = scale * B @ A of a saved PEFT LoRA adapter, by the base model's names, without the base.
-
-        Raises:
-            UserError: not a LoRA adapter, or one that changes more than B @ A (DoRA, biases, ...).
-        """
-        source = Adapter(Path(path))
-        return cls(vector={name: source.read(name) for name in source.specs}, partial=True)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as a folder that `load` and `--vector` read."""
@@ -124,10 +123,9 @@ class TaskVector:
             return NotImplemented
         missing = [] if other.partial else [name for name in self.vector if name not in other.vector]
         extra = [] if self.partial else [name for name in other.vector if name not in self.vector]
-        differ = [
-            name for name in self.vector if name in other.vector and self.vector[name].shape != other.vector[name].shape
-        ]
-        refuse_mismatch("the second task vector", missing, extra, differ)
+        common = self.vector.keys() & other.vector.keys()
+        reshaped = sorted(name for name in common if self.vector[name].shape != other.vector[name].shape)
+        refuse_mismatch("the second task vector", missing, extra, reshaped)
         total = dict(self.vector)
         for name, entry in other.vector.items():
             total[name] = total[name] + entry.to(total[name].device) if name in total else entry
@@ -142,10 +140,10 @@ class TaskVector:
     def __sub__(self, other: "TaskVector") -> "TaskVector":
         return self + -other if isinstance(other, TaskVector) else NotImplemented
 
-    def __mul__(self, scale: float) -> "TaskVector":
-        if not isinstance(scale, int | float):
+    def __mul__(self, coef: float) -> "TaskVector":
+        if not isinstance(coef, int | float):
             return NotImplemented
-        scaled = {name: scale * entry for name, entry in self.vector.items()}
+        scaled = {name: coef * entry for name, entry in self.vector.items()}
         return TaskVector(vector=scaled, partial=self.partial)
 
     __rmul__ = __mul__
@@ -155,32 +153,23 @@ class TaskVector:
         """model + scaling_coef * tau, each entry in its own dtype on its own device.
 
         Args:
-            in_place: change and return `model` itself; by default it stays as it is, and a copy is
-                changed. Entries that lie on disk are written to new files, never into a checkpoint.
+            in_place: change and return `model` itself; by default a copy is changed and returned. Entries that
+                are on disk are written to new files, never into the files that the model was loaded from.
 
         Raises:
-            UserError: as the class; nothing has been changed then.
+            UserError: as the class; nothing was changed then.
         """
         groups = tied_groups(model)
         shapes = {name: get_entry(model, name).shape for name in first_names(groups)}
         deltas = {name: entry.shape for name, entry in self.vector.items()}
-        found = match(shapes, deltas, groups.__getitem__, what="the task vector", partial=self.partial)
+        names = match(shapes, deltas, groups.__getitem__, what="the task vector", partial=self.partial)
         if not in_place:
             model = copy_model(model)
-        for name, source in found.items():
-            changed = _applied(read_entry(model, name), self.vector[source], scaling_coef)
-            for twin in groups[name]:
-                write_entry(model, twin, changed)
+        for name, twin in names.items():
+            changed = _applied(read_entry(model, name), self.vector[twin], scaling_coef)
+            for tied in groups[name]:
+                write_entry(model, tied, changed)
         return model
-
-    def norms(self) -> dict[str, float]:
-        """L2 norms: one per layer ("model.decoder.layers.3"), one per other module ("lm_head")."""
-        squares: dict[str, float] = {}
-        for name, entry in self.vector.items():
-            layer = re.match(r"(.*?\.)?\d+(?=\.)", name)
-            key = layer[0] if layer else name.rpartition(".")[0] or name
-            squares[key] = squares.get(key, 0.0) + entry.double().square().sum().item()
-        return {key: math.sqrt(square) for key, square in squares.items()}
 
 
 def _difference(finetuned: Tensor, pretrained: Tensor) -> Tensor:
@@ -199,8 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = FlagParser(prog="task_vector.py", description=description, epilog=examples)
     parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--finetuned", nargs="+", help="fine-tuned models, LoRA adapters: folders, hub ids")
-    source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors instead")
+    source.add_argument("--finetuned", nargs="+", help="fine-tuned models or LoRA adapters: folders or hub ids")
+    source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors, in place of --finetuned")
     parser.add_argument("--coefs", nargs="+", type=number, help="one per model or vector (default: all 1)")
     parser.add_argument("--output", type=user_path, help="the folder to write the model to")
     parser.add_argument(
@@ -210,12 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
         default=[1.0],
         help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read",
     )
-    parser.add_argument("--adapter_output", type=user_path, help="the folder to write the one adapter to, negated")
+    parser.add_argument("--adapter_output", type=user_path, help="the folder to write the negated adapter to")
     parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
     parser.add_argument(
-        "--force", action="store_true", help="another scale than the one that a model was trained to land at"
+        "--force", action="store_true", help="allow another alpha than the one that a model was trained to land at"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what the folders to write hold")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folders to write if they are not empty")
     args = parser.parse_args(arguments)
     targets = [args.output, args.adapter_output, args.save_vector]
     if not any(targets):
@@ -229,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     folders = [_locate(name) for name in args.finetuned or []] or args.vector
     finetuned = list(zip(folders, coefs, strict=True))
     check_targets(targets, base, finetuned, args.overwrite)
-    common = {"base_name": args.base, "overwrite": args.overwrite, "force": args.force}
+    if (args.output or args.adapter_output) and not args.force:
+        check_landing(finetuned, args.scaling_coef)
+    common = {"base_name": args.base, "overwrite": args.overwrite}
     if args.adapter_output:
         negate_adapter(base, finetuned, args.adapter_output, *args.scaling_coef, **common)
     if args.output or args.save_vector:
@@ -242,7 +233,7 @@ def _locate(name: str) -> Path:
     folder = user_path(name)
     if folder.is_dir():
         return folder
-    from harmful_unlearn.models.hub import resolve_model
+    from harmful_unlearn.models.hub import resolve_model  # imports the hub's client, which local folders do not need
 
     return resolve_model(name)
 

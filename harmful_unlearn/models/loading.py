@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from harmful_unlearn.errors import UserError, first_line, is_out_of_memory
-from harmful_unlearn.models.offload import Scratch
+from harmful_unlearn.models.offload import TemporaryFolder
 from harmful_unlearn.storage.safetensors_io import all_finite
 
 _CONFIG = "{folder} has no config.json that can be used ({error}): give a folder that save_pretrained wrote"
@@ -110,7 +110,7 @@ def load_model(
     Raises:
         UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration.
     """
-    scratch = Scratch(prefix="offload-") if device_map else None
+    scratch = TemporaryFolder(prefix="offload-") if device_map else None
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

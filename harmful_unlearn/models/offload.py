@@ -1,32 +1,36 @@
-"""Models in memory and their entries, wherever these lie: on a device, or where accelerate's device_map put them.
+"""Entries of models in memory, on a device or where accelerate's device_map put them.
 
 What a device_map puts on disk, or on the CPU beside a GPU, is offloaded: the entry itself is on the meta device, and
-accelerate brings its values for each forward pass of its module.
+accelerate loads its values for each forward pass of its module.
 """
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, ShardWriter, TensorSpec
+
+Weights = nn.Module | Mapping[str, Tensor]  # a model, or its state dict
 
 
-def tied_groups(source: nn.Module | Mapping[str, Tensor] | None) -> dict[str, list[str]]:
-    """Each floating-point entry's name -> the names of that tensor (tied weights have several)."""
-    if not isinstance(source, nn.Module | Mapping):
-        raise TypeError("a task vector needs two models or state dicts, or vector=")
+def tied_groups(source: Weights) -> dict[str, list[str]]:
+    """The name of each floating-point entry -> all names of that tensor (tied weights have several).
+
+    Raises:
+        UserError: a quantized model, or a state dict with entries on the meta device.
+    """
     if getattr(source, "is_quantized", False):
         raise UserError("a quantized model has no weights to add to: load it without quantization_config")
     is_model = isinstance(source, nn.Module)
-    entries = source.state_dict(keep_vars=True) if is_model else source
-    # Tied entries on different devices, or on disk, share no storage: the model class knows them.
-    ties = getattr(source, "all_tied_weights_keys", None) or {}
+    entries = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
     groups: dict[object, list[str]] = {}
     for name, tensor in entries.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -34,10 +38,12 @@ def tied_groups(source: nn.Module | Mapping[str, Tensor] | None) -> dict[str, li
         on_meta = tensor.device.type == "meta"
         if on_meta and not is_model:
             raise UserError(f"{name} is on the meta device: give the dispatched model, not its state dict")
-        stored = not on_meta and tensor.numel() > 0
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if stored else name
-        groups.setdefault(place, []).append(name)
+        has_storage = not on_meta and tensor.numel() > 0
+        storage = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if has_storage else name
+        groups.setdefault(storage, []).append(name)
     by_name = {name: names for names in groups.values() for name in names}
+    # Tied entries on different devices, or on disk, share no storage: the model class knows them.
+    ties: Any = getattr(source, "all_tied_weights_keys", None) or {}
     for target, origin in ties.items():
         if target in by_name and origin in by_name and by_name[target] is not by_name[origin]:
             merged = by_name[origin] + by_name[target]
@@ -46,107 +52,111 @@ def tied_groups(source: nn.Module | Mapping[str, Tensor] | None) -> dict[str, li
 
 
 def first_names(groups: dict[str, list[str]]) -> list[str]:
-    """One name for each tensor of `tied_groups`."""
+    """The first name of each tensor of `tied_groups`."""
     return [name for name, names in groups.items() if name == names[0]]
 
 
-def get_entry(source: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
-    """The entry as it stands in the model: on the meta device where its values lie on disk."""
+def get_entry(source: Weights, name: str) -> Tensor:
+    """The entry as it is in the model: on the meta device if it is offloaded."""
     if isinstance(source, Mapping):
         return source[name]
     module, _, leaf = name.rpartition(".")
     return getattr(source.get_submodule(module), leaf)
 
 
-def read_entry(source: nn.Module | Mapping[str, Tensor], name: str) -> Tensor:
-    """The entry's values, read from where a device_map put them."""
+def read_entry(source: Weights, name: str) -> Tensor:
+    """The entry's values, loaded if it is offloaded. Raises UserError: it has no values."""
     tensor = get_entry(source, name).detach()
-    if tensor.device.type != "meta":
+    if isinstance(source, Mapping) or not tensor.is_meta:
         return tensor
     store, key = _offloaded(source, name)
     return store[key]
 
 
 def write_entry(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set the entry's values where they lie; on disk, in a new file of this model's own."""
+    """Set the entry's values where they are; if that is on disk, in a new file that belongs to this model."""
     tensor = get_entry(model, name)
-    if tensor.device.type != "meta":
+    if not tensor.is_meta:
         tensor.data.copy_(value)
         return
     store, key = _offloaded(model, name)
-    held = getattr(store, "state_dict", store)  # accelerate's loader: in memory here, on disk by its index
-    if key in held:
-        held[key] = value
+    in_memory = getattr(store, "state_dict", store)  # accelerate's loader has some values in memory, some on disk
+    if key in in_memory:
+        in_memory[key] = value
         return
-    scratch = Scratch(prefix="task-vector-", dir=store.save_folder)
-    file = Path(scratch.name) / "entry.safetensors"
-    spec = TensorSpec(DTYPE_CODES[value.dtype], tuple(value.shape))
-    ShardWriter(file.parent, {file.name: {key: spec}}, {"format": "pt"}).write(value, key)
+    folder = TemporaryFolder(prefix="task-vector-", dir=store.save_folder)
+    file = Path(folder.name) / "entry.safetensors"
+    save_file({key: value.contiguous()}, file)
     dtype = str(value.dtype).removeprefix("torch.")
-    store.index[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype, "owner": scratch}
+    store.index[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype, "owner": folder}
 
 
-class Scratch(tempfile.TemporaryDirectory):
-    """Files of entries on disk; gone when the last model (or copy of it) that reads them is."""
+class TemporaryFolder(tempfile.TemporaryDirectory):
+    """A folder of offloaded entries, removed with the last model that reads them; copies of a model share it."""
 
-    def __deepcopy__(self, memo: dict) -> "Scratch":
+    def __deepcopy__(self, memo: dict) -> "TemporaryFolder":
         return self
 
 
-def _offloaded(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor], str]:
-    """Where accelerate keeps an entry that is on the meta device: (mapping, key)."""
+def _hooks(module: nn.Module) -> list:
+    """What accelerate attached to a module to place its weights."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _offloaded(model: nn.Module, name: str) -> tuple[Any, str]:
+    """Where accelerate keeps the values of an offloaded entry: a mapping, and the key in it."""
     module, _, leaf = name.rpartition(".")
-    hook = getattr(model.get_submodule(module), "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        weights = getattr(one, "weights_map", None)
-        if weights is not None and hasattr(weights, "dataset"):
-            return weights.dataset, weights.prefix + leaf
-        if weights is not None:
-            return weights, leaf
+    for hook in _hooks(model.get_submodule(module)):
+        values = getattr(hook, "weights_map", None)
+        if values is not None and hasattr(values, "dataset"):
+            return values.dataset, values.prefix + leaf
+        if values is not None:
+            return values, leaf
     raise UserError(f"{name} is on the meta device and has no values: load the model's weights first")
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights lie, or where accelerate brings them for that."""
+    """The device on which a module computes: that of its weights, or the one that accelerate loads them to."""
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+        for hook in _hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
     return next(module.parameters()).device
 
 
 @contextmanager
 def materialized(model: nn.Module) -> Iterator[None]:
-    """Within the block offloaded parameters seem to be where they compute; they have no values and take no memory.
+    """Within the block offloaded parameters appear on the device where they compute, without values or memory.
 
-    For peft, which puts the parts of an adapter on the device of their layer's weight: with an offloaded one that is
-    the meta device, and the parts' values are lost.
+    For peft, which creates an adapter on the device of its layer's weight: on the meta device of an offloaded weight
+    the adapter would lose its values.
     """
-    held = [
+    offloaded = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta
     ]
-    for module, name, parameter in held:
-        one = torch.zeros((), dtype=parameter.dtype, device=execution_device(module)).expand(parameter.shape)
-        setattr(module, name, nn.Parameter(one, parameter.requires_grad))
+    for module, name, parameter in offloaded:
+        placeholder = torch.zeros((), dtype=parameter.dtype, device=execution_device(module)).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(placeholder, parameter.requires_grad))
     try:
         yield
     finally:
-        for module, name, parameter in held:
+        for module, name, parameter in offloaded:
             setattr(module, name, parameter.requires_grad_(getattr(module, name).requires_grad))
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy that shares no storage in memory with the model, dispatched as it is."""
+    """A copy that shares no memory with the model, on the same devices."""
     clone = copy.deepcopy(model)
     for module in clone.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            if getattr(one, "tied_params_map", None):
-                one.tied_params_map.clear()  # keyed by the addresses of the original's tensors
-    for name in ("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "neuron"):
-        clone.__dict__.pop(name, None)  # accelerate's wrappers, which are bound to the original
+        for hook in _hooks(module):
+            if getattr(hook, "tied_params_map", None):
+                hook.tied_params_map.clear()  # its keys are addresses of the original's tensors
+    # accelerate replaces the model's `to`, `cuda`, ... by functions, which act on the original in a copy, too.
+    for name, attribute in list(vars(clone).items()):
+        if inspect.isfunction(attribute) and hasattr(type(clone), name):
+            delattr(clone, name)
     return clone

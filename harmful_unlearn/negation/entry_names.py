@@ -1,4 +1,4 @@
-"""Which entries of two checkpoints are the same, whatever each calls them."""
+"""Which entries of two models are the same: two folders may name the same weight differently."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -8,20 +8,29 @@ import torch
 
 from harmful_unlearn.errors import UserError
 
+Synonyms = Callable[[str], list[str]]  # an entry's name -> every name that it may have, its own first
+IsConstant = Callable[[str], bool]  # an entry's name -> whether it is a constant that old releases saved, not a weight
+MAX_LISTED = 20  # entries that an error names
 
-def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str], bool]]:
-    """What the model's class says of names: an entry's synonyms, and whether it is not a weight at all.
 
-    Synonyms are tied weights' names (config.tie_word_embeddings), with and without the prefix that
-    tells a causal LM from its bare model ("model.decoder.x", "decoder.x").
+def plain_names() -> tuple[Synonyms, IsConstant]:
+    """For models that name all entries alike: no synonyms, no constants."""
+    return lambda name: [name], lambda name: False
+
+
+def class_names(folder: Path) -> tuple[Synonyms, IsConstant]:
+    """What the model class of `folder` knows about the names of its entries.
+
+    The synonyms of an entry are the names of the weights tied to it (config.tie_word_embeddings), each with and
+    without the prefix that a causal LM adds to its inner model ("model.decoder.x", "decoder.x").
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception:  # of an architecture that transformers lacks, or of a spoilt config.json, as the release has it
-        return lambda name: [name], lambda name: False
+    except Exception:  # an unknown architecture, or a broken config.json; the type depends on the library's release
+        return plain_names()
     prefix = f"{model.base_model_prefix}."
     ties: dict[str, set[str]] = {}
     for target, origin in model.all_tied_weights_keys.items():
@@ -37,54 +46,59 @@ def class_names(folder: Path) -> tuple[Callable[[str], list[str]], Callable[[str
         return [name, *(form for twin in group for form in (twin, prefix + twin))]
 
     def is_constant(name: str) -> bool:
-        # Old checkpoints hold constants that the class has no entry for; its patterns match weights too.
-        return name.removeprefix(prefix) not in known and any(re.search(one, name) for one in ignored)
+        # The class's patterns match some weights, too: what the class has an entry for is not a constant.
+        return name.removeprefix(prefix) not in known and any(re.search(pattern, name) for pattern in ignored)
 
     return synonyms, is_constant
 
 
-LISTED = 20  # entries that an error names
-
-
 def match(
     base: Mapping[str, Iterable[int]],
-    other: Mapping[str, Iterable[int]],
-    synonyms: Callable[[str], list[str]],
+    changed: Mapping[str, Iterable[int]],
+    synonyms: Synonyms,
     what: str,
     partial: bool = False,
 ) -> dict[str, str]:
-    """For each entry of the base, its name on the other side; absent ones are left out if `partial`.
+    """For each entry of the base, its name in what was made from the base.
 
     Args:
-        base, other: shapes by name.
-        synonyms: every name that an entry of the base may have, its own first.
+        base, changed: shapes by name.
+        what: names `changed` in an error.
+        partial: `changed` may lack entries; they are omitted from the result.
+
+    Raises:
+        UserError: an entry is missing (unless `partial`), extra, or of another shape.
     """
-    known = {name: synonyms(name) for name in base}
-    found = {name: next((twin for twin in known[name] if twin in other), None) for name in base}
-    missing = [] if partial else [name for name, twin in found.items() if twin is None]
-    found = {name: twin for name, twin in found.items() if twin is not None}
-    spoken_for = {twin for twins in known.values() for twin in twins}
-    differ = [
-        f"{name} ({tuple(other[twin])}, not {tuple(base[name])})"
-        for name, twin in found.items()
-        if tuple(base[name]) != tuple(other[twin])
-    ]
-    refuse_mismatch(what, missing, [name for name in other if name not in spoken_for], differ)
-    return found
+    matched: dict[str, str] = {}
+    missing, reshaped = [], []
+    known: set[str] = set()
+    for name, shape in base.items():
+        names = synonyms(name)
+        known.update(names)
+        twin = next((entry for entry in names if entry in changed), None)
+        if twin is None:
+            missing.append(name)
+            continue
+        matched[name] = twin
+        if tuple(changed[twin]) != tuple(shape):
+            reshaped.append(f"{name} ({tuple(changed[twin])}, not {tuple(shape)})")
+    refuse_mismatch(what, [] if partial else missing, [name for name in changed if name not in known], reshaped)
+    return matched
 
 
-def refuse_untied(name: str, twins: list[str], equal: Callable[[str, str], bool]) -> None:
-    """Where the base ties two entries, the other side must have one tensor, or two equal ones."""
+def refuse_untied(name: str, twins: Iterable[str], equal: Callable[[str, str], bool]) -> None:
+    """Where the base ties entries, the fine-tuned model must have one tensor, or equal ones. Raises UserError."""
     for twin in dict.fromkeys(twins):
         if twin != name and not equal(twin, name):
             raise UserError(f"{twin} and {name} are tied in the base and differ in the fine-tuned model: tie them")
 
 
-def refuse_mismatch(what: str, missing: list[str], extra: list[str], differ: list[str]) -> None:
+def refuse_mismatch(what: str, missing: list[str], extra: list[str], reshaped: list[str]) -> None:
+    """Raises UserError, naming the entries, if there are any."""
     problems = []
-    for kind, names in (("missing", missing), ("extra", extra), ("of another shape", differ)):
+    for kind, names in (("missing", missing), ("extra", extra), ("of another shape", reshaped)):
         if names:
-            shown = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-            problems.append(f"{len(names)} {kind}: {shown}")
+            listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+            problems.append(f"{len(names)} {kind}: {listed}")
     if problems:
         raise UserError(f"{what} does not fit the base ({'; '.join(problems)}): give one made from this very base")

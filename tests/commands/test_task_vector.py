@@ -1,17 +1,23 @@
-"""Task vectors in memory against the released figures, against their own laws, and on dispatched models."""
+"""Task vectors in memory: the released figures, the laws of arithmetic, dispatched models; and the command."""
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import task_vector
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.negation.negate import negate
 from task_vector import TaskVector
 from tests.helpers.tiny import GOLDENS
-from tests.helpers.tiny_pairs import CONFIGS, IDS, make, same, saved, tuned
+from tests.helpers.tiny_pairs import CONFIGS, IDS, LORA, adapter, make, negated_weights, same, saved, tuned, weights
 
 
 def test_golden_in_memory():
@@ -135,22 +141,6 @@ def test_save_and_load(tmp_path):
         tau.save(tmp_path / "odd")
 
 
-def test_norms_by_layer():
-    vector = {
-        "model.layers.3.a.weight": torch.tensor([3.0]),
-        "model.layers.3.b.bias": torch.tensor([4.0]),
-        "lm_head.weight": torch.tensor([[2.0]]),
-        "h.0.x.weight": torch.tensor([1.0]),
-        "model.experts.1.up.2.weight": torch.tensor([6.0]),
-    }
-    assert TaskVector(vector=vector).norms() == {
-        "model.layers.3": 5.0,
-        "lm_head": 2.0,
-        "h.0": 1.0,
-        "model.experts.1": 6.0,
-    }
-
-
 # --- models dispatched over devices ---------------------------------------------------------------
 
 
@@ -224,3 +214,83 @@ def test_meta_without_values_is_refused():
         TaskVector(empty, make("opt"))
     with pytest.raises(UserError, match="not its state dict"):
         TaskVector(empty.state_dict(), make("opt"))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(base folder, fine-tuned folder), OPT in float32."""
+    model = make("opt")
+    return saved(model, tmp_path / "base"), saved(tuned(model), tmp_path / "tuned")
+
+
+def run(*arguments, cwd):
+    script = Path(task_vector.__file__)
+    return subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_command(tmp_path, pair):
+    done = run("--base", "base", "--finetuned", "tuned", "--output", "out", "--save_vector", "v", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "out"), negated_weights(pair, tmp_path / "ours"))
+    failed = run("--base", "base", "--finetuned", "nowhere/at/all", "--output", "o2", cwd=tmp_path)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
+
+
+def test_command_sums_and_vectors(tmp_path, pair):
+    base, other = map(str, pair)
+    out = ["--output", str(tmp_path / "out"), "--overwrite"]
+    task_vector.main(["--base", base, "--finetuned", other, other, "--coefs", "1", "-0.5", *out])
+    negate(pair[0], [(pair[1], 1.0), (pair[1], -0.5)], tmp_path / "ours", 1.0)
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "ours"))
+    task_vector.main(["--base", base, "--finetuned", other, "--save_vector", str(tmp_path / "v")])
+    task_vector.main(["--base", base, "--vector", str(tmp_path / "v"), "--scaling_coef", "0.5", *out])
+    for name, entry in weights(tmp_path / "ours").items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], entry)
+    with pytest.raises(UserError, match="1 --coefs for 2"):
+        task_vector.main(["--base", base, "--finetuned", other, other, "--coefs", "1", *out])
+    with pytest.raises(UserError, match="give it as --vector"):
+        task_vector.main(["--base", str(tmp_path / "v"), "--finetuned", other, "--output", str(tmp_path / "n")])
+    with pytest.raises(SystemExit):
+        task_vector.main(["--base", base, "--finetuned", other])
+
+
+def test_several_alphas_of_the_command(pair, tmp_path):
+    given = ["--base", str(pair[0]), "--finetuned", str(pair[1]), "--output", str(tmp_path / "o"), "--scaling_coef"]
+    task_vector.main([*given, "0.5", "1.0"])
+    assert sorted(folder.name for folder in (tmp_path / "o").iterdir()) == ["alpha-0.5", "alpha-1"]
+    for twice in (["1", "1.0"], ["0", "-0.0", "2"]):
+        with pytest.raises(UserError, match="given twice"):
+            task_vector.main([*given, *twice, "--overwrite"])
+    with pytest.raises(UserError, match="not empty"):
+        task_vector.main([*given, "2"])
+
+
+def test_the_command_writes_adapters(tmp_path):
+    base = saved(make("opt"), tmp_path / "base")
+    folder, _ = adapter(make("opt"), tmp_path / "adapter", **LORA["plain"][1])
+    given = ["--base", str(base), "--finetuned", str(folder)]
+    out, both = ["--adapter_output", str(tmp_path / "a")], ["--output", str(tmp_path / "o")]
+    task_vector.main([*given, *out, *both, "--scaling_coef", "0.5", "2"])
+    for alpha in ("0.5", "2"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / f"alpha-{alpha}")(IDS).logits
+        untouched = AutoModelForCausalLM.from_pretrained(base)
+        ours = PeftModel.from_pretrained(untouched, tmp_path / "a" / f"alpha-{alpha}").eval()(IDS).logits
+        torch.testing.assert_close(ours, model, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="not empty"):
+        task_vector.main([*given, *out])
+    (tmp_path / "full").mkdir()
+    full = str(saved(tuned(make("opt")), tmp_path / "full"))
+    new = ["--adapter_output", str(tmp_path / "new"), "--output", str(tmp_path / "model")]
+    for finetuned, message in (
+        ([str(folder)] * 2, "2 models do not make one adapter"),
+        ([full], "is not a LoRA adapter"),
+    ):
+        with pytest.raises(UserError, match=f"{message}.*--output"):
+            task_vector.main(["--base", str(base), "--finetuned", *finetuned, *new])
+        assert not (tmp_path / "new").exists() and not (tmp_path / "model").exists()
+    with pytest.raises(UserError, match="folder of its own"):
+        same_place = ["--output", str(tmp_path / "x"), "--adapter_output", str(tmp_path / "x" / "y")]
+        task_vector.main([*given, *same_place])

@@ -5,6 +5,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
+from harmful_unlearn.negation.lora_adapter import LoraAdapter
+from harmful_unlearn.negation.negate import negate
+from task_vector import TaskVector
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 CONFIGS = {
     "opt": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=32),
@@ -22,13 +26,13 @@ def make(architecture, seed=0, dtype=torch.float32):
 
 def tuned(model, seed=1, size=0.02):
     """A copy of the model, every parameter moved a little."""
-    other = type(model)(model.config).to(model.dtype).eval()
-    other.load_state_dict(model.state_dict())
+    moved = type(model)(model.config).to(model.dtype).eval()
+    moved.load_state_dict(model.state_dict())
     torch.manual_seed(seed)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in moved.parameters():
             parameter.add_(size * torch.randn_like(parameter))
-    return other
+    return moved
 
 
 def saved(model, folder, **how):
@@ -40,7 +44,15 @@ def weights(folder):
     return {name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in load_file(file).items()}
 
 
+def negated_weights(pair, output):
+    """The weights of base - (finetuned - base), written to `output`."""
+    base, finetuned = pair
+    negate(base, [(finetuned, 1.0)], output, 1.0)
+    return weights(output)
+
+
 def same(a, b):
+    """Whether two state dicts have equal entries, dtypes included."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
@@ -56,9 +68,9 @@ LORA = {
 
 def adapter(base, folder, **settings):
     """A saved adapter whose B is not zero; returns its folder and the merged model."""
-    copy = type(base)(base.config).eval()
-    copy.load_state_dict(base.state_dict())
-    model = get_peft_model(copy, LoraConfig(**settings))
+    copied = type(base)(base.config).eval()
+    copied.load_state_dict(base.state_dict())
+    model = get_peft_model(copied, LoraConfig(**settings))
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,3 +78,13 @@ def adapter(base, folder, **settings):
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder, model.merge_and_unload()
+
+
+def adapter_vector(folder):
+    """tau of a saved adapter, as it is computed for a base on disk, chunk by chunk."""
+    source = LoraAdapter(folder)
+    vector = {name: torch.empty(spec.shape) for name, spec in source.specs.items()}
+    for name, entry in vector.items():
+        for span in source.specs[name].chunks():
+            source.delta(name, span, None, entry.view(-1)[span])
+    return TaskVector(vector=vector, partial=True)

@@ -21,8 +21,8 @@ from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import distributed, setup
 from harmful_unlearn.training.setup import load_models
 from harmful_unlearn.unlearn_harm_new import MODELS, main
-from task_vector import TaskVector
 from tests.helpers.runs import flags, metrics_of, prepared
+from tests.helpers.tiny_pairs import adapter_vector
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {
@@ -209,7 +209,7 @@ def test_an_adapter_trained_on_four_bits_is_negated_from_the_full_base(tokenizer
     run = json.loads((tmp_path / "harmful" / "run.json").read_text())
     assert run["training"]["quantized"] == "4bit" and run["base"]["fingerprint"]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "unlearned", base))
-    tau = TaskVector.from_adapter(tmp_path / "harmful").vector
+    tau = adapter_vector(tmp_path / "harmful").vector
     for name, entry in theirs.items():
         assert torch.equal(ours[name], entry - tau[name] if name in tau else entry)
     assert any(entry.abs().max() > 0 for entry in tau.values())
