@@ -53,7 +53,7 @@ from tests.helpers.fuzzing import (
     tensors,
     written,
 )
-from tests.helpers.tiny_pairs import CONFIGS
+from tests.helpers.tiny_pairs import CONFIGS, adapter_vector
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ MATRICES = torch.ones(1, 2), torch.ones(3, 1)
 @example({"peft_type": "LORA", "alpha_pattern": [1]}, *MATRICES, None)
 @example({"peft_type": "LORA"}, torch.ones(0, 2), torch.ones(3, 0), None)
 def test_an_adapter(place, config, a, b, instead):
-    """tau = scale * B @ A in the weight's shape, or a UserError."""
+    """tau = scaling * B @ A in the weight's shape, or a UserError."""
     folder = place / "adapter"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -173,10 +173,10 @@ def test_an_adapter(place, config, a, b, instead):
     (folder / "adapter_model.safetensors").write_bytes(serialized(state) if instead is None else instead)
     try:
         source = open_source(folder)
-        found = {name: source.read(name) for name in source.specs}
+        vector = adapter_vector(folder).vector
     except UserError:
         return
-    assert {name: tuple(entry.shape) for name, entry in found.items()} == {
+    assert {name: tuple(entry.shape) for name, entry in vector.items()} == {
         name: spec.shape for name, spec in source.specs.items()
     }
 
