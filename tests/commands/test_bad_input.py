@@ -164,8 +164,8 @@ TABLE = {
     "lines in a name": Bad("vector", ["--finetuned", "./a\nb\x1b[31m", "--output", "{out}/m"], "check the path"),
     # --- paths ------------------------------------------------------------------------------------
     "no such folder": Bad("unlearn", "--model_name {here}/none", "check the path"),
-    "no such home": Bad("vector", "--finetuned {tuned} --output ~nobody-is-called-so/m", "whole path"),
-    "no such home of data": Bad("unlearn", "--harmful_dataset ~nobody-is-called-so/x.csv", "whole path"),
+    "no such home": Bad("vector", "--finetuned {tuned} --output ~nobody-is-called-so/m", "full path"),
+    "no such home of data": Bad("unlearn", "--harmful_dataset ~nobody-is-called-so/x.csv", "full path"),
     "no such adapter": Bad("vector", "--finetuned {here}/none --adapter_output {out}/a", "check the path"),
     "no stage 1 model": Bad("unlearn", "--stage negate", "run stage 1"),
     "no models to show": Bad("answers", "--harmful_model {here}/none", "--harmful_model"),
