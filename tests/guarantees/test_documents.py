@@ -1,15 +1,19 @@
 """Documents: whatever they and the code name exists, and they say what they have to."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+import main
+from harmful_unlearn import demo, evaluation, reproduce
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.losses.terms import LOSSES
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.provenance import CODE_VERSION
+from harmful_unlearn.training.flags import parse_flags as parse_training_flags
 from tests.helpers import documents as check
 from tests.helpers.documents import read
 
@@ -88,6 +92,49 @@ def test_code_in_documents_is_seen():
     text = "A `make one` and\n\n    make two\n\nthen\n\n```bash\nmake three\n```\n\nnot make four\n"
     assert check.missing_targets("\n".join(check.code_of(text))) == ["one", "three", "two"]
     assert "make" not in check.without_code(text.replace("`make one`", "")).replace("not make four", "")
+
+
+def test_names_in_the_design_are_in_the_files_beside_them():
+    items = re.split(r"^\d\. |^#+ .*$", read(DOCS / "design.md"), flags=re.MULTILINE)
+    checked = 0
+    for item in items:
+        files = [DOCS / target for target in re.findall(r"\]\(([^)#]+\.py)\)", item)]
+        files += [ROOT / name for name in re.findall(r"(?<![/\w.])tests/[\w/]+\.py", item)]
+        words = {word for file in files for word in re.findall(r"\w+", read(file))}
+        names = re.findall(r"`(_?[A-Za-z]\w{3,})`", item) if files and not item.lstrip().startswith("|") else []
+        assert set(names) - {"TERM_loss", "methods", "settings"} <= words, item
+        checked += len(names)
+    assert checked > 10
+
+
+PARSERS = {
+    "unlearn_harm_new": parse_training_flags,
+    "evaluation": evaluation.parse_flags,
+    "reproduce": reproduce.parse_flags,
+    "demo": demo.parse_flags,
+    "main": main.parse_flags,
+}
+
+
+def commands() -> list:
+    """The commands in the documents' code, without those that are cut short or have a parser of their own kind."""
+    found = []
+    for document in check.documents():
+        for code in "\n".join(check.code_of(read(document))).replace("\\\n", " ").splitlines():
+            words = code.partition("  #")[0]
+            command = re.search(r"(?:python|\d) (?:harmful_unlearn/)?(\w+)\.py (.*)", words)
+            if command and command[1] in PARSERS and not command[2].endswith("..."):
+                found.append(pytest.param(*command.groups(), id=f"{document.stem}: {words.strip()[:60]}"))
+    return found
+
+
+@pytest.mark.parametrize(("command", "flags"), commands())
+def test_commands_in_documents_are_read_by_their_parsers(command, flags):
+    PARSERS[command](shlex.split(flags))
+
+
+def test_commands_are_found():
+    assert {parameters.values[0] for parameters in commands()} == set(PARSERS)
 
 
 # ---------------------------------------------------------------------------------- what they have to say
