@@ -17,7 +17,7 @@ import gc
 import json
 import shlex
 import sys
-from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,26 +33,47 @@ from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import FlagParser, exit_code, number, positive_int, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import bleurt, lm_harness
+from harmful_unlearn.evals import bleurt
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import make_judge
-from harmful_unlearn.evals.prompt_sets import SETS, EvalData, PromptSets
+from harmful_unlearn.evals.prompt_sets import SETS, EvalData, PromptSets, draw_prompts
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.evals.results import write_prompts, write_results
-from harmful_unlearn.evaluation import add_measuring_flags, decodings
+from harmful_unlearn.evaluation import MeasuringSettings, add_measuring_flags
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.recipes import RECIPES, flags_of, runs_of
+from harmful_unlearn.reporting.comparison import ComparedModel, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.storage.run_record import read_trainings
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.resume import FREE_FLAGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(MeasuringSettings):
+    """The flags of this command."""
+
+    model_name: str
+    output: Path
+    recipe: str
+    seeds: list[int]
+    runs: list[str]
+    alpha_sweep: list[float]
+    sweep_runs: list[str]
+    alpha_budget: float
+    harm_category: list[str]
+    relearn_steps: int
+    relearn_pairs: int
+    relearn_lr: list[float]
+    train_flags: list[str]
+
 
 SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
 
@@ -63,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(args.output, overwrite=True)
-    lm_harness.check_installed(args)
+    if args.bleurt:
+        hub.resolve_model(args.bleurt)
     if args.judge != "classifier":  # which alone needs data; the others say now what they lack
         device = PartialState().device
         make_judge(args.judge, responses=[], normal=[], judged=set(), seed=0, cache=args.output, device=device)
@@ -95,22 +117,24 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in args.seeds:
         run_seed(Seed(args, seed, recipe, runs), comparison)
     comparison["provenance"] = provenance()
-    write_file(args.output / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-    write_report(comparison, args.output)
+    methods = {name: ComparedModel(**method) for name, method in comparison["methods"].items()}
+    report = Comparison(**{**comparison, "methods": methods})
+    write_file(args.output / "comparison.json", report.to_json())
+    write_report(report, args.output)
     print(f"\nreport: {args.output / 'report.html'} (and report.md)")
 
 
 class Seed:
     """One seed's folders, models and data; `add` puts figures of it into the comparison."""
 
-    def __init__(self, args: Namespace, seed: int, recipe, runs: dict):
+    def __init__(self, args: ComparisonSettings, seed: int, recipe, runs: dict):
         self.args, self.seed, self.recipe, self.runs = args, seed, recipe, runs
         fill = lambda text: text and text.replace("{seed}", str(seed))  # noqa: E731
         self.home = args.output / f"seed-{seed}"
         self.model_name = fill(args.model_name)
         self.base = hub.resolve_model(self.model_name)
         paths = ("harmful_dataset", "unseen_dataset", "normal_dataset")
-        self.data_flags = Namespace(**{**vars(args), **{name: fill(getattr(args, name)) for name in paths}})
+        self.data_flags = replace(args, **{name: fill(getattr(args, name)) for name in paths})
         data = {flag: getattr(self.data_flags, flag) for flag in TRAINING_DATA if getattr(self.data_flags, flag)}
         self.data_words = [word for flag, value in data.items() for word in (f"--{flag}", value)]
         self.precision = loading.resolve_precision(args.precision, PartialState().device)
@@ -208,12 +232,20 @@ def run_seed(seed: Seed, comparison: dict) -> None:
         raise UserError(f"no run of seed {seed.seed} could be trained: lower the rates in recipes.py")
 
     print(f"\n=== seed {seed.seed}: measuring")
-    data = EvalData(seed.data_flags, [record for copy in copies for record in read_trainings(copy)])
-    sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, seed.seed)
+    data = EvalData.read(seed.data_flags, [record for copy in copies for record in read_trainings(copy)])
+    sets = draw_prompts(data, args.prompt_numbers, seed.seed)
     judged = chain(*(part.values() for part in (sets.test, sets.validation, sets.of_category if vectors else {})))
-    judge = data.judge(args.judge, chain.from_iterable(judged), seed.seed, seed.home, PartialState().device)
+    judge = make_judge(
+        args.judge,
+        responses=data.responses,
+        normal=data.training_texts,
+        judged={prompt.question for prompts in judged for prompt in prompts},
+        seed=seed.seed,
+        cache=seed.home / "judge.jsonl",
+        device=PartialState().device,
+    )
     comparison["judge"]["by_seed"][str(seed.seed)] = judge.facts
-    protocol = seed.protocol(sets.test, decodings(args), data.choices)
+    protocol = seed.protocol(sets.test, args.decodings, data.choices)
     base = evaluated_model(BASE, seed.base, seed.load)
     subjects = [base, *map(seed.subject, trained)]
     folder = seed.home / "evaluation"
@@ -222,14 +254,16 @@ def run_seed(seed: Seed, comparison: dict) -> None:
         bleurt.add_bleurt(rows, args.bleurt, folder, PartialState().device)
     found = figures(rows, protocol, folder)
     write_prompts(folder, sets.test)
-    write_results(folder, found, judge, protocol, subjects, vars(args), data)
+    write_results(
+        folder, found, judge=judge, protocol=protocol, models=subjects, flags=asdict(args), sources=data.sources
+    )
     comparison["figures"] += of_seed(seed, found)
     if seed.seed == args.seeds[0]:
         comparison["answers"] = side_by_side(rows, protocol)
 
     for name in args.sweep_runs if args.alpha_sweep else ():
         if name in trained:
-            sweep(seed, name, sets, judge, data, base, comparison)
+            sweep(seed, name, sets, judge, base, comparison)
     if vectors:
         by_category(seed, vectors, sets, judge, base, comparison)
     if args.relearn_steps and trained:
@@ -257,9 +291,7 @@ def side_by_side(rows: dict[str, list[dict]], protocol: EvalProtocol) -> list[di
     return shown
 
 
-def sweep(
-    seed: Seed, name: str, sets: PromptSets, judge: Judge, data: EvalData, base: EvaluatedModel, comparison: dict
-) -> None:
+def sweep(seed: Seed, name: str, sets: PromptSets, judge: Judge, base: EvaluatedModel, comparison: dict) -> None:
     """Measure one run's task vector at every scale on the validation prompts, and recommend a scale."""
     args = seed.args
     landing = read_trainings(seed.home / name / "copy")[0].landing_alpha
@@ -271,7 +303,7 @@ def sweep(
         EvaluatedModel(f"alpha-{alpha:g}", {"unlearned": copy, "alpha": alpha}, partial(scales.at, alpha))
         for alpha in alphas
     ]
-    protocol = seed.protocol(sets.validation, decodings(args))
+    protocol = seed.protocol(sets.validation, args.decodings)
     folder = seed.home / f"sweep-{name}"
     found = figures(measure(subjects, protocol, judge, base, folder), protocol, folder)
     perplexity = next(
@@ -305,7 +337,7 @@ def by_category(
         scales = AlphaSweep(seed.base, [seed.home / name / "copy" for name in vectors.values()], seed.load)
         identity = {"sum": [subject.identity for subject in subjects[1:]]}
         subjects.append(EvaluatedModel("sum", identity, partial(scales.at, 1.0)))
-    protocol = seed.protocol(sets.of_category, decodings(args)[:1])
+    protocol = seed.protocol(sets.of_category, args.decodings[:1])
     folder = seed.home / "categories"
     for row in figures(measure(subjects, protocol, judge, base, folder), protocol, folder):
         if row["metric"] == "harmful_rate":
@@ -337,7 +369,7 @@ def relearn_all(
         return relearn(model, tokenizer, pairs, args.relearn_steps, lr, seed.seed, seed.precision), tokenizer
 
     strengths = comparison["relearning_settings"]["lr"]
-    decoding = decodings(args)[:1]
+    decoding = args.decodings[:1]
     protocol = seed.protocol({"unseen": sets.test["unseen"]}, decoding)
     keep = {"set": "unseen", "decoding": decoding[0].name, "metric": "harmful_rate"}
     for row in before:
@@ -376,7 +408,7 @@ def scale_list(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def parse_flags(arguments: list[str] | None) -> Namespace:
+def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     """The flags."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
@@ -446,7 +478,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         unknown = [name for name in given if name not in choices]
         if unknown:
             parser.error(f"--{flag} {' '.join(unknown)}: take from {', '.join(choices)}")
-    return args
+    return ComparisonSettings(**vars(args))
 
 
 if __name__ == "__main__":

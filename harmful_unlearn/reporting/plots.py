@@ -1,19 +1,22 @@
-"""The pictures of the comparison's report, one function each."""
+"""The pictures of the comparison's report, one function each. All return a PNG."""
 
+import io
 import math
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from harmful_unlearn.reporting.blocks import DASH, Cell
-from harmful_unlearn.training.run_log import LOSSES
+from harmful_unlearn.reporting.figures import DASH, Cell
 
-# Okabe and Ito's colours, told apart by the colour-blind; markers have another period, so pairs do not recur.
+# Okabe and Ito's colours, told apart by the colour-blind. There are as many markers as no multiple of the colours,
+# so that a pair of both does not soon come again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = "s^DvPX<>*ph"
-WIDE = 5  # a range of this factor or more has a logarithmic axis
+WIDE = 5  # an axis is logarithmic if its largest value is this many times its smallest
 STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "text.parse_math": False, "legend.frameon": False,
@@ -21,148 +24,186 @@ STYLE = {
 PERCENT_AXIS = (-4, 104)
 
 
-def draw_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> Figure:
-    """Each method's normal perplexity (x), harmful rate (y), and whether it is hollow; the original first."""
-    figure, [[panel]] = panels(1, 1, (8.5, 4.8))
+@rc_context(STYLE)
+def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> bytes:
+    """A marker for each method.
+
+    Args:
+        points: by label, the original's first: the normal perplexity as a multiple of the original's (x), the harmful
+            rate (y), and whether the marker is hollow.
+    """
+    figure, [[axes]] = _subplots(1, 1, (8.5, 4.8))
     handles = []
     for place, (label, (x, y, hollow)) in enumerate(points.items()):
-        colour, marker = ("black", "o") if not place else (COLOURS[place % 7 - 1], MARKERS[place % 11 - 1])
-        at = x.value, 100 * y.value
-        panel.errorbar(*at, whisker(y, 100), whisker(x), color=colour, elinewidth=1, capsize=2)
-        handles += panel.plot(
-            *at,
+        colour, marker = (COLOURS[place % 7 - 1], MARKERS[place % 11 - 1]) if place else ("black", "o")
+        position = x.value, 100 * y.value
+        axes.errorbar(*position, _whisker(y, 100), _whisker(x), color=colour, elinewidth=1, capsize=2)
+        handles += axes.plot(
+            *position,
             linestyle="none",
             marker=marker,
             color=colour,
             markersize=7,
             markeredgewidth=1.5,
             markerfacecolor="white" if hollow else colour,
-            label=label + " (hollow: degenerate)" * hollow,
+            label=f"{label} (hollow: degenerate)" if hollow else label,
         )
-    log_if_wide(panel, "x", [x.value for x, _, _ in points.values()])
-    panel.set(
+    _log_if_wide(axes, "x", [x.value for x, _, _ in points.values()])
+    axes.set(
         xlabel="perplexity of normal reference answers, as a multiple of the original's",
         ylabel=f"harmful rate on unseen prompts, % ({decoding})",
         ylim=PERCENT_AXIS,
     )
     figure.legend(handles=handles, loc="outside right upper")
-    return figure
+    return _png(figure)
 
 
-def draw_alphas(
-    scales: list[float],
+@rc_context(STYLE)
+def plot_alphas(
+    alphas: list[float],
     rates: dict[str, dict[str, list[Cell]]],
     multiples: dict[str, list[Cell]],
     advised: dict[str, set[float]],
     budget: float | None,
-) -> Figure:
-    """A row a method: its rates by name (left) and its multiples of the perplexity (right) at each scale."""
-    figure, grid = panels(len(rates), 2, (9, 3 * len(rates)))
+) -> bytes:
+    """A row for each method: its rates (left) and its normal perplexity (right) over alpha.
+
+    Args:
+        rates: by method and by name, one for each alpha; at most three a method.
+        multiples: by method, the perplexity as a multiple of that at the smallest alpha.
+        advised: by method, the alphas to mark as recommended.
+        budget: how much the perplexity may rise, as a share; None for no line.
+    """
+    figure, grid = _subplots(len(rates), 2, (9, 3 * len(rates)))
+    styles = (("-", COLOURS[0]), ("--", COLOURS[1]), (":", "black"))
     for (left, right), method in zip(grid, rates, strict=True):
-        looks = (("-", COLOURS[0]), ("--", COLOURS[1]), (":", "black"))
-        for (name, cells), (dash, colour) in zip(rates[method].items(), looks, strict=False):
-            band(left, scales, cells, 100, color=colour, linestyle=dash, label=name)
-        band(right, scales, multiples[method], color=COLOURS[0])
-        log_if_wide(right, "y", [cell.value for cell in multiples[method] if cell.value])
+        for (name, cells), (dash, colour) in zip(rates[method].items(), styles, strict=False):
+            _band(left, alphas, cells, 100, color=colour, linestyle=dash, label=name)
+        _band(right, alphas, multiples[method], color=COLOURS[0])
+        _log_if_wide(right, "y", [cell.value for cell in multiples[method] if cell.measured])
         if budget is not None:
             right.axhline(1 + budget, color="black", linewidth=0.8, linestyle=":", label="budget")
-        for panel in (left, right):
-            for alpha in sorted(advised.get(method, ())):
-                panel.axvline(alpha, color=COLOURS[2], linewidth=1.2, linestyle="-.", label="recommended alpha")
-            panel.set(xlabel="alpha", title=method)
+        for axes in (left, right):
+            for alpha in sorted(advised[method]):
+                axes.axvline(alpha, color=COLOURS[2], linewidth=1.2, linestyle="-.", label="recommended alpha")
+            axes.set(xlabel="alpha", title=method)
         left.set(ylabel="unseen harmful prompts, %", ylim=PERCENT_AXIS)
-        right.set_ylabel(f"normal perplexity / that at alpha {scales[0]:g}")
-    legend_below(figure, grid)
-    return figure
+        right.set_ylabel(f"normal perplexity / that at alpha {alphas[0]:g}")
+    _legend_below(figure, grid)
+    return _png(figure)
 
 
-def draw_categories(vectors: list[str], kinds: list[str], cells: list[list[Cell]]) -> Figure:
-    """A heat map of harmful rates, with the numbers in it."""
-    values = np.array([[np.nan if cell.value is None else 100 * cell.value for cell in row] for row in cells])
-    figure, [[panel]] = panels(1, 1, (4 + 0.6 * len(kinds), 2.2 + 0.32 * len(vectors)))
-    image = panel.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+@rc_context(STYLE)
+def plot_categories(vectors: list[str], kinds: list[str], cells: list[list[Cell]]) -> bytes:
+    """A heat map of harmful rates, a row for each task vector and a column for each kind of harm."""
+    values = np.array([[100 * cell.value for cell in row] for row in cells])
+    figure, [[axes]] = _subplots(1, 1, (4 + 0.6 * len(kinds), 2.2 + 0.32 * len(vectors)))
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         text = DASH if np.isnan(value) else f"{value:.0f}"
-        panel.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black")
-    panel.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(len(vectors)), vectors)
-    panel.set(xlabel="harmful prompts of this kind", ylabel="task vector subtracted")
-    panel.grid(False)
+        axes.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(vectors)), vectors)
+    axes.set(xlabel="harmful prompts of this kind", ylabel="task vector subtracted")
+    axes.grid(False)
     figure.colorbar(image, label="harmful rate, %")
-    return figure
+    return _png(figure)
 
 
-def draw_relearning(methods: list[str], times: list[str], cells: list[list[Cell]], decoding: str) -> Figure:
-    """A line a method, with its harmful rate at each time."""
-    figure, [[panel]] = panels(1, 1, (8, 1.6 + 0.34 * len(methods)))
-    for at, (time, shift) in enumerate(zip(times, np.linspace(-0.22, 0.22, len(times)), strict=True)):
-        drawn = [(row + shift, line[at]) for row, line in enumerate(cells) if line[at].value is not None]
-        panel.errorbar(
-            [100 * cell.value for _, cell in drawn],
-            [row for row, _ in drawn],
-            xerr=np.hstack([np.zeros((2, 0)), *(whisker(cell, 100) for _, cell in drawn)]),
+@rc_context(STYLE)
+def plot_relearning(methods: list[str], times: list[str], cells: list[list[Cell]], decoding: str) -> bytes:
+    """A line for each method, with its harmful rate at each time."""
+    figure, [[axes]] = _subplots(1, 1, (8, 1.6 + 0.34 * len(methods)))
+    for place, (time, shift) in enumerate(zip(times, np.linspace(-0.22, 0.22, len(times)), strict=True)):
+        rates = [(row + shift, line[place]) for row, line in enumerate(cells) if line[place].measured]
+        axes.errorbar(
+            [100 * cell.value for _, cell in rates],
+            [height for height, _ in rates],
+            xerr=np.hstack([np.zeros((2, 0)), *(_whisker(cell, 100) for _, cell in rates)]),
             capsize=2,
             elinewidth=1,
             linestyle="none",
-            color=COLOURS[at % 7],
-            marker=MARKERS[at % 11],
+            color=COLOURS[place % 7],
+            marker=MARKERS[place % 11],
             label=time,
         )
-    panel.set_yticks(range(len(methods)), methods)
-    panel.set(xlabel=f"harmful rate on unseen prompts, % ({decoding})", xlim=PERCENT_AXIS)
-    panel.invert_yaxis()
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set(xlabel=f"harmful rate on unseen prompts, % ({decoding})", xlim=PERCENT_AXIS)
+    axes.invert_yaxis()
     figure.legend(loc="outside right upper")
-    return figure
+    return _png(figure)
 
 
-def draw_losses(runs: dict[str, list[dict]]) -> Figure:
-    """A panel a method, with its losses over the steps and their running means."""
+@rc_context(STYLE)
+def plot_losses_by_method(runs: dict[str, list[dict]]) -> bytes:
+    """A panel for each method, with its losses over the steps and their running means.
+
+    Args:
+        runs: by method, the metrics of each step; losses are the keys that end in "_loss".
+    """
     columns = min(3, len(runs))
     rows = math.ceil(len(runs) / columns)
-    figure, grid = panels(rows, columns, (1 + 3 * columns, 0.8 + 2.3 * rows))
-    for panel, (title, steps) in zip(grid.flat, runs.items(), strict=False):
-        for at, (key, name) in enumerate(LOSSES.items()):
-            colour = "black" if key == "total_loss" else COLOURS[at % 7]  # no method has two of one colour
-            kept = pd.Series({step["step"]: step[key] for step in steps if step.get(key) is not None}, dtype=float)
-            if len(kept):
-                panel.plot(kept, color=colour, linewidth=0.5, alpha=0.3)
-                smooth = kept.rolling(max(1, len(kept) // 25), min_periods=1).mean()
-                panel.plot(smooth, color=colour, linewidth=1.2, label=name)
-        panel.set(title=title, xlabel="step", ylabel="nats")
-    for panel in grid.flat[len(runs) :]:
-        panel.set_axis_off()
-    legend_below(figure, grid)
-    return figure
+    figure, grid = _subplots(rows, columns, (1 + 3 * columns, 0.8 + 2.3 * rows))
+    names = sorted({key for steps in runs.values() for key in steps[0] if key.endswith("_loss")})
+    colours = dict(zip((name for name in names if name != "total_loss"), COLOURS * 2, strict=False))
+    for axes, (title, steps) in zip(grid.flat, runs.items(), strict=False):
+        metrics = pd.DataFrame(steps).set_index("step")
+        for name in names:
+            if name not in metrics or metrics[name].isna().all():
+                continue
+            values, colour = metrics[name].astype(float).dropna(), colours.get(name, "black")
+            axes.plot(values, color=colour, linewidth=0.5, alpha=0.3)
+            smooth = values.rolling(max(1, len(values) // 25), min_periods=1).mean()
+            axes.plot(smooth, color=colour, linewidth=1.2, label=loss_title(name))
+        axes.set(title=title, xlabel="step", ylabel="nats")
+    for axes in grid.flat[len(runs) :]:
+        axes.set_axis_off()
+    _legend_below(figure, grid)
+    return _png(figure)
 
 
-def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def loss_title(metric: str) -> str:
+    """What a plot calls a loss."""
+    return "total" if metric == "total_loss" else metric.removesuffix("_loss").upper()
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def legend_below(figure: Figure, grid: np.ndarray) -> None:
-    labelled = {t: h for panel in grid.flat for h, t in zip(*panel.get_legend_handles_labels(), strict=True)}
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, facecolor="white")
+    return content.getvalue()
+
+
+def _legend_below(figure: Figure, grid: np.ndarray) -> None:
+    """One legend for all panels, in which each label is once."""
+    labelled = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled))
 
 
-def whisker(cell: Cell, scale: float = 1) -> np.ndarray:
-    """[2, 1]: how far a cell's value lies above its low and below its high end."""
-    low, high = (cell.value if end is None else end for end in (cell.low, cell.high))
-    return scale * np.array([[max(0.0, cell.value - low)], [max(0.0, high - cell.value)]])
+def _whisker(cell: Cell, factor: float = 1) -> np.ndarray:
+    """[2, 1]: how far below a cell's value its low end is, and how far above it its high end."""
+    lengths = np.array([[cell.value - cell.low], [cell.high - cell.value]])
+    return factor * np.nan_to_num(lengths).clip(min=0)
 
 
-def band(panel, x: list[float], cells: list[Cell], scale: float = 1, **look) -> None:
-    """A line through the values with a band from low to high."""
-    value, low, high = scale * np.array([[cell.value, cell.low, cell.high] for cell in cells], float).T
-    panel.plot(x, value, marker="o", markersize=3, **look)
-    panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+def _band(axes: Axes, x: list[float], cells: list[Cell], factor: float = 1, **style) -> None:
+    """A line through the cells' values, with a band from their low to their high ends."""
+    value, low, high = factor * np.array([[cell.value, cell.low, cell.high] for cell in cells]).T
+    axes.plot(x, value, marker="o", markersize=3, **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def log_if_wide(panel, axis: str, values: list[float]) -> None:
+def _log_if_wide(axes: Axes, direction: str, values: list[float]) -> None:
     if not values or max(values) < WIDE * min(values):
         return
-    panel.set(**{f"{axis}scale": "log"})
-    ticks = getattr(panel, f"{axis}axis")
+    axes.set(**{f"{direction}scale": "log"})
+    ticks = getattr(axes, f"{direction}axis")
     ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
     ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter(NullFormatter())

@@ -1,0 +1,74 @@
+"""What a comparison measured: comparison.json, and all that its report shows."""
+
+import json
+from dataclasses import dataclass, field
+
+BASE, SKU = "base", "sku"  # names of models that the report treats in a way of their own
+
+
+@dataclass
+class ComparedModel:
+    """A row of the report's tables.
+
+    Attributes:
+        label: its name in tables and plots.
+        group: "main" or "ablation": the tables that show it.
+        command: what trained it, with the first seed; None for the base.
+        note: why figures of some seeds are missing, if they are.
+    """
+
+    label: str
+    group: str
+    command: str | None = None
+    note: str | None = None
+
+
+@dataclass
+class Comparison:
+    """The content of comparison.json.
+
+    Rows of figures are dicts as `evaluator.figures` gives them, each with its "seed". Shares are of 1; the value None
+    means that there was nothing to measure. An empty part is omitted from the report.
+
+    Attributes:
+        title, model: the report's title, and the base model.
+        command: what made the comparison.
+        settings: what was asked for, by name.
+        methods: the compared models by name, in the order of the tables; the base's name is "base".
+        judge: its "name", and what is known of it, "by_seed".
+        relearning_settings: "steps", "pairs", and the learning rate ("lr") of each strength.
+        figures: of the test prompts, each with its "model".
+        sweep: figures of the validation prompts, each with its "method", "alpha", and the only alpha that the method
+            was "trained_for" (None if it was for any).
+        recommended: "seed", "method", "alpha" (None for none), "budget" and "why".
+        categories: harmful rates on the prompts of one "category", each with the task "vector" subtracted.
+        relearning: harmful rates on unseen prompts, each with "when" ("before", "after") and "strength".
+        answers: "set", "prompt", "reference", and the "answers" by model: "answer" and "verdict".
+        losses: the metrics of each step by model, of the first seed.
+        provenance: what ran.
+    """
+
+    title: str
+    model: str
+    seeds: list[int]
+    command: str
+    settings: dict
+    methods: dict[str, ComparedModel]
+    judge: dict
+    relearning_settings: dict
+    figures: list[dict] = field(default_factory=list)
+    sweep: list[dict] = field(default_factory=list)
+    recommended: list[dict] = field(default_factory=list)
+    categories: list[dict] = field(default_factory=list)
+    relearning: list[dict] = field(default_factory=list)
+    answers: list[dict] = field(default_factory=list)
+    losses: dict[str, list[dict]] = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        methods = {}
+        for name, model in self.methods.items():
+            methods[name] = dict(vars(model))
+            if model.note is None:
+                del methods[name]["note"]
+        return json.dumps({**vars(self), "methods": methods}, indent=1, ensure_ascii=False) + "\n"

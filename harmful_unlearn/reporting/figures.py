@@ -1,0 +1,94 @@
+"""Figures over seeds: the cells of tables and the points of plots."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+DASH = "–"  # there was nothing to measure
+PERCENT = {"harmful_rate", "degenerate_rate", "unjudged_rate", "exact_match"}  # metrics that are shares of 1
+LARGEST_MULTIPLE = 1000  # larger multiples are drawn here: those of a broken model would squeeze all others together
+REFERENCES = "references"  # the decoding of figures that need no answers, only the data's reference answers
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric over seeds; without arguments, one that nothing was measured of.
+
+    Attributes:
+        metric: its name, which decides how it is written.
+        value: the mean over the seeds that have a value; NaN if no seed has one.
+        low, high: the lowest and the highest seed; of a single seed, the ends of its interval, NaN if it has none.
+        seeds: how many seeds have a value.
+        all_seeds: how many seeds there are.
+    """
+
+    metric: str = ""
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    seeds: int = 0
+    all_seeds: int = 1
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a value."""
+        return not math.isnan(self.value)
+
+    def __str__(self) -> str:
+        value, low, high = (number(self.metric, end) for end in (self.value, self.low, self.high))
+        if math.isnan(self.low):
+            return value
+        if self.all_seeds == 1:
+            return f"{value} [{low}, {high}]"
+        count = "" if self.seeds == self.all_seeds else f", {self.seeds} of {self.all_seeds} seeds"
+        return f"{value} ({low}–{high}{count})"
+
+
+def number(metric: str, value: float) -> str:
+    """A value with as many digits as its metric is worth; shares in percent."""
+    if math.isnan(value):
+        return DASH
+    if metric in PERCENT:
+        return f"{100 * value:.1f}"
+    if "perplexity" not in metric:
+        return f"{value:.3f}".replace("-", "−")
+    return f"{value:.1e}" if value >= 1e5 else f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
+
+
+def figure_frame(rows: list[dict]) -> pd.DataFrame:
+    """Figures as a table with the columns seed, metric, decoding, value, low, high, n and what else the rows have."""
+    frame = pd.DataFrame(rows)
+    return frame.assign(
+        decoding=frame["decoding"].where(frame["decoding"].notna(), REFERENCES),
+        **{name: frame[name].astype(float) for name in ("value", "low", "high")},
+    )
+
+
+def over_seeds(figures: pd.DataFrame, by: list[str], all_seeds: int) -> dict[tuple, Cell]:
+    """One cell for each combination of values in the columns `by` that has a value in some seed."""
+    groups = figures.dropna(subset="value").groupby(by)
+    return {key: _cell(group, all_seeds) for key, group in groups}
+
+
+def _cell(rows: pd.DataFrame, all_seeds: int) -> Cell:
+    metric, values = rows["metric"].iloc[0], rows["value"].tolist()
+    if all_seeds == 1:
+        return Cell(metric, values[0], float(rows["low"].iloc[0]), float(rows["high"].iloc[0]), 1, 1)
+    return Cell(metric, float(np.mean(values)), min(values), max(values), len(values), all_seeds)
+
+
+def relative(figures: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """The figures with each value divided by the same seed's value in `reference`, for a plot.
+
+    Multiples are at most `LARGEST_MULTIPLE`, and have no interval.
+    """
+    multiples = figures["value"] / figures["seed"].map(reference.set_index("seed")["value"])
+    return figures.assign(value=multiples.clip(upper=LARGEST_MULTIPLE), low=np.nan, high=np.nan)
+
+
+def span(numbers: pd.Series) -> str:
+    """The smallest and the largest number, or the only one."""
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
