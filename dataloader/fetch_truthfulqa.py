@@ -1,9 +1,9 @@
 """Fetch TruthfulQA.csv, the normal data, into this folder (`make data`).
 
-    python dataloader/fetch_truthfulqa.py            # keeps a good file that is there
+    python dataloader/fetch_truthfulqa.py            # keeps a good file that is already there
     python dataloader/fetch_truthfulqa.py --force    # fetches it again
 
-The file takes its place only once it is whole and has the columns that SKU reads.
+The new file takes its place only after a complete download with the columns that SKU reads.
 """
 
 import http.client
@@ -12,27 +12,24 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+if not __package__:  # run as a script: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from harmful_unlearn.cli import FlagParser, exit_code, positive_number
+from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.errors import UserError
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from harmful_unlearn.cli import (  # noqa: E402
-    FlagParser,
-    exit_code,  # noqa: E402
-    positive_number,
-)
-from harmful_unlearn.data.truthfulqa import read_normal  # noqa: E402
-from harmful_unlearn.errors import UserError  # noqa: E402
-
 URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
-MAX_BYTES = 20_000_000  # the file has half a million
+MAX_BYTES = 20_000_000  # the file has half a million bytes
 
 
 def download(url: str, timeout: float) -> bytes:
-    """The body of an HTTP answer, whole.
+    """The complete body of an HTTP answer.
 
     Raises:
-        UserError: no connection, an HTTP error, silence for `timeout` seconds, less than announced,
-            or more than MAX_BYTES.
+        UserError: no connection, an HTTP error, no data for `timeout` seconds, fewer bytes than announced, or more
+            than MAX_BYTES.
     """
     fix = "try again later, give another --url, or download the file yourself into dataloader/"
     try:
@@ -45,7 +42,7 @@ def download(url: str, timeout: float) -> bytes:
         reason = getattr(error, "reason", error)
         raise UserError(f"{url} cannot be fetched ({reason}): {fix}") from error
     if len(body) > MAX_BYTES:
-        raise UserError(f"{url} sends more than {MAX_BYTES} bytes, no TruthfulQA.csv: {fix}")
+        raise UserError(f"{url} sends more than {MAX_BYTES} bytes, which is not TruthfulQA.csv: {fix}")
     if announced and len(body) < int(announced):
         raise UserError(f"{url} sent {len(body)} of {announced} bytes: {fix}")
     return body
@@ -55,8 +52,8 @@ def fetch(url: str, target: Path, timeout: float) -> int:
     """Download TruthfulQA.csv to `target` and return its number of questions.
 
     Raises:
-        UserError: as `download`, or what came is no TruthfulQA.csv, or `target` cannot be written.
-            Whatever was at `target` is still there.
+        UserError: as `download`, or the file is not TruthfulQA.csv, or `target` cannot be written. A file at `target`
+            then stays as it was.
     """
     body = download(url, timeout)
     partial = target.with_name(".TruthfulQA.partial.csv")
@@ -65,15 +62,16 @@ def fetch(url: str, target: Path, timeout: float) -> int:
         rows = read_normal(partial, seed=0).source["rows"]
         partial.replace(target)
     except UserError as error:
-        raise UserError(f"{url} sent no TruthfulQA.csv: give another --url") from error
+        raise UserError(f"{url} did not send TruthfulQA.csv: give another --url") from error
     except PermissionError as error:
-        raise UserError(f"{target.parent} is not writable: make it so, and run again") from error
+        raise UserError(f"{target.parent} is not writable: change its permissions, then run again") from error
     finally:
         partial.unlink(missing_ok=True)
     return rows
 
 
 def is_good(target: Path) -> bool:
+    """Whether there is a TruthfulQA.csv at `target` that SKU can read."""
     try:
         read_normal(target, seed=0)
     except UserError:
@@ -84,8 +82,8 @@ def is_good(target: Path) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=URL, help="where to fetch it from (default: %(default)s)")
-    parser.add_argument("--timeout", type=positive_number, default=30, help="seconds of silence to bear")
-    parser.add_argument("--force", action="store_true", help="fetch it even if a good one is there")
+    parser.add_argument("--timeout", type=positive_number, default=30, help="read timeout in seconds")
+    parser.add_argument("--force", action="store_true", help="fetch it even if a good file is there")
     flags = parser.parse_args(arguments)
     target = HERE / "TruthfulQA.csv"
     if not flags.force and is_good(target):

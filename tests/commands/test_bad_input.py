@@ -306,7 +306,7 @@ TABLE = {
         indexed({FC1: "a.safetensors"})(at), (at.here / "bad" / "a.safetensors").symlink_to("blob"))),
     "a shard that is a device": Bad("vector", "--base {here}/bad " + TO, "copy or download", lambda at: (
         indexed({FC1: "a.safetensors"})(at), (at.here / "bad" / "a.safetensors").symlink_to("/dev/zero"))),
-    "an entry that its shard lacks": Bad("vector", "--base {here}/bad " + TO, "copy the checkpoint", lambda at: (
+    "an entry that its shard lacks": Bad("vector", "--base {here}/bad " + TO, "copy the model folder", lambda at: (
         indexed({"none": "a.safetensors"})(at),
         shutil.copy(at.base / "model.safetensors", at.here / "bad" / "a.safetensors"))),
     "an index that is garbage": Bad("vector", "--base {here}/bad " + TO, "copy or download", changed(
@@ -330,7 +330,7 @@ TABLE = {
                             with_entries("tuned", lambda entries: entries.pop(FC1))),
     "an entry too many": Bad("vector", TUNED, "made from this very base", with_entries(
         "tuned", lambda entries: entries.update(extra=torch.zeros(2)))),
-    "a base with an entry too few": Bad("unlearn", "--model_name {here}/bad", "whole checkpoint",
+    "a base with an entry too few": Bad("unlearn", "--model_name {here}/bad", "complete model folder",
                                         with_entries("base", lambda entries: entries.pop(FC1))),
     "a NaN in the base": Bad("unlearn", "--model_name {here}/bad", "NaN", with_entries("base", fill(FC1, torch.nan))),
     "a NaN that no text reaches": Bad("unlearn", "--model_name {here}/bad", "NaN", with_entries(

@@ -1,4 +1,4 @@
-"""What the table of bad input (test_bad_input.py) makes: files and models with one thing wrong, in a folder of theirs.
+"""Makers of bad input (tests/commands/test_bad_*.py): files and models with one thing wrong.
 
 Each maker takes a namespace of folders: base, tuned and adapter, which are models, and here, to write into.
 """
@@ -41,9 +41,12 @@ def changed(of: str, **files: str | bytes | dict | None) -> Maker:
 
 def with_config(**settings: object) -> Maker:
     """Make {here}/bad, the base with other settings in its config.json."""
-    return lambda at: changed("base", config__json={**json.loads((at.base / "config.json").read_text()), **settings})(
-        at
-    )
+
+    def make(at: SimpleNamespace) -> None:
+        config = json.loads((at.base / "config.json").read_text())
+        changed("base", config__json={**config, **settings})(at)
+
+    return make
 
 
 def with_header(header: str | dict, length: int | None = None, data: bytes = bytes(8)) -> Maker:
@@ -54,7 +57,7 @@ def with_header(header: str | dict, length: int | None = None, data: bytes = byt
 
 
 def entry(dtype: str, shape: list[int], start: int, end: int) -> dict:
-    """What a safetensors header says of an entry."""
+    """The description of an entry in a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
@@ -69,8 +72,8 @@ def without_rank(at: SimpleNamespace) -> None:
     """Make {here}/bad, the adapter with matrices of rank 0."""
     changed("adapter")(at)
     path = at.here / "bad" / "adapter_model.safetensors"
-    cut_down = {name: e[:0] if "_A." in name else e[:, :0].contiguous() for name, e in load_file(path).items()}
-    save_file(cut_down, path)
+    entries = {name: e[:0] if "_A." in name else e[:, :0].contiguous() for name, e in load_file(path).items()}
+    save_file(entries, path)
 
 
 def with_entries(of: str, change: Callable[[dict], object]) -> Maker:
@@ -89,8 +92,8 @@ def cut(of: str, keep: float) -> Maker:
     """Make {here}/bad, a model whose weights end too early."""
 
     def make(at: SimpleNamespace) -> None:
-        whole = (getattr(at, of) / "model.safetensors").read_bytes()
-        changed(of, model__safetensors=whole[: int(len(whole) * keep)])(at)
+        content = (getattr(at, of) / "model.safetensors").read_bytes()
+        changed(of, model__safetensors=content[: int(len(content) * keep)])(at)
 
     return make
 
@@ -105,5 +108,5 @@ def indexed(weight_map: object) -> Maker:
 
 
 def fill(name: str, value: float) -> Callable[[dict], object]:
-    """Put a value into an entry's first place."""
+    """Set the first element of an entry."""
     return lambda entries: entries[name].view(-1)[:1].fill_(value)
