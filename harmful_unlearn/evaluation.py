@@ -1,16 +1,16 @@
 """Measure models as the paper does: harmful rate, perplexity and utility, beside the base.
 
     python harmful_unlearn/evaluation.py --model models/opt-2.7b-unlearned --base facebook/opt-2.7b --output logs/eval
-Several models, named, judged by a language model behind an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY):
+Several named models, judged by a language model behind an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY):
     python harmful_unlearn/evaluation.py --model sku=models/a --model ga=models/b --base facebook/opt-2.7b \\
         --judge openai:gpt-4o-mini --output logs/eval
-Greedy answers to 50 prompts of each kind, and TruthfulQA by the evaluation harness (pip install lm_eval):
+Greedy answers to 50 prompts of each set, and TruthfulQA by the evaluation harness (pip install lm_eval):
     python harmful_unlearn/evaluation.py --model models/a --base B --decoding greedy --n_seen 50 --n_unseen 50 \\
         --n_normal 50 --lm_eval truthfulqa_mc1 --output logs/eval
 
-What the models were trained on is read from their run.json: harmful prompts that were used, prompts of which no
-row was touched, and TruthfulQA questions of which no text was trained on. The answers stay in OUTPUT/answers, so
-an interrupted run goes on where it stopped, and another judge needs no new answers.
+What the models were trained on is read from their run.json: harmful prompts that were used, prompts none of whose
+rows was touched, and TruthfulQA questions none of whose texts was trained on. The answers stay in OUTPUT/answers: an
+interrupted run continues where it stopped, and another judge needs no new answers.
 """
 
 import sys
@@ -20,9 +20,8 @@ if not __package__:  # run as a script: import from the repository, not from thi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from argparse import Namespace
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 
 import transformers
 from accelerate import PartialState
@@ -33,69 +32,140 @@ from harmful_unlearn.evals import bleurt, lm_harness
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.generation import Decoding
-from harmful_unlearn.evals.judges.registry import judge_name
-from harmful_unlearn.evals.prompt_sets import SETS, EvalData
+from harmful_unlearn.evals.judges.registry import judge_name, make_judge
+from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, draw_prompts
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.storage.files import check_target, resolved, user_path
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
+LONGEST_NAME = 100  # of a model, which is also the name of its files
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringSettings(DataSettings):
+    """The flags of `add_measuring_flags`."""
+
+    n_seen: int
+    n_unseen: int
+    n_normal: int
+    decoding: list[str]
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    judge: str
+    bleurt: str | None
+    batch_size: int
+    precision: str
+    device_map: str | None
+
+    @property
+    def prompt_numbers(self) -> dict[str, int]:
+        """The most prompts of each set."""
+        return {"seen": self.n_seen, "unseen": self.n_unseen, "normal": self.n_normal}
+
+    @property
+    def decodings(self) -> list[Decoding]:
+        """The decodings that --decoding names."""
+        names = dict.fromkeys(self.decoding)
+        return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(MeasuringSettings):
+    """The flags of this command; `model` is label -> path or id."""
+
+    model: dict[str, str]
+    base: str
+    output: Path
+    trained_as: list[Path]
+    seed: int
+    ppl_model: str | None
+    lm_eval: list[str]
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the models. Raises UserError before any work that cannot end well."""
-    args = parse_flags(arguments)
+    """Measure the models. Raises UserError, before any work that cannot succeed."""
+    settings = parse_flags(arguments)
+    output, seed = settings.output, settings.seed
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    lm_harness.check_installed(args)
-    check_target(args.output, overwrite=True)
-    folders = {label: hub.resolve_model(name) for label, name in args.model.items()}
-    unknown = [label for label, folder in folders.items() if not RunRecord.read(folder).is_complete]
-    if unknown and not args.trained_as:
+    if settings.bleurt:
+        hub.resolve_model(settings.bleurt)
+    if settings.lm_eval:
+        lm_harness.check_installed()
+    check_target(output, overwrite=True)
+    folders = {label: hub.resolve_model(name) for label, name in settings.model.items()}
+    data = EvalData.read(settings, trainings_of(folders, settings.trained_as))
+    sets = draw_prompts(data, settings.prompt_numbers, seed)
+    print("\n".join(f"{name:<8} {len(prompts)} prompts" for name, prompts in sets.test.items()))
+
+    device = PartialState().device
+    precision = loading.resolve_precision(settings.precision, device)
+    load = partial(load_model, precision=precision, device_map=settings.device_map)
+    base = evaluated_model(BASE, hub.resolve_model(settings.base), load)
+    models = [base, *(evaluated_model(label, folder, load) for label, folder in folders.items())]
+    reference = base
+    if settings.ppl_model:
+        reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
+    judge = make_judge(
+        settings.judge,
+        responses=data.responses,
+        normal=data.training_texts,
+        judged={prompt.question for prompts in sets.test.values() for prompt in prompts},
+        seed=seed,
+        cache=output / "judge.jsonl",
+        device=device,
+    )
+    protocol = EvalProtocol(
+        prompts=sets.test,
+        decodings=settings.decodings,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        seed=seed,
+        choices=data.choices,
+        precision=precision,
+    )
+    rows = measure(models, protocol, judge, reference, output)
+    write_prompts(output, sets.test)
+    if settings.bleurt:
+        bleurt.add_bleurt(rows, settings.bleurt, output, device)
+    results = figures(rows, protocol, output)
+    if settings.lm_eval:
+        results += lm_harness.lm_eval_figures(models, settings.lm_eval, output, device, bool(settings.device_map))
+    write_results(
+        output,
+        results,
+        judge=judge,
+        protocol=protocol,
+        models=[*models, reference],
+        flags=asdict(settings),
+        sources=data.sources,
+    )
+    print((output / "results.md").read_text(encoding="utf-8"))
+    print(f"also in {output}: results.json, results.csv, prompts.json, answers/")
+
+
+def trainings_of(models: dict[str, Path], trained_as: list[Path]) -> list[RunRecord]:
+    """The stage 1 runs behind the models (label -> folder), and those that --trained_as names.
+
+    Raises:
+        UserError: it is not recorded what a model was trained on.
+    """
+    unknown = [label for label, folder in models.items() if not RunRecord.read(folder).is_complete]
+    if unknown and not trained_as:
         raise UserError(
             f"no run.json says what {', '.join(unknown)} was trained on: give --trained_as, a folder made by "
             "unlearn_harm_new.py whose training read the same rows"
         )
-    for folder in args.trained_as:
+    for folder in trained_as:
         if not read_trainings(folder):
-            raise UserError(f"no run.json in {folder} tells of a training: give another --trained_as")
-    trainings = [one for folder in [*folders.values(), *args.trained_as] for one in read_trainings(folder)]
-    data = EvalData(args, trainings)
-    sets = data.prompts({name: getattr(args, f"n_{name}") for name in SETS}, args.seed)
-    print("\n".join(f"{name:<8} {len(found)} prompts" for name, found in sets.test.items()))
-
-    device = PartialState().device
-    precision = loading.resolve_precision(args.precision, device)
-    load = partial(load_model, precision=precision, device_map=args.device_map)
-    folders = {BASE: hub.resolve_model(args.base), **folders}
-    subjects = [evaluated_model(label, folder, load) for label, folder in folders.items()]
-    reference = evaluated_model("reference", hub.resolve_model(args.ppl_model), load) if args.ppl_model else subjects[0]
-    judge = data.judge(args.judge, chain(*sets.test.values()), args.seed, args.output, device)
-    protocol = EvalProtocol(
-        sets.test, decodings(args), args.max_new_tokens, args.batch_size, args.seed, data.choices, precision
-    )
-    rows = measure(subjects, protocol, judge, reference, args.output)
-    write_prompts(args.output, sets.test)
-    if args.bleurt:
-        bleurt.add_bleurt(rows, args.bleurt, args.output, device)
-    found = figures(rows, protocol, args.output)
-    if args.lm_eval:
-        found += lm_harness.lm_eval_figures(subjects, args.lm_eval, args.output, device, bool(args.device_map))
-    write_results(args.output, found, judge, protocol, [*subjects, reference], vars(args), data)
-    print((args.output / "results.md").read_text(encoding="utf-8"))
-    print(f"also in {args.output}: results.json, results.csv, prompts.json, answers/")
+            raise UserError(f"no run.json in {folder} records a training: give another --trained_as")
+    return [training for folder in [*models.values(), *trained_as] for training in read_trainings(folder)]
 
 
-def decodings(args: Namespace) -> list[Decoding]:
-    """The decodings that --decoding names."""
-    names = dict.fromkeys(args.decoding)
-    return [Decoding(args.temperature if name == "sampled" else None, args.top_k) for name in names]
-
-
-LONGEST_NAME = 100  # of a model; its files are called so
-
-
-def parse_flags(arguments: list[str] | None) -> Namespace:
-    """The flags. `model` is a dict of label to path or id."""
+def parse_flags(arguments: list[str] | None) -> EvaluationSettings:
+    """The flags."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
     parser.add_argument(
@@ -105,7 +175,7 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         metavar="[NAME=]PATH_OR_ID",
         help="a model to measure, and what to call it (may be repeated)",
     )
-    parser.add_argument("--base", required=True, help="the model that they were made from: always measured too")
+    parser.add_argument("--base", required=True, help="the model that they were made from: always measured, too")
     parser.add_argument("--output", type=user_path, required=True, help="folder of the answers and results")
     parser.add_argument(
         "--trained_as",
@@ -116,7 +186,9 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         help="a model of ours whose run.json says which rows were trained on",
     )
     add_measuring_flags(parser)
-    parser.add_argument("--seed", type=whole_number, default=8888, help="of the draws and of sampling (default: 8888)")
+    parser.add_argument(
+        "--seed", type=whole_number, default=8888, help="of the prompts drawn and of sampling (default: 8888)"
+    )
     parser.add_argument("--ppl_model", help="language model for the answers' perplexity (default: --base)")
     parser.add_argument(
         "--lm_eval",
@@ -126,17 +198,17 @@ def parse_flags(arguments: list[str] | None) -> Namespace:
         help="tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)",
     )
     args = parser.parse_args(arguments)
-    if not any(getattr(args, f"n_{name}") for name in SETS):
+    if not (args.n_seen or args.n_unseen or args.n_normal):
         parser.error("there is nothing to measure on: give one of --n_seen, --n_unseen and --n_normal above 0")
-    named = {}
+    models: dict[str, str] = {}
     for text in args.model:
         label, sign, name = text.partition("=")
-        label, name = (label, name) if sign and "/" not in label else (resolved(Path(text)).name, text)
-        if not label or label == BASE or label in named or "/" in label or len(label) > LONGEST_NAME:
-            parser.error(f"--model {text}: its name, {label!r}, is taken or names no file: give NAME=PATH_OR_ID")
-        named[label] = name
-    args.model = named
-    return args
+        if not sign or "/" in label:
+            label, name = resolved(Path(text)).name, text
+        if not label or label == BASE or label in models or "/" in label or len(label) > LONGEST_NAME:
+            parser.error(f"--model {text}: its name, {label!r}, is taken or cannot name a file: give NAME=PATH_OR_ID")
+        models[label] = name
+    return EvaluationSettings(**{**vars(args), "model": models})
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,13 +222,17 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--unseen_split", help="of it; PKU-SafeRLHF has a split called test")
     data.add_argument("--normal_dataset", help="as in training (default: the same)")
-    for name, what in (
+    for name, prompts in (
         ("seen", "harmful prompts used in unlearning"),
-        ("unseen", "harmful prompts it never touched"),
+        ("unseen", "harmful prompts that it never touched"),
         ("normal", "normal prompts held out"),
     ):
         data.add_argument(
-            f"--n_{name}", type=whole_number, default=200, help=f"at most so many {what}; 0: none (default: 200)"
+            f"--n_{name}",
+            type=whole_number,
+            default=200,
+            metavar="N",
+            help=f"at most N {prompts}; 0: none (default: 200)",
         )
     asking = parser.add_argument_group("asking and judging")
     asking.add_argument(
@@ -171,15 +247,16 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         "--top_k",
         type=whole_number,
         default=50,
-        help="sample among so many likeliest tokens; 0: all (default: %(default)s)",
+        metavar="K",
+        help="sample among the K likeliest tokens; 0: all (default: %(default)s)",
     )
     asking.add_argument("--max_new_tokens", type=positive_int, default=100, help="of an answer (default: %(default)s)")
     asking.add_argument(
         "--judge",
         type=judge_name,
         default="classifier",
-        help="classifier (offline, trained on the "
-        "harmful data's labels), hf:MODEL or openai:MODEL (default: %(default)s)",
+        help="classifier (offline, trained on the harmful data's labels), hf:MODEL or openai:MODEL "
+        "(default: %(default)s)",
     )
     asking.add_argument(
         "--bleurt",
@@ -188,7 +265,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
     )
-    asking.add_argument("--batch_size", type=positive_int, default=16, help="answers made at a time (default: 16)")
+    asking.add_argument("--batch_size", type=positive_int, default=16, help="prompts answered at a time (default: 16)")
     asking.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),

@@ -16,7 +16,7 @@ from harmful_unlearn.storage.run_record import RunRecord, training_digest
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 BASE = "base"  # the label of the model that all others are compared with
-Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+LoadedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
@@ -25,40 +25,38 @@ class EvaluatedModel:
 
     Attributes:
         label: its name in every file and table.
-        identity: what tells it from another model of that label (a fingerprint, a scale).
+        identity: what tells it from another model of that label (a fingerprint, an alpha).
         load: called only if something of it is still to be measured; in eval mode, on its device.
-        folder: where it lies, if it is a folder's.
+        folder: where it is, if it is in a folder.
     """
 
     label: str
     identity: dict
-    load: Loader
+    load: Callable[[], LoadedModel]
     folder: Path | None = None
 
 
-
-
-def evaluated_model(label: str, folder: Path, load) -> EvaluatedModel:
-    """The model in `folder` as something to measure. Raises UserError: it is an adapter, or no whole checkpoint."""
+def evaluated_model(label: str, folder: Path, load: Callable[[Path], LoadedModel]) -> EvaluatedModel:
+    """The model in `folder`, to measure. Raises UserError: it is an adapter, or not a complete model."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder} is a LoRA adapter: write the whole model with "
+            f"{folder} is a LoRA adapter: write the complete model with "
             f"`python task_vector.py --base BASE --finetuned {folder} --output NEW --scaling_coef -1`, and give NEW"
         )
-    RunRecord.read(folder)  # refuses a broken one
-    checkpoint = SafetensorsFolder(folder)
+    RunRecord.read(folder)  # raises if it is broken
+    weights = SafetensorsFolder(folder)
     # The fingerprint reads the start of each shard, which two unlearned models may share.
-    identity = {
+    identity: dict = {
         "revision": revision_of(folder),
-        "fingerprint": checkpoint.fingerprint(),
+        "fingerprint": weights.fingerprint(),
         "made_by_sha256": training_digest(folder),
     }
     if not identity["made_by_sha256"] and not identity["revision"]:
-        identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in checkpoint.shards]
+        identity["written_ns"] = [(folder / shard).stat().st_mtime_ns for shard in weights.shards]
     return EvaluatedModel(label, identity, partial(load, folder), folder)
 
 
-def load_model(folder: Path, precision: str, device_map: str | None = None):
+def load_model(folder: Path, precision: str, device_map: str | None = None) -> LoadedModel:
     """The model in `folder`, in eval mode on its device, and its tokenizer. Raises UserError."""
     tokenizer = loading.load_tokenizer(folder, loading.load_config(folder))
     model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, device_map)

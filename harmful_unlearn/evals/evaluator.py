@@ -1,10 +1,10 @@
-"""Measuring models: their answers, scores and verdicts, kept in a folder so that nothing is done twice.
+"""Measures models: their answers, scores and verdicts, kept in a folder so that nothing is done twice.
 
     answers/MODEL.jsonl   an answer a line: prompt, answer, perplexity, verdict
     scores/MODEL.json     the model's cross-entropy of the reference answers, and MC1/MC2
-    protocol.json         what decided them: prompts, decodings, lengths, seed, the models' fingerprints
+    protocol.json         what decides them: prompts, decodings, lengths, seed, the models' fingerprints
 
-Figures are computed from these files alone.
+Figures are computed from these files only.
 """
 
 import gc
@@ -37,8 +37,8 @@ class EvalProtocol:
     """How models are measured.
 
     Attributes:
-        prompts: by set; "normal" is the one whose answers are compared with references.
-        decodings: one answer each to every prompt.
+        prompts: by set. Answers to "normal" are compared with references, those to the other sets are judged.
+        decodings: every prompt is answered once in each of them.
         choices: TruthfulQA's multiple choices by question; empty for no MC1 and MC2.
     """
 
@@ -50,173 +50,131 @@ class EvalProtocol:
     choices: dict[str, Choices]
     precision: str = "fp32"
 
+    @property
+    def rounds(self) -> list[tuple[str, Decoding]]:
+        """Which set is asked in which decoding, in order."""
+        return [(name, decoding) for name in self.prompts for decoding in self.decodings]
+
+    def sampling_seed(self, name: str) -> int:
+        """The seed of a set's sampled answers: each set has a random stream of its own."""
+        stream = list(self.prompts).index(name)
+        return int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0])
+
     def settings(self) -> dict:
         """What decides the answers, JSON-able; the prompts by their rows and a hash."""
-        texts = json.dumps([[p.question, p.reference] for found in self.prompts.values() for p in found])
+        texts = json.dumps([[p.question, p.reference] for prompts in self.prompts.values() for p in prompts])
         return {
-            "decodings": [{"name": one.name, **asdict(one)} for one in self.decodings],
+            "decodings": [{"name": decoding.name, **asdict(decoding)} for decoding in self.decodings],
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "precision": self.precision,
             "multiple_choice": bool(self.choices),
-            "rows": {name: [prompt.row for prompt in found] for name, found in self.prompts.items()},
+            "rows": {name: [prompt.row for prompt in prompts] for name, prompts in self.prompts.items()},
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         }
 
 
 def measure(
-    subjects: list[EvaluatedModel], protocol: EvalProtocol, judge: Judge, reference: EvaluatedModel, folder: Path
+    models: list[EvaluatedModel], protocol: EvalProtocol, judge: Judge, reference: EvaluatedModel, folder: Path
 ) -> dict[str, list[dict]]:
-    """Answers, perplexities and verdicts of every model, from `folder` as far as they are there.
+    """Answers, perplexities and verdicts of every model; what `folder` holds already is not made again.
 
     Args:
-        reference: the language model under which answers have their perplexity.
+        reference: the language model under which the answers' perplexity is computed.
 
     Returns:
-        By label, the rows of its answers file.
+        By label, the rows of the model's answers file.
 
     Raises:
-        UserError: the folder holds answers to other prompts, in other settings, or of another model.
+        UserError: the folder holds answers to other prompts, with other settings, or of another model.
     """
-    record = _check_protocol(subjects, protocol, reference, folder)
-    rows = {}
-    for subject in subjects:
-        file, scores = _answers_file(folder, subject.label), _scores_file(folder, subject.label)
-        found = read_answers(file)
-        if len(found) < _answers_wanted(protocol) or not scores.exists():
-            model, tokenizer = subject.load()
-            questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
-            check_room(model, tokenizer, questions, protocol.max_new_tokens)
-            write_file(_protocol_file(folder), record)  # before the first answer, and after all that refuses a model
-            found = _answer(model, tokenizer, subject.label, protocol, found, file)
-            if not scores.exists():
-                write_file(scores, json.dumps(_score(model, tokenizer, protocol)))
-            del model
-            _free()
-        rows[subject.label] = found
-
-    lacking = [label for label in rows if any("nll" not in row for row in rows[label])]
-    if lacking:
-        model, tokenizer = reference.load()
-        collator = _collator(model, tokenizer)
-        for label in lacking:
-            pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
-            scored = answer_nll(model, collator, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
-            for row, (nll, tokens) in zip(rows[label], scored, strict=True):
-                row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}
-            write_answers(folder, label, rows[label])
-        del model
-        _free()
-
-    # Another judge of the same name (other labels, another server) judges anew.
-    judge_id = f"{judge.name} {hashlib.sha256(json.dumps(judge.facts, sort_keys=True).encode()).hexdigest()[:16]}"
-    for label, found in rows.items():
-        unjudged = [row for row in found if row.get("judge") != judge_id or row["verdict"] == "unjudged"]
-        unjudged = [row for row in unjudged if row["set"] != "normal"]
-        broken = {id(row): metrics.degenerate(row["answer"]) for row in unjudged}
-        asked = [row for row in unjudged if not broken[id(row)]]
-        verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
-        for row in unjudged:
-            row |= {"judge": judge_id, "verdict": "degenerate", "score": None, "note": broken[id(row)]}
-        for row, verdict in zip(asked, verdicts, strict=True):
-            word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.harmful]
-            row |= {"verdict": word, "score": verdict.score, "note": verdict.note}
-        normal = [row for row in found if row["set"] == "normal" and "verdict" not in row]
-        for row in normal:
-            reason = metrics.degenerate(row["answer"])
-            row |= {"verdict": "degenerate" if reason else "answered", "note": reason or ""}
-        if unjudged or normal:
-            write_answers(folder, label, found)
+    record = _check_protocol(models, protocol, reference, folder)
+    rows = {model.label: _answer_and_score(model, protocol, record, folder) for model in models}
+    _add_perplexities(rows, protocol, reference, folder)
+    for label, answers in rows.items():
+        if _add_verdicts(answers, judge):
+            write_answers(folder, label, answers)
     return rows
 
 
 def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -> list[dict]:
     """Every figure: {"model", "set", "decoding", "metric", "value", "low", "high", "n"}.
 
-    Shares are of 1; intervals are 95 % bootstrap intervals over prompts. Decoding is None for figures
-    of reference answers under the model itself.
+    Rates are shares of 1; intervals are 95 % bootstrap intervals over prompts. `decoding` is None for figures of
+    reference answers under the model itself.
     """
-    found = []
+    figures = []
+    seed = protocol.seed
 
-    def add(model: str, name: str, decoding: str | None, metric: str, figure: Estimate) -> None:
-        found.append({"model": model, "set": name, "decoding": decoding, "metric": metric, **asdict(figure)})
+    def add(model: str, name: str, decoding: str | None, metric: str, estimate: Estimate) -> None:
+        figures.append({"model": model, "set": name, "decoding": decoding, "metric": metric, **asdict(estimate)})
 
     for label, answers in rows.items():
-        for name in protocol.prompts:
-            for decoding in (one.name for one in protocol.decodings):
-                here = _of(answers, name, decoding)
-                verdicts = [row["verdict"] for row in here]
-                if name != "normal":
-                    judged = [word != "unjudged" for word in verdicts]
-                    harmful = [word == "harmful" for word in verdicts]
-                    add(label, name, decoding, "harmful_rate", metrics.ratio(harmful, judged, protocol.seed))
-                    unjudged = [not one for one in judged]
-                    add(label, name, decoding, "unjudged_rate", metrics.mean(unjudged, protocol.seed))
-                broken = [word == "degenerate" for word in verdicts]
-                add(label, name, decoding, "degenerate_rate", metrics.mean(broken, protocol.seed))
-                nll, tokens = [row["nll"] for row in here], [row["tokens"] for row in here]
-                add(label, name, decoding, "answer_perplexity", metrics.perplexity(nll, tokens, protocol.seed))
-                if name == "normal":
-                    base = [row["answer"] for row in _of(rows[BASE], name, decoding)]
-                    for metric, values in _utility(here, base).items():
-                        add(label, name, decoding, metric, metrics.mean(values, protocol.seed))
+        for name, decoding in protocol.rounds:
+            asked = _of(answers, name, decoding)
+            verdicts = np.array([row["verdict"] for row in asked], dtype=str)
+            if name != "normal":
+                judged = verdicts != "unjudged"
+                add(label, name, decoding.name, "harmful_rate", metrics.ratio(verdicts == "harmful", judged, seed))
+                add(label, name, decoding.name, "unjudged_rate", metrics.mean(~judged, seed))
+            add(label, name, decoding.name, "degenerate_rate", metrics.mean(verdicts == "degenerate", seed))
+            scored = [(row["nll"], row["tokens"]) for row in asked]
+            add(label, name, decoding.name, "answer_perplexity", _perplexity(scored, seed))
+            if name == "normal":
+                base_answers = [row["answer"] for row in _of(rows[BASE], name, decoding)]
+                for metric, values in _utility(asked, base_answers).items():
+                    add(label, name, decoding.name, metric, metrics.mean(values, seed))
         scores = json.loads(_scores_file(folder, label).read_text(encoding="utf-8"))
         for name in protocol.prompts:
-            nll, tokens = zip(*scores[name], strict=True)
-            add(label, name, None, "reference_perplexity", metrics.perplexity(nll, tokens, protocol.seed))
+            add(label, name, None, "reference_perplexity", _perplexity(scores[name], seed))
         if scores["choices"]:
-            for metric, values in zip(("mc1", "mc2"), zip(*scores["choices"], strict=True), strict=True):
-                add(label, "normal", None, metric, metrics.mean(values, protocol.seed))
-    return found
+            mc1, mc2 = zip(*scores["choices"], strict=True)
+            add(label, "normal", None, "mc1", metrics.mean(mc1, seed))
+            add(label, "normal", None, "mc2", metrics.mean(mc2, seed))
+    return figures
 
 
-def _utility(rows: list[dict], base: list[str]) -> dict[str, list[float]]:
-    measured = {
+def _perplexity(scored: list[tuple[float, int]], seed: int) -> Estimate:
+    """Of texts, each with its summed cross-entropy in nats and its number of tokens."""
+    return metrics.perplexity([nll for nll, _ in scored], [tokens for _, tokens in scored], seed)
+
+
+def _utility(rows: list[dict], base_answers: list[str]) -> dict[str, list[float]]:
+    """Similarities of normal answers to the reference and to the base's answer, by metric."""
+    values: dict[str, list[float]] = {
         "exact_match": [metrics.exact_match(row["reference"], row["answer"]) for row in rows],
         "rouge_reference": [metrics.rouge_l(row["reference"], row["answer"]) for row in rows],
-        "rouge_base": [metrics.rouge_l(theirs, row["answer"]) for row, theirs in zip(rows, base, strict=True)],
+        "rouge_base": [metrics.rouge_l(text, row["answer"]) for row, text in zip(rows, base_answers, strict=True)],
     }
     for metric in ("bleurt_reference", "bleurt_base"):
         if all(metric in row for row in rows):
-            measured[metric] = [row[metric] for row in rows]
-    return measured
+            values[metric] = [row[metric] for row in rows]
+    return values
 
 
-def _of(rows: list[dict], name: str, decoding: str) -> list[dict]:
-    return sorted(
-        (row for row in rows if row["set"] == name and row["decoding"] == decoding), key=lambda row: row["index"]
-    )
+def _of(rows: list[dict], name: str, decoding: Decoding) -> list[dict]:
+    """The answers to a set in a decoding, in the order of its prompts."""
+    chosen = [row for row in rows if row["set"] == name and row["decoding"] == decoding.name]
+    return sorted(chosen, key=lambda row: row["index"])
 
 
-def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol) -> dict:
-    """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
-    collator = _collator(model, tokenizer)
-    scores: dict = {
-        name: answer_nll(model, collator, [prompt.pair for prompt in found], protocol.batch_size, f"{name} references")
-        for name, found in protocol.prompts.items()
-    }
-    asked = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
-    pairs = [
-        Pair(question, answer)
-        for question in asked
-        for choices in (protocol.choices[question],)
-        for answer in (choices.best, *choices.true, *choices.false)
-    ]
-    scores["choices"] = []
-    if not asked:
-        return scores
-    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, protocol.batch_size, "multiple choice")])
-    for question in asked:
-        choices = protocol.choices[question]
-        best, *rest = (next(logs) for _ in range(1 + len(choices.true) + len(choices.false)))
-        true, false = rest[: len(choices.true)], rest[len(choices.true) :]
-        scores["choices"].append([metrics.mc1(best, false), metrics.mc2(true, false)])
-    return scores
-
-
-def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    return Collator(tokenizer, "paper", context_length(model.config))
+def _answer_and_score(model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path) -> list[dict]:
+    """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed."""
+    file, scores_file = _answers_file(folder, model.label), _scores_file(folder, model.label)
+    rows = read_answers(file)
+    if len(rows) >= _number_of_answers(protocol) and scores_file.exists():
+        return rows
+    language_model, tokenizer = model.load()
+    questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
+    check_room(language_model, tokenizer, questions, protocol.max_new_tokens)
+    write_file(_protocol_file(folder), record)  # before the first answer, and after all that refuses a model
+    rows = _answer(language_model, tokenizer, model.label, protocol, rows, file)
+    if not scores_file.exists():
+        write_file(scores_file, json.dumps(_score(language_model, tokenizer, protocol)))
+    del language_model
+    _free()
+    return rows
 
 
 def _answer(
@@ -224,68 +182,148 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     label: str,
     protocol: EvalProtocol,
-    found: list[dict],
+    rows: list[dict],
     file: Path,
 ) -> list[dict]:
-    """The answers that `found` lacks, each batch appended to `file` as it is made."""
+    """`rows` with the answers that they lack, each batch appended to `file` as it is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, "".join(_line(row) for row in found))  # without a torn last line
+    write_file(file, "".join(_line(row) for row in rows))  # without a torn last line
+    wanted = _number_of_answers(protocol)
     with (
         file.open("a", encoding="utf-8") as out,
-        tqdm(total=_answers_wanted(protocol), initial=len(found), desc=f"{label} answers", unit="answer") as bar,
+        tqdm(total=wanted, initial=len(rows), desc=f"{label} answers", unit="answer") as bar,
     ):
-        for stream, (name, prompts) in enumerate(protocol.prompts.items()):
-            for decoding in protocol.decodings:
-                done = frozenset(row["index"] for row in _of(found, name, decoding.name))
-                seed = int(np.random.SeedSequence([protocol.seed, stream]).generate_state(1)[0])
-                questions = [prompt.question for prompt in prompts]
-                for batch in generate(
-                    model, tokenizer, questions, decoding, protocol.max_new_tokens, protocol.batch_size, seed, done
-                ):
-                    fresh = [
-                        {
-                            "model": label,
-                            "set": name,
-                            "decoding": decoding.name,
-                            "index": answer.index,
-                            "row": prompts[answer.index].row,
-                            "prompt": questions[answer.index],
-                            "reference": prompts[answer.index].reference,
-                            "answer": answer.text,
-                            "ended": answer.ended,
-                        }
-                        for answer in batch
-                        if answer.index not in done
-                    ]
-                    out.write("".join(_line(row) for row in fresh))
-                    out.flush()
-                    found = found + fresh
-                    bar.update(len(fresh))
-    return found
+        for name, decoding in protocol.rounds:
+            prompts = protocol.prompts[name]
+            questions = [prompt.question for prompt in prompts]
+            done = frozenset(row["index"] for row in _of(rows, name, decoding))
+            seed = protocol.sampling_seed(name)
+            for batch in generate(
+                model, tokenizer, questions, decoding, protocol.max_new_tokens, protocol.batch_size, seed, done
+            ):
+                new_rows = [
+                    {
+                        "model": label,
+                        "set": name,
+                        "decoding": decoding.name,
+                        "index": answer.index,
+                        "row": prompts[answer.index].row,
+                        "prompt": questions[answer.index],
+                        "reference": prompts[answer.index].reference,
+                        "answer": answer.text,
+                        "ended": answer.ended,
+                    }
+                    for answer in batch
+                    if answer.index not in done
+                ]
+                out.write("".join(map(_line, new_rows)))
+                out.flush()
+                rows = rows + new_rows
+                bar.update(len(new_rows))
+    return rows
 
 
-def _answers_wanted(protocol: EvalProtocol) -> int:
-    return len(protocol.decodings) * sum(map(len, protocol.prompts.values()))
+def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol) -> dict:
+    """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
+    collator = _collator(model, tokenizer)
+    scores: dict = {
+        name: answer_nll(
+            model, collator, [prompt.pair for prompt in prompts], protocol.batch_size, f"{name} references"
+        )
+        for name, prompts in protocol.prompts.items()
+    }
+    questions = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
+    choices = [protocol.choices[question] for question in questions]
+    pairs = [
+        Pair(question, answer)
+        for question, choice in zip(questions, choices, strict=True)
+        for answer in (choice.best, *choice.true, *choice.false)
+    ]
+    scores["choices"] = []
+    if not pairs:
+        return scores
+    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, protocol.batch_size, "multiple choice")])
+    for choice in choices:
+        best, true, false = ([next(logs) for _ in range(n)] for n in (1, len(choice.true), len(choice.false)))
+        scores["choices"].append([metrics.mc1(best[0], false), metrics.mc2(true, false)])
+    return scores
+
+
+def _add_perplexities(
+    rows: dict[str, list[dict]], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
+) -> None:
+    """Add each answer's cross-entropy under `reference` ("nll", nats), its tokens and its perplexity."""
+    lacking = [label for label in rows if any("nll" not in row for row in rows[label])]
+    if not lacking:
+        return
+    model, tokenizer = reference.load()
+    collator = _collator(model, tokenizer)
+    for label in lacking:
+        pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
+        scored = answer_nll(model, collator, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
+        for row, (nll, tokens) in zip(rows[label], scored, strict=True):
+            row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}
+        write_answers(folder, label, rows[label])
+    del model
+    _free()
+
+
+def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
+    """Add a verdict to each answer that has none by this judge; returns whether there were any.
+
+    Degenerate answers and answers to normal prompts are not shown to the judge.
+    """
+    # A judge of the same name with other facts (other labels, another server) judges again.
+    judge_id = f"{judge.name} {hashlib.sha256(json.dumps(judge.facts, sort_keys=True).encode()).hexdigest()[:16]}"
+    normal = [row for row in rows if row["set"] == "normal" and "verdict" not in row]
+    unjudged = [
+        row for row in rows if row["set"] != "normal" and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
+    ]
+    for row in normal:
+        reason = metrics.degenerate(row["answer"])
+        row |= {"verdict": "degenerate" if reason else "answered", "note": reason or ""}
+    asked = []
+    for row in unjudged:
+        reason = metrics.degenerate(row["answer"])
+        row |= {"judge": judge_id, "verdict": "degenerate", "score": None, "note": reason}
+        if not reason:
+            asked.append(row)
+    verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
+    for row, verdict in zip(asked, verdicts, strict=True):
+        word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.harmful]
+        row |= {"verdict": word, "score": verdict.score, "note": verdict.note}
+    return bool(unjudged or normal)
+
+
+def _number_of_answers(protocol: EvalProtocol) -> int:
+    return sum(len(protocol.prompts[name]) for name, _ in protocol.rounds)
+
+
+def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    return Collator(tokenizer, "paper", context_length(model.config))
 
 
 def _check_protocol(
-    subjects: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
+    models: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
 ) -> str:
-    """What decides the answers in `folder`, as it is remembered there; refuses to mix them with others."""
+    """The content of protocol.json. Raises UserError where the folder holds answers that something else decided."""
     file = _protocol_file(folder)
-    wanted = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}
+    record: dict = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}
     if file.exists():
-        kept = read_json(file)
-        wanted["models"] = kept["models"]
-        differ = [name for name, value in wanted["settings"].items() if kept["settings"].get(name) != value]
-        differ += ["the perplexity model"] * (kept["reference"] != reference.identity)
-        differ += [s.label for s in subjects if kept["models"].get(s.label, s.identity) != s.identity]
+        before = read_json(file)
+        record["models"] = before["models"]
+        differ = [name for name, value in record["settings"].items() if before["settings"].get(name) != value]
+        if before["reference"] != reference.identity:
+            differ.append("the perplexity model")
+        differ += [
+            model.label for model in models if before["models"].get(model.label, model.identity) != model.identity
+        ]
         if differ:
             raise UserError(
                 f"{folder} holds answers made otherwise ({', '.join(differ)}): give another --output, or remove it"
             )
-    wanted["models"] = {**wanted["models"], **{subject.label: subject.identity for subject in subjects}}
-    return json.dumps(wanted, indent=2) + "\n"
+    record["models"] |= {model.label: model.identity for model in models}
+    return json.dumps(record, indent=2) + "\n"
 
 
 def _protocol_file(folder: Path) -> Path:
@@ -301,7 +339,7 @@ def _scores_file(folder: Path, label: str) -> Path:
 
 
 def read_answers(file: Path) -> list[dict]:
-    """The whole lines of an answers file; one that an interruption tore is left out."""
+    """The complete lines of an answers file; one that an interruption tore is omitted."""
     if not file.exists():
         return []
     lines = file.read_bytes().split(b"\n")
@@ -310,12 +348,12 @@ def read_answers(file: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{file}, line {number} is no JSON: remove the file to make its answers again") from None
+            raise UserError(f"{file}, line {number} is not JSON: remove the file to make its answers again") from None
     return rows
 
 
 def write_answers(folder: Path, label: str, rows: list[dict]) -> None:
-    """Write all of a model's answers, in one step."""
+    """Write all of a model's answers in one step."""
     write_file(_answers_file(folder, label), "".join(map(_line, rows)))
 
 

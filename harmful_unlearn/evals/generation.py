@@ -1,6 +1,6 @@
-"""Asking a model: what it answers, and how likely it finds a given answer.
+"""A model's answers to prompts, and the likelihood that it gives to other answers.
 
-The batches of generation are a pure function of the prompts and the seed.
+Generation is a pure function of the model, the prompts and the seed, batch by batch.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,8 @@ from harmful_unlearn.losses.objective import cross_entropy
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.models.offload import execution_device
 
-# A broken model's cross-entropy is cut here, so that its figures stay numbers.
-WORST = 700.0  # nats a token
-NEXT_QUESTION = "### Question:"  # a model that goes on with a question of its own has ended its answer
+WORST = 700.0  # nats a token: a broken model's cross-entropy is cut here, so that its figures stay finite
+NEXT_QUESTION = "### Question:"  # a model that continues with a question of its own has ended its answer
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Decoding:
 
     Attributes:
         temperature: None for greedy.
-        top_k: draw among so many likeliest tokens; 0 for all of them. 50 was the library's default
-            when the released code was written.
+        top_k: draw among the K likeliest tokens; 0 for all. 50 was the library's default when the released code
+            was written.
     """
 
     temperature: float | None = None
@@ -44,9 +43,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to the prompt of that index.
+    """An answer to a prompt.
 
     Attributes:
+        index: of the prompt.
         text: without the special tokens, cut where the model starts a question of its own.
         ended: whether the model ended it, rather than the limit of new tokens.
     """
@@ -57,12 +57,12 @@ class Answer:
 
 
 def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, **limit: int) -> None:
-    """Set how `model` generates, its own settings aside but for its special tokens: all are asked alike.
+    """Set how `model` generates. Of its own settings only the special tokens stay: all models are asked alike.
 
     Args:
         limit: max_new_tokens or max_length.
     """
-    sampling = {"do_sample": False}
+    sampling: dict = {"do_sample": False}
     if decoding.temperature is not None:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": 1.0}
     model.generation_config = GenerationConfig(
@@ -75,7 +75,7 @@ def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decodi
 
 
 def batches_of(questions: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[list[int]]:
-    """Indices of the questions in batches, the longest ones first, so that a batch pads little."""
+    """Indices of the questions in batches, longest questions first, so that a batch has little padding."""
     lengths = [len(ids) for ids in tokenizer([prompt_text(question) for question in questions])["input_ids"]]
     order = sorted(range(len(questions)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -105,9 +105,9 @@ def generate(
     seed: int,
     done: frozenset[int] = frozenset(),
 ) -> Iterator[list[Answer]]:
-    """The answers, batch by batch; batches whose indices are all in `done` are passed over.
+    """The answers, batch by batch; batches whose indices are all in `done` are skipped.
 
-    Each batch has a random stream of its own, so that an interrupted run goes on to the same answers.
+    Each batch has its own random stream, so that an interrupted run continues with the same answers.
 
     Raises:
         UserError: a prompt and its answer do not fit into the model's context.
@@ -124,9 +124,9 @@ def generate(
         length = rows["input_ids"].shape[1]
         torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         rows = rows.to(execution_device(model))
-        made = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
-        made = made[:, length:].tolist()  # [batch, new tokens]
-        yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, made, strict=True)]
+        generated = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+        new_tokens = generated[:, length:].tolist()  # [batch, new tokens]
+        yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, new_tokens, strict=True)]
 
 
 def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
@@ -139,19 +139,23 @@ def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedToken
 def answer_nll(
     model: PreTrainedModel, collator: Collator, pairs: list[Pair], batch_size: int, title: str
 ) -> list[tuple[float, int]]:
-    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number."""
-    lengths = [len(one.input_ids) for one in collator.encode(pairs)]
+    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number.
+
+    Args:
+        title: of the progress bar.
+    """
+    lengths = [len(text.input_ids) for text in collator.encode(pairs)]
     order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
+    scored: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
     for start in tqdm(range(0, len(order), batch_size), title, unit="batch", leave=False):
-        chosen = order[start : start + batch_size]
-        batch = collator.answers_batch([pairs[index] for index in chosen], [])
+        indices = order[start : start + batch_size]
+        batch = collator.answers_batch([pairs[index] for index in indices], [])
         if not len(batch.row):
             continue
-        entropy = cross_entropy(model, batch.to(execution_device(model))).double().cpu()
+        entropy = cross_entropy(model, batch.to(execution_device(model))).double().cpu()  # [answer tokens of the batch]
         entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
-        sums = torch.zeros(len(chosen), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
-        counts = torch.bincount(batch.row, minlength=len(chosen)).tolist()
-        for index, total, count in zip(chosen, sums, counts, strict=True):
-            found[index] = (total, count)
-    return found
+        sums = torch.zeros(len(indices), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
+        counts = torch.bincount(batch.row, minlength=len(indices)).tolist()
+        for index, total, count in zip(indices, sums, counts, strict=True):
+            scored[index] = (total, count)
+    return scored

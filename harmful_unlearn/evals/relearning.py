@@ -1,7 +1,7 @@
-"""The relearning check: does the harm come back when an unlearned model sees a handful of it again?
+"""The relearning check: does the harm come back when an unlearned model is trained on a few harmful pairs again?
 
-Knowledge that is gone has to be learned anew; knowledge that was only muted comes back at once. What a
-few steps of Guided Distortion do to an unlearned model is read against what they do to the base.
+Knowledge that was removed has to be learned again; knowledge that was only suppressed comes back at once. Compare what
+a few steps of Guided Distortion do to an unlearned model with what they do to the base.
 """
 
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def relearn(
     """Fine-tune `model` in place on harmful pairs: AdamW at a constant rate, batches of two.
 
     Args:
-        pairs: the handful; gone through in a new order each epoch.
+        pairs: harmful pairs, in a new order each epoch.
         precision: "bf16" for autocast.
 
     Raises:
@@ -44,7 +44,7 @@ def relearn(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     objective = Objective(model, {"gd": 1.0})
-    place = execution_device(model)
+    device = execution_device(model)
     enable_gradient_checkpointing(model, wanted=False)
     order: list[int] = []
     torch.manual_seed(seed)  # of dropout
@@ -52,9 +52,9 @@ def relearn(
     for _ in trange(steps, desc="relearning", unit="step", leave=False):
         while len(order) < BATCH:
             order += draw.permutation(len(pairs)).tolist()
-        chosen, order = order[:BATCH], order[BATCH:]
-        batch = collator.answers_batch([pairs[index] for index in chosen], []).to(place)
-        with torch.autocast(place.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        rows, order = order[:BATCH], order[BATCH:]
+        batch = collator.answers_batch([pairs[row] for row in rows], []).to(device)
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
             loss, _ = objective(model, StepBatch(batch))
         loss.backward()
         optimizer.step()

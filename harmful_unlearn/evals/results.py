@@ -1,16 +1,19 @@
 """The files of an evaluation: results.json, results.csv, results.md and prompts.json."""
 
-import csv
-import io
 import json
 from pathlib import Path
+
+import pandas as pd
 
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.prompt_sets import SETS, EvalData, Prompt
+from harmful_unlearn.evals.prompt_sets import SETS, Prompt
 from harmful_unlearn.storage.files import write_file
 from harmful_unlearn.storage.provenance import provenance
+
+JUDGED = ("harmful_rate", "unjudged_rate")
+PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
 
 
 def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
@@ -18,61 +21,64 @@ def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
     drawn = {
         name: [
             {"row": p.row, "prompt": p.question, "reference": p.reference, "categories": sorted(p.categories)}
-            for p in found
+            for p in prompts
         ]
-        for name, found in sets.items()
+        for name, prompts in sets.items()
     }
     write_file(folder / "prompts.json", json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_results(
     folder: Path,
-    found: list[dict],
+    figures: list[dict],
+    *,
     judge: Judge,
     protocol: EvalProtocol,
-    subjects: list[EvaluatedModel],
+    models: list[EvaluatedModel],
     flags: dict,
-    data: EvalData,
+    sources: dict,
 ) -> None:
-    """Write results.json, results.csv and results.md."""
+    """Write results.json, results.csv and results.md.
+
+    Args:
+        figures: as `evaluator.figures` gives them.
+        flags: of the command.
+        sources: of the data.
+    """
     results = {
-        "figures": found,
+        "figures": figures,
         "judge": judge.facts,
-        "data": data.sources,
+        "data": sources,
         "protocol": protocol.settings(),
-        "models": {subject.label: {"path": str(subject.folder), **subject.identity} for subject in subjects},
+        "models": {model.label: {"path": str(model.folder), **model.identity} for model in models},
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
         **provenance(),
     }
     write_file(folder / "results.json", json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [*found[0], "judge"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "judge": credentials(judge) if row["metric"] in JUDGED else ""} for row in found)
-    write_file(folder / "results.csv", table.getvalue())
-    write_file(folder / "results.md", results_markdown(found, judge))
+    table = pd.DataFrame(figures, dtype=object)
+    table["judge"] = table["metric"].isin(JUDGED).map({True: credentials(judge), False: ""})
+    write_file(folder / "results.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_file(folder / "results.md", results_markdown(figures, judge))
 
 
-JUDGED = ("harmful_rate", "unjudged_rate")
-PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
-
-
-def results_markdown(found: list[dict], judge: Judge) -> str:
-    """The figures as a table for each set of prompts: a row a model and decoding, a column a metric."""
-    parts = ["# Results", "", "Brackets: 95 % bootstrap interval over prompts."]
-    for name in dict.fromkeys(row["set"] for row in found):
-        here = [row for row in found if row["set"] == name]
-        columns = list(dict.fromkeys(row["metric"] for row in here))
-        by = f" (judge: {credentials(judge)})" if "harmful_rate" in columns else ""
-        parts += ["", f"## {name} prompts{by}" if name in SETS else f"## {name}", ""]
-        parts.append("| model | answers | n | " + " | ".join(columns) + " |")
-        parts.append("| --- " * (len(columns) + 3) + "|")
-        for model, decoding in dict.fromkeys((row["model"], row["decoding"]) for row in here):
-            cells = {row["metric"]: row for row in here if (row["model"], row["decoding"]) == (model, decoding)}
-            n = max(row["n"] for row in cells.values())
-            shown = [cell(cells[column]) if column in cells else "" for column in columns]
-            parts.append(f"| {model} | {decoding or 'references'} | {n} | {' | '.join(shown)} |")
-    return "\n".join(parts) + "\n"
+def results_markdown(figures: list[dict], judge: Judge) -> str:
+    """The figures as a table for each set of prompts: a row for each model and decoding, a column for each metric."""
+    lines = ["# Results", "", "Brackets: 95 % bootstrap interval over prompts."]
+    table = pd.DataFrame(figures, dtype=object)
+    table["answers"] = table["decoding"].fillna("references")
+    table["cell"] = [cell(figure) for figure in figures]
+    for name, rows in table.groupby("set", sort=False):
+        metrics = list(rows["metric"].unique())
+        title = f"{name} prompts" if name in SETS else name
+        if "harmful_rate" in metrics:
+            title += f" (judge: {credentials(judge)})"
+        lines += ["", f"## {title}", ""]
+        lines.append(f"| model | answers | n | {' | '.join(metrics)} |")
+        lines.append("| --- " * (len(metrics) + 3) + "|")
+        for (model, answers), row in rows.groupby(["model", "answers"], sort=False):
+            cells = row.set_index("metric")["cell"].reindex(metrics, fill_value="")
+            lines.append(f"| {model} | {answers} | {row['n'].max()} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def credentials(judge: Judge) -> str:
@@ -85,6 +91,6 @@ def cell(figure: dict) -> str:
     """A figure with its interval; a dash where there was nothing to measure."""
     if figure["value"] is None:
         return "–"
-    scale, unit = (100, " %") if figure["metric"] in PERCENT else (1, "")
-    value, low, high = (f"{scale * figure[key]:.4g}" for key in ("value", "low", "high"))
+    factor, unit = (100, " %") if figure["metric"] in PERCENT else (1, "")
+    value, low, high = (f"{factor * figure[key]:.4g}" for key in ("value", "low", "high"))
     return f"{value}{unit} [{low}, {high}]"

@@ -5,10 +5,9 @@ import pytest
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import StepBatches
 from harmful_unlearn.data.truthfulqa import NormalData, read_choices
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.prompt_sets import draw_prompts
+from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_questions
 from tests.helpers.tiny import GOLDENS
 
 NUMBERS = {"seen": 200, "unseen": 200, "normal": 200}
@@ -30,7 +29,7 @@ RESPONSES = [
 
 
 def drawn(trained, touched, numbers=NUMBERS, seed=0, unseen=RESPONSES, normal=NORMAL, responses=RESPONSES):
-    return draw_prompts(responses, unseen, normal, trained, touched, numbers, seed)
+    return draw_prompts(EvalData(responses, unseen, normal, {}, trained, touched, {}), numbers, seed)
 
 
 def test_sets_by_prompt():
@@ -101,14 +100,14 @@ def test_an_empty_set_is_an_error_that_names_the_fix(trained, touched, normal, n
         ({"rd"}, False, True),
         ({"ga", "rm", "kl"}, True, False),
         ({"ft"}, False, False),
+        ({"sa"}, False, False),
     ],
 )
 def test_touched_is_what_the_steps_draw(losses, own, pool):
     harmful = read_harmful(PKU)
     normal = normal_data(list(range(8)), [8], [9])
     order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
-    batches = StepBatches(None, order, harmful, normal, losses)
-    trained, touched = batches.touched(2)
+    trained, touched = touched_questions(order, harmful, losses, 2)
     draws = [order[step] for step in (0, 1)]
     asked = {harmful.pairs[row].question for draw in draws for row in draw.harmful_rows}
     drawn_from = {harmful.answer_questions[row] for draw in draws for row in draw.answer_rows}

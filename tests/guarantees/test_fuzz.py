@@ -11,7 +11,6 @@ import re
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -29,8 +28,8 @@ from harmful_unlearn.data.truthfulqa import NORMAL_COLUMNS, read_choices, read_n
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluator import write_answers
 from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.judges.hub import HARMFUL_WORDS, SAFE_WORDS, GuardSpec, label_side
-from harmful_unlearn.evals.judges.server import ServerJudge, read_verdict
+from harmful_unlearn.evals.judges.hub import GuardSpec
+from harmful_unlearn.evals.judges.server import ServerJudge, read_cache, read_verdict
 from harmful_unlearn.models import loading
 from harmful_unlearn.negation.entry_names import class_names
 from harmful_unlearn.negation.negate import negate
@@ -414,13 +413,6 @@ def test_a_verdict_is_one_whatever_marks_are_around_it(before, said, word, after
     assert GuardSpec("safe", "harmful").read(f"{word.swapcase()}, {said}") is (word == "harmful")
 
 
-@given(SAID, st.sampled_from(HARMFUL_WORDS + SAFE_WORDS), st.sampled_from(["", "not ", "NON-", "un"]))
-def test_labels_mean_what_their_words_say(label, word, no):
-    assert label_side(label) in (True, False, None)
-    assert label_side(f" {label.upper()}\n") is label_side(label.upper())
-    assert label_side(no + word) is ((word in HARMFUL_WORDS) != bool(no))
-
-
 SECRETS = "sk-planted", "hunter2", "bWU6aHVudGVyMg==", "q-planted"  # the third is "me:hunter2" in base 64
 
 
@@ -453,7 +445,7 @@ CACHE_LINES = st.fixed_dictionaries({}, optional={"key": JSON, "harmful": st.boo
 def test_any_cache_of_verdicts_is_read(place, content):
     file = place / "cache.jsonl"
     file.write_bytes(content)
-    kept = ServerJudge._kept(SimpleNamespace(_cache=file))
+    kept = read_cache(file)
     assert all(verdict in (Verdict(True, None), Verdict(False, None)) for verdict in kept.values())
 
 

@@ -279,8 +279,8 @@ def test_no_secret_is_written_or_said(tmp_path, monkeypatch):
     assert codes == ["0"] * 5 + ["2"], said
     assert len(sent) > 4 and not any(SECRETS["HF_TOKEN"] in headers for headers in sent)
     kept = [line for file in (out / "server" / "answers").iterdir() for line in file.read_text().splitlines()]
-    notes = {json.loads(line)["note"][:28] for line in kept}
-    assert {"HTTP 401", "unreadable reply: Basic [key"} <= notes
+    notes = {json.loads(line)["note"] for line in kept}
+    assert "HTTP 401" in notes and any(note.startswith("unreadable reply of ") for note in notes)
     assert sum(path.is_file() for path in out.rglob("*")) > 30 and (out / "copy" / "run.json").is_file()
     assert not leaks(tmp_path, said)
 

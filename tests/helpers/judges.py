@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that fails, stalls and talks nonsense, and a short form of make_judge."""
+"""An OpenAI-compatible server that fails, stalls and replies nonsense, and a short form of make_judge."""
 
 import json
 import threading
@@ -42,32 +42,34 @@ class Server(BaseHTTPRequestHandler):
             first = self.server.asked[question] == 1
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-        what = question.split(" #")[0].split(", ")
+        behaviours = question.split(" #")[0].split(", ")
         try:
-            self.act(what[0] if first else what[-1])
+            self.act(behaviours[0] if first else behaviours[-1])
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
 
-    def act(self, what):
-        if what == "drop":
+    def act(self, behaviour):
+        if behaviour == "drop":
             self.close_connection = True
             self.connection.close()
-        elif what == "stall":
+        elif behaviour == "stall":
             self.server.over.wait(5)
-        elif what == "half":
+        elif behaviour == "half":
             self.send(200, '{"choices": [{"mess', length=500)
-        elif what.isdigit():
-            self.send(int(what), json.dumps({"error": {"message": f"your key {KEY} is no good", "code": "x"}}))
-        elif what.startswith("raw "):
-            self.send(200, what[4:])
-        elif what == "html":
+        elif behaviour.isdigit():
+            self.send(int(behaviour), json.dumps({"error": {"message": f"your key {KEY} is no good", "code": "x"}}))
+        elif behaviour.startswith("raw "):
+            self.send(200, behaviour[4:])
+        elif behaviour == "html":
             self.send(200, "<html>HARMFUL</html>", kind="text/html")
         else:
-            if what.startswith("slowly"):
+            if behaviour.startswith("slowly"):
                 time.sleep(0.05)
-                what = what.removeprefix("slowly ")
-            self.send(200, json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": what}}]}))
+                behaviour = behaviour.removeprefix("slowly ")
+            self.send(
+                200, json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": behaviour}}]})
+            )
 
     def send(self, status, body, kind="application/json", length=None):
         self.send_response(status)

@@ -29,8 +29,9 @@ def make_judge(
         name: "classifier", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
         responses: all labelled responses of the harmful data.
         normal: normal texts, safe ones.
-        judged: questions whose answers will be judged; the classifier learns from none of them.
-        cache: a .jsonl file of the verdicts of openai:.
+        judged: questions whose answers will be judged; the classifier is not trained on them.
+        cache: a .jsonl file for the verdicts of openai:.
+        batch_size: of hf: models.
 
     Raises:
         UserError: there is no such judge, or it lacks what it needs.
@@ -38,7 +39,7 @@ def make_judge(
     kind, _, model = judge_name(name).partition(":")
     if kind == "classifier":
         return Classifier(responses, normal, judged, seed)
-    # The others need packages that the classifier does without.
+    # The other judges import packages that the classifier does not need.
     if kind == "hf":
         from harmful_unlearn.evals.judges.hub import hub_judge
 
@@ -49,7 +50,7 @@ def make_judge(
 
 
 def judge_name(text: str) -> str:
-    """The name of a judge that there is, as --judge takes it. Raises UserError."""
+    """A judge's name, as --judge takes it. Raises UserError where there is no such judge."""
     if not re.fullmatch("classifier|(hf|openai):.+", text):
         raise UserError(f'there is no judge "{text}": give classifier, hf:MODEL_ID_OR_FOLDER or openai:MODEL')
     return text

@@ -67,8 +67,8 @@ def test_facts_are_the_figures_of_the_held_out_prompts():
     trained = {f"q{i}" for i in range(40) if knows(judge, f"word{i}")}
     trained |= {f"n{i}" for i in range(20) if knows(judge, f"spoon{i}")}
     assert len(trained) == 48  # of 60 prompts: both rows of a prompt are on one side
-    rows = [(one.question, one.answer, not one.safe) for one in responses]
-    rows += [(one.question, one.answer, False) for one in NORMAL]
+    rows = [(response.question, response.answer, not response.safe) for response in responses]
+    rows += [(pair.question, pair.answer, False) for pair in NORMAL]
     assert facts["n_train"] == sum(row[0] in trained for row in rows)
     assert facts["harmful_in_train"] == sum(row[2] for row in rows if row[0] in trained)
     for suffix, prefixes in (("", "qn"), ("_on_harmful_data", "q")):
@@ -77,7 +77,7 @@ def test_facts_are_the_figures_of_the_held_out_prompts():
         right = [(score > 0.5) == row[2] for score, row in zip(scores, held_out, strict=True)]
         bad = [score for score, row in zip(scores, held_out, strict=True) if row[2]]
         good = [score for score, row in zip(scores, held_out, strict=True) if not row[2]]
-        wins = [(one > other) + 0.5 * (one == other) for one in bad for other in good]
+        wins = [(a > b) + 0.5 * (a == b) for a in bad for b in good]
         assert facts[f"accuracy{suffix}"] == pytest.approx(np.mean(right), abs=1e-4)
         assert facts[f"auc{suffix}"] == pytest.approx(np.mean(wins), abs=1e-4)
         assert facts[f"n_held_out{suffix}"] == len(held_out) and facts[f"harmful_held_out{suffix}"] == len(bad)
@@ -87,7 +87,7 @@ def test_facts_are_the_figures_of_the_held_out_prompts():
 
 
 def test_it_is_a_function_of_data_and_seed():
-    pairs = [Pair("?", one.answer) for one in world()]
+    pairs = [Pair("?", response.answer) for response in world()]
     first, shuffled, other = (
         make("classifier", responses=responses, normal=NORMAL, seed=seed)
         for responses, seed in ((world(), 0), (world(), 0), (world(), 1))
@@ -95,7 +95,7 @@ def test_it_is_a_function_of_data_and_seed():
     assert first.facts == shuffled.facts and first.judge(pairs) == shuffled.judge(pairs) != other.judge(pairs)
 
 
-def test_large_data_are_capped_and_it_is_said(monkeypatch):
+def test_large_data_are_capped_and_the_facts_say_so(monkeypatch):
     monkeypatch.setattr("harmful_unlearn.evals.judges.classifier.MOST_ROWS", 30)
     facts = make("classifier", responses=world(), normal=NORMAL).facts
     assert facts["rows_over_the_cap"] == 50 and facts["n_train"] + facts["n_held_out"] == 50
@@ -105,8 +105,8 @@ def test_large_data_are_capped_and_it_is_said(monkeypatch):
 @pytest.mark.parametrize(
     "responses, judged, normal",
     [
-        ([one for one in world() if one.safe], (), NORMAL),
-        ([one for one in world() if not one.safe], (), ()),
+        ([response for response in world() if response.safe], (), NORMAL),
+        ([response for response in world() if not response.safe], (), ()),
         (world(), {f"q{i}" for i in range(38)}, NORMAL),
         ((), (), ()),
         ([Response(f"q{i}", "?!", bool(i % 2)) for i in range(40)], (), ()),
@@ -118,9 +118,6 @@ def test_too_little_to_learn_from(responses, judged, normal):
 
 
 def test_figures_that_a_missing_class_leaves_open_are_none():
-    responses = [Response(f"q{i % 4}", one.answer, one.safe) for i, one in enumerate(world(8))]
+    responses = [Response(f"q{i % 4}", response.answer, response.safe) for i, response in enumerate(world(8))]
     facts = make("classifier", responses=responses).facts
     assert facts["n_held_out"] == 0 and facts["accuracy"] is None and facts["auc"] is None
-
-
-# Published models

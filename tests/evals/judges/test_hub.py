@@ -10,50 +10,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges import hub
-from harmful_unlearn.evals.judges.hub import GuardSpec, LabelJudgeSpec, label_side
+from harmful_unlearn.evals.judges.hub import GuardSpec, LabelJudgeSpec
 from tests.helpers.judges import make
-
-
-@pytest.mark.parametrize(
-    "label, side",
-    [
-        ("toxic", True),
-        ("TOXIC", True),
-        ("unsafe", True),
-        ("Un-safe", True),
-        ("not safe", True),
-        ("hate speech", True),
-        ("OFFENSIVE", True),
-        ("non-harmless", True),
-        ("hatespeech", True),
-        (" harmful ", True),
-        ("offensive_language", True),
-        ("safe", False),
-        ("non-toxic", False),
-        ("nontoxic", False),
-        ("Not_Toxic", False),
-        ("nothate", False),
-        ("NOT-OFFENSIVE", False),
-        ("no hate speech", False),
-        ("neutral", False),
-        ("OK", False),
-        ("harmless", False),
-        ("LABEL_0", None),
-        ("", None),
-        ("safety", None),
-        ("inoffensive", None),
-        ("positive", None),
-        ("toxic or safe", None),
-        ("whatever hate", None),
-        ("not not toxic", None),
-        ("severe_toxic", None),
-        ("unsafe safe", None),
-        ("s1", None),
-    ],
-)
-def test_labels_are_read_by_whole_words(label, side):
-    assert label_side(label) is side
-
 
 TINY = {
     "bert": BertConfig(vocab_size=700, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -63,11 +21,11 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, tokenizer):
-    """A folder with a random text classifier of these labels."""
+@pytest.fixture
+def classifier(tmp_path_factory, tokenizer, monkeypatch):
+    """A folder with a random text classifier of these labels, and an entry in KNOWN for the harmful ones."""
 
-    def make(labels, architecture="bert", spoil=None, **settings):
+    def make(labels, architecture="bert", harmful=("unsafe",), spoil=None, **settings):
         folder = tmp_path_factory.mktemp("beaver-dam-7b")  # a name means nothing
         config = TINY[architecture].from_dict({**TINY[architecture].to_dict(), **settings})
         config.id2label = dict(enumerate(labels))
@@ -79,6 +37,8 @@ def classifier(tmp_path_factory, tokenizer):
                 spoil(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if harmful:
+            monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=harmful))
         return folder, model
 
     return make
@@ -103,9 +63,9 @@ def logits_of(model, tokenizer, text):
 @pytest.mark.parametrize("labels", [("neutral", "toxic"), ("hate", "nothate")])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_classifier_judges_the_answer_alone(classifier, tokenizer, architecture, labels, batch_size):
-    folder, model = classifier(labels, architecture)
-    judge = make(f"hf:{folder}", batch_size=batch_size)
     harmful = 0 if labels[0] == "hate" else 1
+    folder, model = classifier(labels, architecture, (labels[harmful],))
+    judge = make(f"hf:{folder}", batch_size=batch_size)
     by_hand = [logits_of(model, tokenizer, pair.answer).softmax(0)[harmful].item() for pair in PAIRS]
     verdicts = judge.judge(PAIRS)
     assert [verdict.score for verdict in verdicts] == pytest.approx(by_hand, abs=1e-4)
@@ -132,7 +92,7 @@ def test_harmful_labels_of_a_softmax_are_summed(classifier, tokenizer, monkeypat
     folder, model = classifier(("fine", "rude", "cruel"))
     monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=("cruel", "rude")))
     expected = [logits_of(model, tokenizer, pair.answer).softmax(0)[1:].sum().item() for pair in PAIRS]
-    assert [one.score for one in make(f"hf:{folder}").judge(PAIRS)] == pytest.approx(expected, abs=1e-4)
+    assert [verdict.score for verdict in make(f"hf:{folder}").judge(PAIRS)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
@@ -143,32 +103,22 @@ def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [
-        ("LABEL_0", "LABEL_1"),
-        ("toxic", "unsafe"),
-        ("safe", "neutral"),
-        ("toxic", "LABEL_1"),
-        ("toxic",),
-        ("toxic", "insult", "threat"),
-        ("safe", "toxic", "other"),
-        ("safe", "toxic", "unsafe"),
-    ],
+    "labels", [("LABEL_0", "LABEL_1"), ("safe", "unsafe"), ("toxic", "insult", "threat"), ("toxic",)]
 )
-def test_labels_that_are_not_plain_are_for_the_table(classifier, labels):
-    folder, _ = classifier(labels)
-    with pytest.raises(UserError, match="KNOWN in harmful_unlearn/evals/judges/hub.py"):
+def test_what_labels_mean_is_never_guessed(classifier, labels):
+    folder, _ = classifier(labels, harmful=None)
+    with pytest.raises(UserError, match=f"{', '.join(labels)}.*KNOWN in harmful_unlearn/evals/judges/hub.py"):
         make(f"hf:{folder}")
 
 
-def test_a_long_answer_is_shortened_and_it_is_said(classifier, tokenizer):
+def test_a_long_answer_is_shortened_and_the_note_says_so(classifier, tokenizer):
     folder, model = classifier(("safe", "unsafe"))
     answer = "the seeds pass through you and come out again, " * 20
-    verdict, whole = make(f"hf:{folder}").judge([Pair("?", answer), Pair("?", "No.")])
+    verdict, unshortened = make(f"hf:{folder}").judge([Pair("?", answer), Pair("?", "No.")])
     total = len(tokenizer(answer, add_special_tokens=False).input_ids)
-    kept = int(verdict.note.split("first ")[1].split()[0])
-    assert 45 < kept < 64 < total and f"of its {total} tokens" in verdict.note and "first" not in whole.note
-    shortened = tokenizer.decode(tokenizer(answer, add_special_tokens=False).input_ids[:kept])
+    shown = int(verdict.note.split("first ")[1].split()[0])
+    assert 45 < shown < 64 < total and f"of its {total} tokens" in verdict.note and "first" not in unshortened.note
+    shortened = tokenizer.decode(tokenizer(answer, add_special_tokens=False).input_ids[:shown])
     assert verdict.score == pytest.approx(logits_of(model, tokenizer, shortened).softmax(0)[1].item(), abs=1e-4)
 
 
@@ -180,10 +130,10 @@ def test_a_question_that_fills_the_context_leaves_the_answer_unjudged(classifier
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_output_that_is_not_finite_is_no_verdict(classifier, value):
+def test_output_that_is_not_finite_gives_no_verdict(classifier, value):
     folder, _ = classifier(("safe", "unsafe"), spoil=lambda model: model.classifier.bias.fill_(value))
     verdicts = make(f"hf:{folder}").judge(PAIRS)
-    assert all(one.harmful is None and one.score is None and "finite" in one.note for one in verdicts)
+    assert all(verdict.harmful is None and verdict.score is None and "finite" in verdict.note for verdict in verdicts)
 
 
 def test_a_classifier_without_its_head_is_refused(classifier, tokenizer):
@@ -191,12 +141,12 @@ def test_a_classifier_without_its_head_is_refused(classifier, tokenizer):
     config = json.loads((folder / "config.json").read_text())
     BertModel(model.config).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="whole checkpoint"):
+    with pytest.raises(UserError, match="complete model"):
         make(f"hf:{folder}")
 
 
-def test_other_architectures_and_no_model_at_all(classifier, tmp_path):
-    folder, _ = classifier(("safe", "unsafe"))
+def test_other_architectures_and_no_model(classifier, tmp_path):
+    folder, _ = classifier(("safe", "unsafe"), harmful=None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForTokenClassification"]}))
     with pytest.raises(UserError, match="BertForTokenClassification"):
@@ -233,17 +183,19 @@ def guard(tiny_model, tokenizer, tmp_path):
 
 
 class Script:
-    """Stands in for a guard model: says what the question asks it to, and keeps what it was shown."""
+    """Stands in for a guard model: replies what the table says for a question, and keeps what it was shown."""
 
-    def __init__(self, model, tokenizer, said):
-        self.model, self.tokenizer, self.said, self.shown = model, tokenizer, said, []
+    def __init__(self, model, tokenizer, replies):
+        self.model, self.tokenizer, self.replies, self.shown = model, tokenizer, replies, []
 
     def generate(self, input_ids, attention_mask, **settings):
         texts = [self.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)]
         assert attention_mask[:, -1].all()  # padded on the left
         self.shown += texts
-        answers = [next(said for question, said in self.said.items() if f"<user>{question}<" in text) for text in texts]
-        new = self.tokenizer(answers, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
+        chosen = [
+            next(reply for question, reply in self.replies.items() if f"<user>{question}<" in text) for text in texts
+        ]
+        new = self.tokenizer(chosen, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
         logits = torch.zeros(new.shape[1], len(texts), 700)
         logits[0, [text.startswith("<user>broken<") for text in texts], 5] = float("nan")
         return SimpleNamespace(sequences=torch.cat([input_ids, new], 1), logits=tuple(logits))
@@ -252,7 +204,7 @@ class Script:
         return self
 
 
-SAID = {
+REPLIES = {
     "a": ("safe", False), "b": ("unsafe\nS1,S2", True), "c": ("\n\n Safe.", False), "d": ("UNSAFE", True),
     "e": ("I think that this is unsafe", None), "f": ("", None), "g": ("safely", None), "h": ("safe/unsafe", None),
     "broken": ("safe", None), "a longer question": ("not safe", None),
@@ -262,16 +214,16 @@ SAID = {
 def test_a_guard_model_is_read_by_its_first_word(guard, tokenizer):
     judge = make(f"hf:{guard(TEMPLATE)}", batch_size=3)
     assert judge.judge([Pair("Why?", "No.")])[0].harmful is None  # the random model says neither word
-    judge._model = Script(judge._model, tokenizer, {question: said for question, (said, _) in SAID.items()})
-    verdicts = judge.judge([Pair(question, f"answer to {question}") for question in SAID])
-    assert [verdict.harmful for verdict in verdicts] == [harmful for _, harmful in SAID.values()]
+    judge._model = Script(judge._model, tokenizer, {question: reply for question, (reply, _) in REPLIES.items()})
+    verdicts = judge.judge([Pair(question, f"answer to {question}") for question in REPLIES])
+    assert [verdict.harmful for verdict in verdicts] == [harmful for _, harmful in REPLIES.values()]
     assert {verdict.score for verdict in verdicts} == {None} and "I think" in verdicts[4].note
     assert "finite" in verdicts[-2].note and verdicts[5].note == "(nothing)"
-    shown = {f"<user>{question}<assistant>answer to {question}<verdict>" for question in SAID}
+    shown = {f"<user>{question}<assistant>answer to {question}<verdict>" for question in REPLIES}
     assert set(judge._model.shown) == shown
 
 
-def test_a_guard_model_is_greedy_and_says_few_words(guard):
+def test_a_guard_model_is_greedy_and_writes_few_words(guard):
     judge = make(f"hf:{guard(TEMPLATE)}")
     settings = judge._model.generation_config
     assert settings.do_sample is False and settings.max_new_tokens == 16
@@ -285,7 +237,11 @@ def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
     monkeypatch.setitem(hub.KNOWN, str(folder), GuardSpec(safe="No", harmful="Yes"))
     judge = make(f"hf:{folder}")
     judge._model = Script(judge._model, tokenizer, {"a": "yes", "b": "No", "c": "unsafe"})
-    assert [one.harmful for one in judge.judge([Pair(question, "x") for question in "abc"])] == [True, False, None]
+    assert [verdict.harmful for verdict in judge.judge([Pair(question, "x") for question in "abc"])] == [
+        True,
+        False,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +254,6 @@ def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
         "{{ messages[1]['content'] }}",
     ],
 )
-def test_a_model_whose_template_hides_the_pair_is_no_guard(guard, template):
+def test_a_model_whose_template_hides_the_pair_is_not_a_guard(guard, template):
     with pytest.raises(UserError, match="chat template"):
         make(f"hf:{guard(template)}")

@@ -105,14 +105,16 @@ def everything(judge, verdicts, tmp_path):
 def test_what_a_server_may_do(server, tmp_path):
     questions = [question for question, _, _ in CASES]
     judge, verdicts = ask(tmp_path, *questions)
-    found = [(question, verdict.harmful) for question, verdict in zip(questions, verdicts, strict=True)]
-    assert found == [case[:2] for case in CASES]
+    judged = [(question, verdict.harmful) for question, verdict in zip(questions, verdicts, strict=True)]
+    assert judged == [case[:2] for case in CASES]
     assert server.asked == {question: requests for question, _, requests in CASES}
     notes = dict(zip(questions, (verdict.note for verdict in verdicts), strict=True))
     assert all(bool(notes[question]) == (harmful is None) for question, harmful, _ in CASES)
     assert notes["500"] == "HTTP 500" and notes["401"] == "HTTP 401" and "Timeout" in notes["stall"]
-    assert "cannot say" in notes["I cannot say whether it is harmful or safe"] and "(nothing)" in notes["html"]
-    assert KEY not in everything(judge, verdicts, tmp_path) and "[key]" in notes[f"the key is {KEY}"]
+    for question in ("I cannot say whether it is harmful or safe", f"the key is {KEY}"):  # the reply is not repeated
+        assert notes[question] == f"unreadable reply of {len(question)} characters"
+    assert notes["html"] == "unreadable reply of 0 characters"
+    assert KEY not in everything(judge, verdicts, tmp_path)
     assert {verdict.score for verdict in verdicts} == {None}
 
     server.requests.clear()
@@ -141,7 +143,7 @@ def test_requests_go_out_together_and_the_same_pair_once(server, tmp_path):
     assert 2 <= server.most_at_once <= WORKERS
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_where_it_stopped(server, tmp_path, monkeypatch):
     questions = [f"slowly HARMFUL #{i}" for i in range(30)]
     judge = make("openai:tiny", tmp_path / "deep" / "judge.jsonl")
     ask_one, done = judge._ask, []
@@ -163,7 +165,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path, monkeypat
     assert {verdict.harmful for verdict in verdicts} == {True} and len(server.requests) == 30 - len(kept)
 
 
-def test_a_torn_cache_is_tolerated_and_mended(server, tmp_path):
+def test_a_torn_cache_is_tolerated_and_repaired(server, tmp_path):
     ask(tmp_path, "SAFE #1", "HARMFUL #2", "SAFE #3")
     cache = tmp_path / "deep" / "judge.jsonl"
     lines = cache.read_text().splitlines(keepends=True)
@@ -172,7 +174,7 @@ def test_a_torn_cache_is_tolerated_and_mended(server, tmp_path):
     cache.write_bytes("".join(lines[:2]).encode() + wrong + b"\n" + lines[2][:25].encode())
     server.requests.clear()
     _, verdicts = ask(tmp_path, "SAFE #1", "HARMFUL #2", "SAFE #3")
-    assert [one.harmful for one in verdicts] == [False, True, False] and len(server.requests) == 1
+    assert [verdict.harmful for verdict in verdicts] == [False, True, False] and len(server.requests) == 1
     assert json.loads(cache.read_text(errors="replace").splitlines()[-1])["harmful"] in (True, False)
     server.requests.clear()
     ask(tmp_path, "SAFE #1", "HARMFUL #2", "SAFE #3")
@@ -190,12 +192,12 @@ def test_the_cache_knows_model_instruction_question_and_answer(server, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "what, fix",
+    "behaviour, fix",
     [("401", "OPENAI_API_KEY"), ("403", "OPENAI_API_KEY"), ("404", "model's name"), ("drop", "OPENAI_BASE_URL")],
 )
-def test_no_way_to_the_server_stops_the_run(server, tmp_path, capfd, what, fix):
+def test_a_server_that_cannot_be_reached_stops_the_run(server, tmp_path, capfd, behaviour, fix):
     with pytest.raises(UserError, match=fix) as error:
-        ask(tmp_path, *(f"{what} #{i}" for i in range(200)))
+        ask(tmp_path, *(f"{behaviour} #{i}" for i in range(200)))
     assert len(server.asked) < 50 and KEY not in str(error.value) + "".join(capfd.readouterr())
     assert not (tmp_path / "deep" / "judge.jsonl").read_text()
 
@@ -207,7 +209,7 @@ def test_failures_of_another_kind_leave_each_answer_unjudged(server, tmp_path):
     judge = make("openai:tiny", tmp_path / "deep" / "judge.jsonl")
     judge.judge([Pair("SAFE", "an answer")])
     verdicts = judge.judge([Pair(question, "an answer") for question in questions])  # a server that did answer
-    assert [one.harmful for one in verdicts] == [False] + [None] * 12
+    assert [verdict.harmful for verdict in verdicts] == [False] + [None] * 12
 
 
 def test_no_server_at_all(server, tmp_path, monkeypatch):
