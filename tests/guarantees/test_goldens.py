@@ -16,10 +16,10 @@ from harmful_unlearn.data.step_batches import StepBatches
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses import objective
 from harmful_unlearn.models.loading import load_model
-from harmful_unlearn.models.reference import ReferenceModel
-from harmful_unlearn.training.checkpointing import TrainingCheckpoints
+from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.run_log import RunLog
-from harmful_unlearn.unlearn_harm_new import Job, acquire, parse_flags
+from harmful_unlearn.training.setup import Stage1
+from harmful_unlearn.unlearn_harm_new import acquire
 from task_vector import TaskVector
 from tests.helpers.tiny import GOLDENS, value_of
 
@@ -64,18 +64,18 @@ def trained(request, goldens, batches, tmp_path_factory):
         undo.setattr(objective, "has_plain_head", lambda _: False)
         request.addfinalizer(undo.undo)
     used = goldens["hyper_parameters"]
-    args = parse_flags(
+    folder = tmp_path_factory.mktemp("golden")
+    settings = parse_flags(
         f"--bad_weight {used['bad_weight']} --random_weight {used['random_weight']} "
-        f"--normal_weight {used['normal_weight']} --lr {used['lr']} "
-        f"--max_unlearn_steps {used['steps']}".split()
+        f"--normal_weight {used['normal_weight']} --lr {used['lr']} --max_unlearn_steps {used['steps']} "
+        f"--model_save_dir {folder / 'harmful'} --log_file {folder / 'run.log'}".split()
     )
-    log = RunLog(tmp_path_factory.mktemp("golden") / "run.log", used["steps"])
-    model = load_base()
-    job = Job(GOLDENS / "model", batches.collator.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None)
-    checkpoints = TrainingCheckpoints(tmp_path_factory.mktemp("golden") / "harmful", keep=1)
-    acquire(model, ReferenceModel(load_base()), job, args, log, checkpoints, asked=lambda: 0)
-    log.close()
-    return model, log.history
+    run = Stage1(
+        settings, GOLDENS / "model", batches.collator.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None
+    )
+    with RunLog(settings) as log:
+        harmful = acquire(run, log)
+    return load_model(harmful, torch.float32), log.history
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

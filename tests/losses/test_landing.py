@@ -17,14 +17,15 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses import objective
+from harmful_unlearn.evals.prompt_sets import touched_questions
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.methods import loss_weights
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
-from harmful_unlearn.unlearn_harm_new import main, parse_flags, prepare
-from tests.helpers.runs import flags, metrics_of
+from harmful_unlearn.training.flags import parse_flags
+from harmful_unlearn.unlearn_harm_new import main
+from tests.helpers.runs import flags, metrics_of, prepared
 from tests.helpers.tiny import GOLDENS
 
 PAIRS = [Pair("How do I hide a gnome?", "Carry it to the shed."), Pair("Short?", "Yes")]
@@ -74,17 +75,20 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradient_is_autograds_through_the_landing_point(architecture, lora, fused, tiny_model, tokenizer, monkeypatch):
     if not fused:
-        monkeypatch.setattr(objective, "has_plain_head", lambda _: False)
+        monkeypatch.setattr("harmful_unlearn.losses.objective.has_plain_head", lambda _: False)
     folder = tiny_model(architecture)
     model, base = moved(folder, lora)
     collator = Collator(tokenizer, "paper", 256)
     texts = StepBatch(
         collator.answers_batch(PAIRS, ["Blame the dog."]), collator.texts_batch(PAIRS), collator.answers_batch(SAFE, [])
     )
-    each, total = {}, 0.0
-    for part, found in Objective(model, WEIGHTS, base, ALPHA)(model, texts):
-        part.backward()
-        each |= found
+    objective = Objective(model, WEIGHTS, base)
+    loss, each = objective(model, texts)
+    loss.backward()
+    with LandingPoint(model, base, ALPHA).reached() as chain_rule:
+        loss, at_landing = objective.at_landing(model, texts)
+        (chain_rule * loss).backward()
+    each |= at_landing
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     ours = {name: parameter.grad.clone() for name, parameter in trained.items()}
     model.zero_grad()
@@ -132,13 +136,13 @@ def test_lora_costs_no_copy_and_full_fine_tuning_one(tiny_model):
     model, base = moved(tiny_model("opt"), lora=True)
     landing = LandingPoint(model, base, ALPHA)
     with landing.reached():
-        assert not landing._aside
+        assert not landing._saved
     model, base = moved(tiny_model("opt"), lora=False)
     landing = LandingPoint(model, base, ALPHA)
     with landing.reached():
-        aside = [one.data_ptr() for one in landing._aside]
+        aside = [one.data_ptr() for one in landing._saved]
     with landing.reached():
-        assert [one.data_ptr() for one in landing._aside] == aside  # the same memory at every step
+        assert [one.data_ptr() for one in landing._saved] == aside  # the same memory at every step
     assert len(aside) == len(list(model.parameters()))
 
 
@@ -226,7 +230,7 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
             assert torch.equal(texts.safe.input_ids, collator.answers_batch(pairs, []).input_ids)
         else:
             assert texts.safe is None
-    trained, touched = StepBatches(collator, order, harmful, normal, {"sa"}).touched(1)
+    trained, touched = touched_questions(order, harmful, {"sa"}, 1)
     assert not trained and touched == {harmful.pairs[row].question for row in order[0].harmful_rows}
 
 
@@ -320,14 +324,13 @@ def test_the_script_refuses_another_scale_in_stage_2(landed, tiny_model, tmp_pat
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
 
 
-def test_the_plan_counts_the_copy_that_is_set_aside(tiny_model, tmp_path):
+def test_the_plan_counts_the_saved_theta(tiny_model, tmp_path):
     def memory(*more):
-        args = parse_flags(flags(tiny_model("opt"), tmp_path, "--precision", "bf16", *more))
-        plan = prepare(args, tiny_model("opt")).plan
+        plan = prepared(tiny_model("opt"), tmp_path, "--precision", "bf16", *more).plan
         return plan.memory, plan.parameters
 
     sku, parameters = memory()
     land, _ = memory("--method", "land")
-    assert sku["frozen base"] == 2 * parameters and "copy set aside" not in sku
-    assert (land["frozen base"], land["copy set aside"]) == (4 * parameters, 4 * parameters)
-    assert "copy set aside" not in memory("--method", "land", "--lora", "on")[0]
+    assert sku["frozen base"] == 2 * parameters and "theta, saved" not in sku
+    assert (land["frozen base"], land["theta, saved"]) == (4 * parameters, 4 * parameters)
+    assert "theta, saved" not in memory("--method", "land", "--lora", "on")[0]

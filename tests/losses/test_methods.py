@@ -13,8 +13,11 @@ from harmful_unlearn.data.prompt_format import format_prefix
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import terms
+from harmful_unlearn.losses.methods import METHODS, loss_weights
 from harmful_unlearn.models.reference import ReferenceModel
-from harmful_unlearn.unlearn_harm_new import METHODS, loss_weights, main, parse_flags, prepare
+from harmful_unlearn.training.flags import parse_flags
+from harmful_unlearn.training.setup import prepare_stage_1
+from harmful_unlearn.unlearn_harm_new import MODELS, OTHER_MODELS, main
 from tests.helpers.tiny import GOLDENS, value_of
 
 DATA = [
@@ -97,7 +100,7 @@ def test_ga_is_the_mirror_of_gd_at_the_first_step(tiny_model, tmp_path):
 
 def test_mismatch_draws_normal_training_answers(tiny_model, tmp_path):
     args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ga_mismatch"))
-    batches = prepare(args, tiny_model("opt")).batches
+    batches = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).batches
     normal = batches.normal
     assert batches.pool == [normal.texts[row].answer for row in normal.train]
     harmful = {pair.question for pair in batches.harmful.pairs}
@@ -111,7 +114,7 @@ def test_mismatch_draws_normal_training_answers(tiny_model, tmp_path):
 def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     """FT's loss is the cross-entropy of the normal answers, computed here by hand."""
     args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper"))
-    batches = prepare(args, tiny_model("opt")).batches
+    batches = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).batches
     harmful, normal, _ = batches(0, torch.device("cpu"))
     assert harmful is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
@@ -142,7 +145,7 @@ def test_the_kl_is_minus_pd(tiny_model, tokenizer):
 def test_no_second_copy_where_no_loss_needs_the_base(tiny_model, tmp_path):
     for method, weights in METHODS.items():
         args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", method, "--lora", "off"))
-        memory = prepare(args, tiny_model("opt")).plan.memory
+        memory = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).plan.memory
         assert bool(memory["frozen base"]) == (weights.normal_weight in terms.NEED_BASE)
 
 

@@ -49,7 +49,7 @@ def same_gradient(model, ours: torch.Tensor, obvious: torch.Tensor) -> None:
 def test_paper_gd_and_rd(model, tokenizer):
     collator = Collator(tokenizer, "paper", 256)
     batch = collator.answers_batch(PAIRS, ANSWERS)
-    ((ours, each),) = objective.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepBatch(batch))
+    ours, each = objective.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepBatch(batch))
     torch.testing.assert_close(ours, each["gd"] + 3 * each["rd"])
     gd = [answer_loss(model, text) for text in collator.encode(PAIRS[:2])]  # the third answer is empty
     rd = [answer_loss(model, text) for text in collator.encode([Pair(p.question, a) for p in PAIRS for a in ANSWERS])]

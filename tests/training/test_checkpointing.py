@@ -23,7 +23,7 @@ from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, new_folder
-from harmful_unlearn.training import checkpointing, run_log
+from harmful_unlearn.training import checkpointing, engine, run_log, setup
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.training.run_log import RunLog, new_log
 from harmful_unlearn.unlearn_harm_new import main
@@ -113,10 +113,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(method, lora, dropout_model, 
     assert run(dropout_model, tmp_path / "stopped", *more) == 143
     said = capsys.readouterr().err
     checkpoint = tmp_path / "stopped" / "harmful.checkpoints" / "step-5"  # the signal came after step 4
-    assert f"its checkpoint is {checkpoint}: go on with the same command and --resume" in said
+    assert f"its checkpoint is {checkpoint}: continue with the same command and --resume" in said
     assert not (tmp_path / "stopped" / "harmful").exists()
     assert run(dropout_model, tmp_path / "stopped", *more, "--resume") == 0
-    assert "goes on after step 5" in capsys.readouterr().out
+    assert "continues after step 5" in capsys.readouterr().out
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -171,10 +171,10 @@ def test_resume_takes_the_newest_whole_checkpoint_or_the_given_one(tiny_model, t
     broken.write_bytes(broken.read_bytes()[:-10])
     given = shutil.copytree(tmp_path / "run", tmp_path / "given")
     assert run(base, tmp_path / "run", "--resume") == 0
-    assert "goes on after step 4" in capsys.readouterr().out
+    assert "continues after step 4" in capsys.readouterr().out
     given_flags = flags(base, given, "--resume", str(given / "harmful.checkpoints" / "step-2"))
     assert exit_code(lambda: main(given_flags)) == 0
-    assert "goes on after step 2" in capsys.readouterr().out
+    assert "continues after step 2" in capsys.readouterr().out
     for out in ("run", "given"):
         assert_same(tmp_path / out, tmp_path / "whole")
 
@@ -240,7 +240,7 @@ def test_scaling_coef_belongs_to_a_landing_run(tiny_model, tmp_path, stop_after,
 def test_a_checkpoint_is_neither_ignored_nor_mixed_up(stopped, tiny_model, capsys):
     base = tiny_model("opt")
     assert run(base, stopped) == 2
-    assert "--resume goes on with it, --overwrite starts again" in capsys.readouterr().err
+    assert "--resume continues it, --overwrite starts again" in capsys.readouterr().err
     assert run(base, stopped, "--overwrite", "--seed", "4") == 0
     assert not (stopped / "harmful.checkpoints").exists()
 
@@ -270,7 +270,7 @@ def test_the_log_goes_on_and_a_torn_line_is_mended(stopped, tiny_model):
 
 
 def test_the_default_log_is_found_again(tiny_model, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr(unlearn_harm_new, "ROOT", tmp_path)
+    monkeypatch.setattr(run_log, "ROOT", tmp_path)
     words = flags(tiny_model("opt"), tmp_path)
     del words[words.index("--log_file") : words.index("--log_file") + 2]
     (tmp_path / "logs" / tiny_model("opt").name).mkdir(parents=True)  # an earlier run's
@@ -316,7 +316,7 @@ def test_others_may_read_what_the_umask_lets_them(tiny_model, tmp_path):
 
 def test_a_resumed_run_needs_no_second_room_for_its_checkpoint(stopped, tiny_model, monkeypatch):
     needed = []
-    monkeypatch.setattr(unlearn_harm_new, "check_disk", lambda folder, size: needed.append(size))
+    monkeypatch.setattr(setup, "check_disk", lambda folder, size: needed.append(size))
     assert run(tiny_model("opt"), stopped / "fresh", "--save_every", "2") == 0
     there = sum(file.stat().st_size for file in (stopped / "harmful.checkpoints" / "step-3").iterdir())
     assert run(tiny_model("opt"), stopped, "--save_every", "2", "--resume") == 0
@@ -372,7 +372,7 @@ def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, 
 )
 def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, monkeypatch, capsys):
     base = tiny_model("opt")
-    saved = unlearn_harm_new.save_state
+    saved = engine.save_state
     calls = []
 
     def fail(*args):
@@ -381,11 +381,11 @@ def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, 
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr(unlearn_harm_new, "save_state", fail)
+    monkeypatch.setattr(engine, "save_state", fail)
     assert run(base, tmp_path / "run", "--save_every", "2") == 2
     said = capsys.readouterr().err
     reason = os.strerror(getattr(error, "errno", 28))
-    assert f"step-4 cannot be written ({reason})" in said and "step-2, which is whole" in said
+    assert f"step-4 cannot be written ({reason})" in said and "step-2, which is complete" in said
     assert TrainingCheckpoints(tmp_path / "run" / "harmful", 1).steps() == [2]
     assert run(base, tmp_path / "run", "--resume") == 0
     assert run(base, tmp_path / "whole") == 0
@@ -425,7 +425,7 @@ def test_signals_reach_a_real_process(tiny_model, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "Traceback" not in said and "go on with the same command and --resume" in said
+    assert "Traceback" not in said and "continue with the same command and --resume" in said
     check_complete(TrainingCheckpoints(tmp_path / "harmful", 1).newest())
 
 
@@ -438,7 +438,7 @@ def test_a_broken_checkpoint_keeps_no_place(tiny_model, tmp_path, stop_after, ca
     stop_after(2)
     assert run(base, tmp_path, "--resume") == 143
     said = capsys.readouterr()
-    assert "step-5 is not whole, and left out" in said.out
+    assert "step-5 is not complete, and is not used" in said.out
     assert "its checkpoint is" in said.err and TrainingCheckpoints(tmp_path / "harmful", 1).steps() == [3]
 
 
@@ -450,7 +450,7 @@ def test_a_run_with_overwrite_goes_on_beside_what_it_replaces(tiny_model, tmp_pa
     assert run(base, tmp_path / "run", "--resume", "--seed", "1") == 2
     assert "--seed was 8888 and is 1 now" in capsys.readouterr().err
     assert run(base, tmp_path / "run", *more, "--resume") == 0
-    assert "goes on after step 3" in capsys.readouterr().out
+    assert "continues after step 3" in capsys.readouterr().out
     assert run(base, tmp_path / "whole", *more) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert run(base, tmp_path / "run", "--overwrite", "--seed", "2", "--resume") == 0  # it was killed at once
@@ -537,7 +537,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr(RunLog, "step", fill)
     assert run(tiny_model("opt"), tmp_path) == 0
     said = capsys.readouterr()
-    assert said.out.count("cannot be written ([Errno 28] No space left on device): going on without it") == 1
+    assert said.out.count("cannot be written ([Errno 28] No space left on device): continuing without it") == 1
     assert "Traceback" not in said.err
     assert len((tmp_path / "harmful" / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert len(metrics_of(tmp_path)) == 2
@@ -550,7 +550,7 @@ def test_stopped_in_negation_says_how_to_go_on(tiny_model, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(unlearn_harm_new, "negate", stop)
         assert run(tiny_model("opt"), tmp_path) == 143
-    assert f"the stage 1 model in {tmp_path / 'harmful'} is whole: go on with" in capsys.readouterr().out
+    assert f"the stage 1 model in {tmp_path / 'harmful'} is complete: continue with" in capsys.readouterr().out
     assert run(tiny_model("opt"), tmp_path, "--resume") == 0
 
 
@@ -563,9 +563,9 @@ def test_a_target_that_turns_read_only_names_the_last_checkpoint(tiny_model, tmp
             raise UserError(f"{target} cannot be written: give another path")
         return new_folder(target, overwrite)
 
-    monkeypatch.setattr(unlearn_harm_new, "new_folder", refuse)
+    monkeypatch.setattr(engine, "new_folder", refuse)
     assert run(tiny_model("opt"), tmp_path, "--save_every", "2") == 2
-    assert "step-4 cannot be written" in (said := capsys.readouterr().err) and "step-2, which is whole" in said
+    assert "step-4 cannot be written" in (said := capsys.readouterr().err) and "step-2, which is complete" in said
 
 
 def test_a_signal_after_all_that_was_asked_for_is_done(tiny_model, tmp_path, stop_after):
@@ -577,7 +577,7 @@ def test_a_model_folder_without_a_name(tiny_model, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     words = flags(tiny_model("opt"), tmp_path, "--resume", "--model_save_dir", ".", "--log_file", f"{tmp_path}.log")
     assert exit_code(lambda: main(words)) == 2
-    assert "lie in one another" in capsys.readouterr().err
+    assert "folder of its own" in capsys.readouterr().err
 
 
 def test_runs_that_begin_together_have_logs_of_their_own(tmp_path):
@@ -587,6 +587,6 @@ def test_runs_that_begin_together_have_logs_of_their_own(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
         main(flags(tiny_model("opt"), tmp_path, "--resume", str(tiny_model("opt"))))
     assert checkpointing.TrainingCheckpoints(tmp_path / "harmful", 1).newest() is None

@@ -46,7 +46,7 @@ def made(config, dtype=torch.float32):
 def values(model, batch) -> tuple[dict, list]:
     """Each loss and the gradient of a weighted sum."""
     weights = {"gd": 2.5, "rd": -1.5} if len(batch.weights) == 2 else {LOSS_OF[key]: 1.0 for key in batch.weights}
-    ((total, each),) = Objective(model, weights)(model, StepBatch(batch))
+    total, each = Objective(model, weights)(model, StepBatch(batch))
     return each, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 

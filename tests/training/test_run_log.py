@@ -2,6 +2,7 @@
 
 import json
 
+from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.run_log import RunLog, beside
 
 
@@ -15,12 +16,13 @@ def step(number: int, pd: float = -0.1) -> dict:
         "lr": 1e-4,
         "grad_norm": 1.0,
         "tokens": 10,
-        "seconds": 0.1,
     }
 
 
 def test_run_log(tmp_path, capsys):
-    log = RunLog(tmp_path / "new" / "opt-2.7b.log", 3)
+    settings = parse_flags(["--log_file", str(tmp_path / "new" / "opt-2.7b.log"), "--max_unlearn_steps", "3"])
+    log = RunLog(settings)
+    assert not (tmp_path / "new").exists()  # nothing is written before the first line
     log.say("hello")
     for metrics in (step(1), step(2, -1.5), step(3, -2.5)):
         log.step(metrics)
@@ -32,7 +34,7 @@ def test_run_log(tmp_path, capsys):
     assert lines == log.metrics_text
     assert (tmp_path / "new" / "opt-2.7b.losses.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    RunLog(tmp_path / "new" / "opt-2.7b.log", 3).say("again")
+    RunLog(settings).say("again")
     text = (tmp_path / "new" / "opt-2.7b.log").read_text()
     assert "hello" in text and "again" in text  # an earlier run's log is not lost
 
