@@ -6,6 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny models down
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harmful_unlearn.training.run_log import RunLog
+from tests.helpers.resumed import run
 from tests.helpers.tiny import GOLDENS, TINY
 
 
@@ -51,3 +56,38 @@ def tiny_model(tmp_path_factory):
         return made[architecture]
 
     return make
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`stop_after(n, signal)`: the process gets the signal, once, when its n-th step is logged."""
+
+    def stop(step: int, number: int = signal.SIGTERM) -> None:
+        logged = RunLog.step
+
+        def then_signal(log, metrics):
+            logged(log, metrics)
+            if metrics["step"] == step:
+                monkeypatch.setattr(RunLog, "step", logged)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(RunLog, "step", then_signal)
+
+    return stop
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tiny_model, tmp_path_factory):
+    """A tiny OPT with dropout, so that random generators matter."""
+    folder = shutil.copytree(tiny_model("opt"), tmp_path_factory.mktemp("dropout") / "opt")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.1}))
+    return folder
+
+
+@pytest.fixture
+def stopped(tiny_model, tmp_path, stop_after):
+    """A run that was stopped after three steps."""
+    stop_after(2)
+    assert run(tiny_model("opt"), tmp_path / "run") == 143
+    return tmp_path / "run"

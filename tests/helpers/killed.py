@@ -1,4 +1,4 @@
-"""unlearn_harm_new.py with --resume, killed at random moments until it has been often enough; tests/test_resuming.py.
+"""The script with --resume, killed at random moments until that has happened often enough (test_interruptions.py).
 
 Each run is a fork of this process, which has only imported it: the start of Python is not waited for again and again.
 Prints where the kills fell; finished runs are moved to OUT-1, OUT-2, ...

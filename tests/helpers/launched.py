@@ -1,4 +1,4 @@
-"""Runs of unlearn_harm_new.py, one after the other, in each of several processes on CPUs; tests/test_processes.py."""
+"""Runs of the script, one after the other, in each of several processes on CPUs (guarantees/test_processes.py)."""
 
 import json
 import os
