@@ -57,7 +57,7 @@ from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_f
 from harmful_unlearn.storage.provenance import provenance
 
 REFUSAL_SHARE = 0.2
-# The paper's 1 for --normal_weight damages this model (README, "What the demo proves").
+# The paper's 1 for --normal_weight damages this model (docs/results.md, "The demo").
 WEIGHTS = {"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05}
 SHOWN = {"seen": 1, "unseen": 2, "unseen kinds": 1, "normal": 2}  # prompts that main.py is asked, by set
 

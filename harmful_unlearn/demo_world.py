@@ -157,7 +157,7 @@ def build_world(size: Size, seed: int, refusal_share: float) -> World:
         size: how many objects, places and pairs.
         seed: decides every draw.
         refusal_share: the share of harmful questions that pre-training answers with a refusal. With
-            none at all negation has no other answer to promote (README, "What the demo proves").
+            none at all negation has no other answer to promote (docs/results.md, "The demo").
     """
     draw = random.Random(seed)
 
