@@ -10,29 +10,33 @@ from harmful_unlearn.storage.files import user_path
 from harmful_unlearn.storage.safetensors_io import INDEX_NAME, read_index
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Some repositories hold the weights twice, as consolidated*.safetensors or in subfolders.
+# Some repositories have the weights twice, as consolidated*.safetensors or in subfolders.
 WEIGHT_FILES = ["model*.safetensors", "adapter_model*.safetensors"]
 CONVERSION_TITLE = "Adding `safetensors` variant of this model"
+NO_SAFETENSORS = (
+    "{folder} has no .safetensors weights, and pickled ones are not loaded: convert them on a machine "
+    "you trust with its transformers class, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
 
 
 def resolve_model(name: str, weights: bool = True) -> Path:
-    """The local folder of a model: itself, or the hub's snapshot, downloaded when it is not cached.
+    """The local folder of a model: `name` itself, or the hub's snapshot, downloaded if it is not cached.
+
+    If a hub repository has only pickled weights (OPT's do), the snapshot is that of the pull request in which the
+    hub's own converter added safetensors.
 
     Args:
         name: a local folder or a hub id.
-        weights: False leaves a hub model's weights there: configuration and tokenizer only.
-
-    A hub repository that has pickled weights alone (OPT's) is taken from the pull request in which
-    the hub's own converter put safetensors.
+        weights: False downloads only the configuration and the tokenizer of a hub model.
 
     Raises:
-        UserError: no such folder or model, no access, no connection, no safetensors, or an index that leads
-            out of the folder.
+        UserError: no such folder or model, no access, no connection, no safetensors, or an index that names files
+            outside of the folder.
     """
     folder = user_path(name)
     if folder.is_dir():
         if not _has_weights(folder):
-            raise UserError(_NO_SAFETENSORS.format(folder=folder))
+            raise UserError(NO_SAFETENSORS.format(folder=folder))
         return _with_index_checked(folder)
     if folder.exists():
         raise UserError(f"{name} is a file: give the model's folder or a hub id")
@@ -50,7 +54,7 @@ def resolve_model(name: str, weights: bool = True) -> Path:
         raise UserError(
             f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
         ) from None
-    except Exception as error:  # the hub's client raises its HTTP library's own errors
+    except Exception as error:  # the hub's client passes on the errors of its HTTP library
         if disk_problem(error):
             raise
         raise UserError(
@@ -59,38 +63,29 @@ def resolve_model(name: str, weights: bool = True) -> Path:
         ) from error
 
 
-_NO_SAFETENSORS = (
-    "{folder} has no .safetensors weights, and pickled ones are not loaded: convert them on a machine "
-    "you trust with its transformers class, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-)
-
-
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
 def _with_index_checked(folder: Path) -> Path:
     if (index := folder / INDEX_NAME.format("model")).is_file():
-        read_index(index)  # transformers would follow it anywhere
+        read_index(index)  # transformers itself would read files anywhere
     return folder
 
 
 def _snapshot(name: str, weights: bool) -> Path:
-    wanted = TEXT_FILES + (WEIGHT_FILES if weights else [])
-    folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    patterns = TEXT_FILES + (WEIGHT_FILES if weights else [])
+    folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     if not weights or _has_weights(folder):
         return folder
     for repository in scan_cache_dir().repos:
         for revision in repository.revisions:
-            converted = any(ref.startswith("refs/pr/") for ref in revision.refs)
-            if repository.repo_id == name and converted and _has_weights(revision.snapshot_path):
+            is_pull_request = any(ref.startswith("refs/pr/") for ref in revision.refs)
+            if repository.repo_id == name and is_pull_request and _has_weights(revision.snapshot_path):
                 return revision.snapshot_path
-    # The author is the hub's own converter; anybody may open a pull request with that title.
+    # The author must be the hub's own converter: anybody may open a pull request with that title.
     for discussion in HfApi().get_repo_discussions(name, author="SFconvertbot", discussion_type="pull_request"):
         if discussion.title == CONVERSION_TITLE and discussion.status == "open":
-            return Path(
-                snapshot_download(
-                    name, revision=discussion.git_reference, allow_patterns=wanted, ignore_patterns=["*/*"]
-                )
-            )
-    raise UserError(_NO_SAFETENSORS.format(folder=name))
+            reference = discussion.git_reference
+            return Path(snapshot_download(name, revision=reference, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    raise UserError(NO_SAFETENSORS.format(folder=name))

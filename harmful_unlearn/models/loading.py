@@ -1,4 +1,4 @@
-"""Loading and saving: configuration, tokenizer, weights, precision."""
+"""Load and save models: configuration, tokenizer, weights, precision."""
 
 import shutil
 from pathlib import Path
@@ -20,49 +20,49 @@ from harmful_unlearn.errors import UserError, first_line, is_out_of_memory
 from harmful_unlearn.models.offload import TemporaryFolder
 from harmful_unlearn.storage.safetensors_io import all_finite
 
-_CONFIG = "{folder} has no config.json that can be used ({error}): give a folder that save_pretrained wrote"
+BAD_CONFIG = "{folder} has no usable config.json ({error}): give a folder that save_pretrained wrote"
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
-        UserError: there is none, it is broken, or it is no causal language model's.
+        UserError: it is missing or broken, or the model is not a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # which, depends on the release and on what is wrong
-        raise UserError(_CONFIG.format(folder=folder, error=first_line(error))) from None
+    except Exception as error:  # the type depends on the library's release and on the problem
+        raise UserError(BAD_CONFIG.format(folder=folder, error=first_line(error))) from None
     try:
         AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UserError(
-            f"{folder} ({config.model_type}) is not a causal language model: give one that transformers has as such"
+            f"{folder} ({config.model_type}) is not a causal language model in transformers: give one that is"
         ) from None
     return config
 
 
 def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token inside the vocabulary.
+    """The model's tokenizer, with a pad token inside the vocabulary (implementation detail 21).
 
-    A tokenizer without one pads with its unknown or end token; which it is does not matter, since
-    padding is masked by the attention mask and never told by its id.
+    A tokenizer without one pads with its unknown or end token. Which one does not matter: padding is recognised by
+    the attention mask, never by its id.
 
     Raises:
-        UserError: there is none, or its vocabulary is larger than the model's.
+        UserError: it is missing or broken, or its vocabulary is larger than the model's.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{folder} has no usable tokenizer ({first_line(error)}): copy its files there") from None
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"{folder} lacks its tokenizer's files: copy them there")  # the library made an empty one
+        raise UserError(f"{folder} lacks its tokenizer's files: copy them there")  # the library returned an empty one
     vocabulary = config.get_text_config().vocab_size
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    # Special tokens beyond the embeddings are no obstacle (Gemma 3's image token): text has none of them.
+    # Special tokens beyond the embeddings do no harm (Gemma 3's image token): text has none of them.
     if tokenizer.vocab_size > vocabulary:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {vocabulary} embeddings: "
@@ -72,25 +72,28 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenize
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model's structure on the meta device: names and shapes, no memory.
+    """The model on the meta device: names and shapes, without values or memory.
 
     Raises:
-        UserError: the configuration describes no model.
+        UserError: no model can be built from the configuration.
     """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # the model classes check little, and each its own way
-        raise UserError(_CONFIG.format(folder=config.name_or_path, error=first_line(error))) from None
+    except Exception as error:  # each model class fails in its own way
+        raise UserError(BAD_CONFIG.format(folder=config.name_or_path, error=first_line(error))) from None
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Tokens that the model can take; the longest the project would use where the model names none."""
+    """The number of tokens that the model can read; 2048 if its configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
 def resolve_precision(flag: str, device: torch.device) -> str:
-    """ "fp32" or "bf16" (bf16 autocast). "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    """The precision that a --precision flag means: "fp32" or "bf16" (bf16 autocast).
+
+    "auto" is bf16 on a GPU that supports it, and fp32 elsewhere.
+    """
     if flag != "auto":
         return flag
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -102,21 +105,22 @@ def load_model(
     """The causal LM in `folder` in `dtype`, from safetensors only.
 
     Args:
-        device_map: "auto", "balanced", ... (accelerate), or each module's place: spread over GPUs, CPU and disk.
-            What goes to disk is read from `folder`, but for weights that the library stores otherwise (of some
-            mixtures of experts): these are written to a temporary folder, which goes with the model.
-        four_bit: keep the linear layers in 4 bits (bitsandbytes: NF4, scales quantized too), computing in `dtype`.
+        device_map: "auto", "balanced", ... (accelerate), or each module's device: GPUs, CPU and disk. Weights that are
+            put on disk are read from `folder` itself. Only weights that the library loads in another layout (of
+            some mixtures of experts) are written to a temporary folder, which is removed with the model.
+        four_bit: keep the linear layers in 4 bits (bitsandbytes NF4, with quantized scales), computing in `dtype`.
 
     Raises:
         UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration.
+        MemoryError: the model does not fit into memory.
     """
-    scratch = TemporaryFolder(prefix="offload-") if device_map else None
+    offload_folder = TemporaryFolder(prefix="offload-") if device_map else None
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map=device_map,
-            offload_folder=scratch.name if scratch else None,
+            offload_folder=offload_folder.name if offload_folder else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -128,16 +132,16 @@ def load_model(
         raise UserError(
             f"the weights in {folder} cannot be loaded ({first_line(error)}): copy or download them again"
         ) from error
-    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise UserError(
             f"{folder} does not fit its config.json: {len(missing)} weights are missing or have "
-            f"another shape, {missing[0]} first; use a whole checkpoint"
+            f"another shape, {missing[0]} first; give a complete model folder"
         )
-    if scratch:
-        model.offload_folder = scratch  # to stay as long as the model
+    if offload_folder:
+        model.offload_folder = offload_folder  # it exists as long as the model
     for name, parameter in model.named_parameters():
-        if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: it lies on disk
+        if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: its values are on disk
             raise UserError(f"{name} in {folder} has NaN or infinite values: give a model without any")
     return model
 
@@ -149,12 +153,12 @@ def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
-    """Compute activations twice rather than keep them, where that is wanted or a part of the model is offloaded.
+    """Recompute activations in the backward pass if `wanted`, or if a part of the model is offloaded.
 
-    Autograd would keep each offloaded weight that a forward pass brings until the backward pass, all of them at once.
+    Without that, autograd would keep every offloaded weight that a forward pass loads until the backward pass.
 
     Raises:
-        UserError: a weight that is to be trained is offloaded.
+        UserError: an offloaded weight would be trained.
     """
     offloaded = [parameter for parameter in model.parameters() if parameter.is_meta]
     if any(parameter.requires_grad for parameter in offloaded):
@@ -168,13 +172,13 @@ def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
 def save_model(
     model: PreTrainedModel, base_folder: Path, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the trained weights as safetensors, or, with LoRA, the adapter alone.
+    """Write the trained weights as safetensors; with LoRA only the adapter.
 
-    The base's generation_config.json comes along as it is: some published ones (LLaMA2's among them)
-    do not pass the library's own check on saving.
+    The base's generation_config.json is copied unchanged: some published ones (LLaMA2's, for example) do not pass the
+    library's own check on saving.
 
     Args:
-        state: an adapter's weights, where the model holds only parts of them.
+        state: an adapter's weights, if the model holds only shards of them.
     """
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
@@ -188,7 +192,7 @@ def save_model(
 
 
 def copy_generation_config(base_folder: Path, folder: Path) -> None:
-    """Take the base's generation_config.json as it is published, or none."""
+    """Copy the base's generation_config.json to `folder`; if the base has none, remove the one in `folder`."""
     generation = base_folder / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)

@@ -14,11 +14,12 @@ from harmful_unlearn.models.offload import materialized
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 LORA_ABOVE = 3e9  # parameters; the paper fine-tunes 2.7B in full, and 7B with LoRA
+NO_FIT = "the adapter in {folder} does not fit the model ({why}): give its base"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of a LoRA adapter; the scale is alpha / r, dropout is 0."""
+    """Settings of a LoRA adapter, scaled by alpha / r; dropout is 0."""
 
     r: int
     alpha: int
@@ -26,10 +27,10 @@ class Lora:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedModel:
-    """Freeze the model and put a trainable LoRA adapter (float32) on it.
+    """Freeze the model and add a trainable LoRA adapter in float32.
 
     Raises:
-        UserError: no module of the model has one of the target names.
+        UserError: the model has no module with one of the target names.
     """
     check_lora_targets(model, lora)
     settings = LoraConfig(
@@ -46,9 +47,9 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedMo
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put the adapter that is saved in `folder` on the model, for use.
+    """Add the adapter saved in `folder` to the model, for inference.
 
-    Not by PeftModel.from_pretrained, which for a base that is partly on disk writes a second copy of its files.
+    PeftModel.from_pretrained would write a second copy of the files of a base that is partly on disk.
 
     Raises:
         UserError: the adapter is broken, or does not fit the model.
@@ -56,34 +57,31 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with materialized(model):
             adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
-    except ValueError as error:  # target modules that the model has not
-        raise UserError(_NO_FIT.format(folder=folder, why=first_line(error))) from None
+    except ValueError as error:  # unknown target modules
+        raise UserError(NO_FIT.format(folder=folder, why=first_line(error))) from None
     fill_adapter(adapted, folder)
     return adapted.eval()
 
 
-_NO_FIT = "the adapter in {folder} does not fit the model ({why}): give its base"
-
-
 def fill_adapter(model: PeftModel, folder: Path) -> None:
-    """Give the model's adapter the values of the one that is saved in `folder`.
+    """Set the model's adapter to the values saved in `folder`.
 
     Raises:
-        UserError: that is broken, or does not fit.
+        UserError: the saved adapter is broken, sharded, or does not fit.
     """
     if "adapter_model.safetensors" not in SafetensorsFolder(folder, "adapter_model").shards:
         raise UserError(f"{folder} has its adapter in shards: save it as one adapter_model.safetensors")
     try:
-        # Not by PEFT's own loader, which would take a pickle that lies beside it.
-        found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        if wrong := [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]:
-            raise ValueError(f"{wrong[0]} is in one of the two alone")
-    except (ValueError, RuntimeError) as error:  # shapes that the model has not
-        raise UserError(_NO_FIT.format(folder=folder, why=first_line(error))) from None
+        # Not with PEFT's own loader, which would also load a pickle from the folder.
+        keys = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        if unmatched := [*keys.unexpected_keys, *(name for name in keys.missing_keys if "lora_" in name)]:
+            raise ValueError(f"only one of the two has {unmatched[0]}")
+    except (ValueError, RuntimeError) as error:  # RuntimeError: another shape
+        raise UserError(NO_FIT.format(folder=folder, why=first_line(error))) from None
 
 
 def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
-    """Raises UserError, naming the candidates, where the model has none of LoRA's target modules."""
+    """Raises UserError, naming the candidates, if the model lacks one of LoRA's target modules."""
     candidates = lora_candidates(model)
     unknown = sorted(set(lora.target_modules) - set(candidates))
     if unknown:
@@ -94,12 +92,12 @@ def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
 
 
 def lora_candidates(model: PreTrainedModel) -> list[str]:
-    """The names of the model's linear layers, the output embeddings left out."""
+    """The names of the model's linear layers, without the output embeddings, as --lora_target_modules takes them."""
     return sorted({name.rsplit(".", 1)[-1] for name, _ in linear_layers(model)})
 
 
 def linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Name and module of the model's linear layers, quantized ones among them, the output embeddings left out."""
+    """Name and module of the model's linear layers, also quantized ones, without the output embeddings."""
     head = model.get_output_embeddings()
     return [
         (name, module)

@@ -11,13 +11,16 @@ from harmful_unlearn.models.offload import execution_device
 
 
 class ReferenceModel:
-    """theta_o, the base model as PD sees it: frozen, in eval mode.
+    """theta_o, the base model in KL(P_theta_o || P_theta): frozen, in eval mode.
 
-    With LoRA it is the current model with its adapter switched off, so there is no second copy.
+    With LoRA it is the trained model with its adapter switched off, so there is no second copy of the weights.
 
     Args:
-        model: the current model if it carries an adapter, else a copy of the base of its own.
-        autocast: a copy of its own in float32 computes in bf16.
+        model: the trained model if it has an adapter, else a second model, which will be frozen.
+        autocast: compute in bf16, for a second model in float32.
+
+    Attributes:
+        shared: whether the weights are those of the trained model.
     """
 
     def __init__(self, model: PreTrainedModel, autocast: bool = False):

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a shard (FSDP2, ZeRO-3)."""
+"""Tensors that are sharded: each process holds a part (FSDP2, ZeRO-3)."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local_parameters(model: torch.nn.Module) -> list[Tensor]:
-    """A model's parameters between two passes, of each the part that this process holds for good."""
+    """The parameters that this process owns (with FSDP2, its shards), between two passes."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # some stay whole after a forward pass
+            module.reshard()  # some stay gathered after a forward pass
     return list(model.parameters())
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of a tensor: FSDP2's, or ZeRO-3's, which calls itself empty."""
+    """Whether each process holds a part of a tensor. A ZeRO-3 tensor is empty, its part is in an attribute."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process holds a part (all have to ask for it); any other as it is."""
+    """The complete tensor if it is sharded (all processes must call this), else the tensor itself."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if is_sharded(tensor):
@@ -32,7 +32,7 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`; the part of it that this process holds where `like` is such a part."""
+    """A complete tensor moved to the device of `like`; if `like` is sharded, this process's shard of the tensor."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.to_local().device), like.device_mesh, like.placements)
     return tensor.to(like.device)

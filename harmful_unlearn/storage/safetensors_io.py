@@ -1,4 +1,7 @@
-"""Folders of safetensors, read and written in chunks of an entry, under headers that are written first."""
+"""Folders of safetensors, read and written a chunk of an entry at a time.
+
+The library reads and writes complete entries; a chunk needs memory for itself only, however large the entry is.
+"""
 
 import errno
 import hashlib
@@ -25,32 +28,34 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-INDEX_NAME = "{}.safetensors.index.json"  # of a stem
-VECTOR_STEM = "task_vector"  # the stem of a saved task vector's files
+# A stem is the start of the file names: "model" of model.safetensors or model-00001-of-00002.safetensors.
+INDEX_NAME = "{}.safetensors.index.json"
+VECTOR_STEM = "task_vector"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".pkl",
 }  # fmt: skip
-SMALL_FILE = 100 * 2**20  # bytes; the largest tokenizers are about 35 MB
-CHUNK_ELEMENTS = 2**19  # elements worked on at a time: 2 MB in float32, so that a few fit a core's cache
+SMALL_FILE = 100 * 2**20  # bytes; the largest tokenizers have about 35 MB
+CHUNK_ELEMENTS = 2**19  # 2 MB in float32: a few chunks fit into a core's cache
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; of 8-bit floats, which cannot be added up, this is taken for granted."""
-    # The sum, in a few hundredths of isfinite's time, is not finite if a value is not; or if large ones overflow it.
+    """Whether no value is NaN or infinite. True without a check for 8-bit floats, which torch cannot sum."""
+    # If a value is not finite, nor is the sum, which takes a few hundredths of isfinite's time. But the sum of large
+    # finite values may overflow, too.
     if not values.is_floating_point() or values.itemsize == 1 or math.isfinite(values.sum()):
         return True
     return bool(values.isfinite().all())
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What entries of a dtype are computed in."""
+    """The dtype to compute in, for entries of a dtype: float32, or float64 for float64 (implementation detail 16)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class TensorSpec(NamedTuple):
-    """An entry's dtype and shape."""
+    """An entry's dtype, by its name in safetensors, and shape."""
 
-    code: str  # as safetensors writes dtypes
+    code: str
     shape: tuple[int, ...]
 
     @property
@@ -66,7 +71,7 @@ class TensorSpec(NamedTuple):
         return self.dtype.is_floating_point
 
     def chunks(self) -> Iterator[slice]:
-        """The flattened entry cut into about STRETCH elements each, at the ends of rows of its last dimension."""
+        """The flattened entry cut into chunks of complete rows, of about CHUNK_ELEMENTS elements each."""
         row = max(self.shape[-1], 1) if len(self.shape) > 1 else 1
         step = max(CHUNK_ELEMENTS // row, 1) * row
         size = math.prod(self.shape)
@@ -75,27 +80,29 @@ class TensorSpec(NamedTuple):
 
 
 class Buffers(threading.local):
-    """Flat tensors of each thread's own, used again and again."""
+    """Flat tensors that a thread reuses; each thread has its own."""
 
     def __init__(self):
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, role: str, size: int, dtype: torch.dtype) -> Tensor:
-        held = self._held.get((role, dtype))
-        if held is None or len(held) < size:
-            held = self._held[role, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size]
+        """The buffer for a role, with values from its last use."""
+        buffer = self._buffers.get((role, dtype))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[role, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size]
 
 
 class SafetensorsFolder:
-    """The safetensors of a folder, one file or shards with an index: specs now, tensors on demand.
+    """The safetensors of a folder, one file or shards with an index. Opening reads headers only.
 
     Attributes:
         specs: every entry's dtype and shape.
         shards: file name -> its entries, in the order of their bytes.
+        metadata: of the last file's header.
 
     Raises:
-        UserError: no folder, no safetensors, a missing, broken or foreign shard.
+        UserError: no folder, no safetensors, a shard that is missing, broken, or does not fit the index.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
@@ -113,22 +120,23 @@ class SafetensorsFolder:
             raise UserError(_no_safetensors(folder))
         self.specs: dict[str, TensorSpec] = {}
         self.shards: dict[str, list[str]] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._offsets: dict[str, tuple[Path, int]] = {}  # entry -> its file, and where its bytes start in that
         self._buffers = Buffers()
         for file in files:
             self._open(folder / file)
-        lost = [name for name, file in weight_map.items() if name not in self.shards[file]]
-        if lost:
+        missing = [name for name, file in weight_map.items() if name not in self.shards[file]]
+        if missing:
             raise UserError(
-                f"{folder / weight_map[lost[0]]} lacks {lost[0]}, which {self.index.name} puts there "
-                f"({len(lost)} such entries): copy the checkpoint again"
+                f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {self.index.name} expects there "
+                f"({len(missing)} such entries): copy the model folder again"
             )
 
     def _open(self, path: Path) -> None:
-        if not os.path.isfile(path):  # False also where the index gives a name that no file can have
-            raise UserError(f"{path} is missing: the checkpoint is not whole, copy or download it again")
+        if not os.path.isfile(path):  # False also for a name that no file can have
+            raise UserError(f"{path} is missing: the model folder is incomplete, copy or download it again")
         try:
-            # Its checks are sound; its memory map is not read, so that page cache does not count as this process's.
+            # safe_open validates the header. Data is read with plain reads, not through its memory map, to keep the
+            # page cache out of this process's memory (RSS).
             with safe_open(path, framework="pt") as handle:
                 self.metadata = handle.metadata() or {"format": "pt"}
                 self.shards[path.name] = list(handle.offset_keys())
@@ -143,14 +151,14 @@ class SafetensorsFolder:
         for name in self.shards[path.name]:
             entry = header[name]
             if entry["dtype"] not in DTYPES:
-                raise UserError(f"{name} in {path} is {entry['dtype']}: give a checkpoint that is not quantized")
-            if name in self._places:
-                raise UserError(f"{name} is in two shards of {path.parent}: save the checkpoint again")
+                raise UserError(f"{name} in {path} is {entry['dtype']}: give a model that is not quantized")
+            if name in self._offsets:
+                raise UserError(f"{name} is in two shards of {path.parent}: save the model again")
             self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
-            self._places[name] = path, 8 + length + entry["data_offsets"][0]
+            self._offsets[name] = path, 8 + length + entry["data_offsets"][0]
 
     def fingerprint(self) -> str:
-        """SHA-256 of every shard's header and first MiB of data: tells apart models of one shape."""
+        """SHA-256 of every shard's header and first MiB of data: distinguishes models of the same shapes."""
         digest = hashlib.sha256()
         for shard in self.shards:
             with (self.folder / shard).open("rb") as file:
@@ -166,45 +174,43 @@ class SafetensorsFolder:
         return entry
 
     def read_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
-        """The elements of the flattened entry from `start` on, as many as `out` holds, in the entry's own dtype.
+        """Fill `out` with elements of the flattened entry, from `start`, in the entry's own dtype.
 
         Raises:
-            UserError: the file has become shorter.
+            UserError: the file became shorter since it was opened.
         """
-        path, offset = self._places[name]
-        left = _bytes(out)
-        with path.open("rb", buffering=0) as file:  # opened each time: threads share no position, none stays open
+        path, offset = self._offsets[name]
+        unread = _bytes(out)
+        with path.open("rb", buffering=0) as file:  # opened for each read: threads share no position in it
             file.seek(offset + start * out.itemsize)
-            while left:
-                count = file.readinto(left)
+            while unread:
+                count = file.readinto(unread)
                 if not count:
                     raise UserError(f"{path} became shorter while it was read: copy or download it again")
-                left = left[count:]
+                unread = unread[count:]
         return out
 
     def convert_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
-        """`read_into`, the elements converted to the dtype of `out`."""
+        """As `read_into`, with the elements converted to the dtype of `out`."""
         dtype = self.specs[name].dtype
         if dtype == out.dtype:
             return self.read_into(out, name, start)
         return out.copy_(self.read_into(self._buffers("stored", out.numel(), dtype), name, start))
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two entries hold the same values in the same shape and dtype."""
+        """Whether two entries have the same values, shape and dtype."""
         spec = self.specs[name]
-        return spec == self.specs[other] and all(
-            torch.equal(
-                *(
-                    self.read_into(self._buffers(side, span.stop - span.start, spec.dtype), entry, span.start)
-                    for side, entry in (("ours", name), ("theirs", other))
-                )
-            )
-            for span in spec.chunks()
-        )
+        if spec != self.specs[other]:
+            return False
+        for span in spec.chunks():
+            left, right = (self._buffers(side, span.stop - span.start, spec.dtype) for side in ("left", "right"))
+            if not torch.equal(self.read_into(left, name, span.start), self.read_into(right, other, span.start)):
+                return False
+        return True
 
 
 class ShardWriter:
-    """Safetensors files to be filled: headers are written and room for the data is taken now.
+    """Writes safetensors files chunk by chunk. Creating it writes the headers and reserves disk space for the data.
 
     Args:
         shards: file name -> its entries, in the order of their bytes.
@@ -214,7 +220,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], metadata: dict[str, str]):
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._offsets: dict[str, tuple[Path, int]] = {}
         for file, specs in shards.items():
             self._create(folder / file, specs, metadata)
 
@@ -225,24 +231,24 @@ class ShardWriter:
             start, end = end, end + spec.nbytes
             header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the data starts aligned
+        text += b" " * (-len(text) % 8)  # aligns the data
         with path.open("wb", buffering=0) as file:
             _reserve(file.fileno(), 8 + len(text) + end)
             file.write(len(text).to_bytes(8, "little") + text)
         for name in specs:
-            self._places[name] = path, 8 + len(text) + header[name]["data_offsets"][0]
+            self._offsets[name] = path, 8 + len(text) + header[name]["data_offsets"][0]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._offsets
 
     def write(self, values: Tensor, name: str, start: int = 0) -> None:
-        """Write values of the entry's dtype, from its element `start` on."""
-        path, offset = self._places[name]
-        left = _bytes(values.detach().cpu().contiguous())
+        """Write elements of the flattened entry, from `start`; `values` has the entry's dtype."""
+        path, offset = self._offsets[name]
+        unwritten = _bytes(values.detach().cpu().contiguous())
         with path.open("r+b", buffering=0) as file:
             file.seek(offset + start * values.itemsize)
-            while left:
-                left = left[file.write(left) :]
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
 
 
 def _reserve(file: int, size: int) -> None:
@@ -251,26 +257,26 @@ def _reserve(file: int, size: int) -> None:
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot: the file grows as written
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve space
             raise
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """An index's file name for each entry. Raises UserError: it is broken, or leads out of its folder.
+    """The file name of each entry by an index. Raises UserError: it is broken, or names files outside its folder.
 
-    The files themselves may be links to anywhere, as those of the hub's cache are.
+    The files may be links to anywhere: in the hub's cache they are.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: copy or download it again")
     for file in weight_map.values():
-        # The index comes with a download: it may name nothing outside its own folder.
+        # The index may be somebody else's: it must not name files outside its own folder.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
-            raise UserError(f"{index} names the file {file!r}: only .safetensors beside it are read, mend it")
+            raise UserError(f"{index} names the file {file!r}: only .safetensors beside it are read, fix the index")
     return weight_map
 
 
@@ -279,19 +285,19 @@ def _no_safetensors(folder: Path) -> str:
         return f"{folder} is a task vector: give it as --vector"
     if any(folder.glob("*.bin")):
         return (
-            f"{folder} holds pickled weights (.bin), which are not loaded: convert it to safetensors with "
+            f"{folder} has pickled weights (.bin), which are not loaded: convert it to safetensors with "
             f'python -c "from transformers import AutoModelForCausalLM; AutoModelForCausalLM'
             f".from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
-    return f"{folder} holds no model.safetensors, whole or sharded: give a folder that save_pretrained wrote"
+    return f"{folder} has no model.safetensors, nor shards with an index: give a folder that save_pretrained wrote"
 
 
 def copy_small_files(base: SafetensorsFolder, target: Path) -> None:
-    """Configuration, tokenizer, licence: all that lies beside the weights but the base's own record."""
+    """Copy configuration, tokenizer, licence, ...: all files but the weights and the base's own record."""
     for file in sorted(base.folder.iterdir()):
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        record = file.name in ("README.md", "run.json", "metrics.jsonl") or file.name.startswith(".")
-        if file.is_file() and not weights and not record and file.stat().st_size <= SMALL_FILE:
+        is_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        is_record = file.name in ("README.md", "run.json", "metrics.jsonl") or file.name.startswith(".")
+        if file.is_file() and not is_weights and not is_record and file.stat().st_size <= SMALL_FILE:
             shutil.copyfile(file, target / file.name)
     if f"{base.stem}.safetensors" not in base.shards:
         shutil.copyfile(base.index, target / base.index.name)
