@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.losses.terms import LOSSES
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.provenance import CODE_VERSION
+from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.flags import parse_flags as parse_training_flags
 from tests.helpers import documents as check
 from tests.helpers.documents import read
@@ -135,6 +137,22 @@ def test_commands_in_documents_are_read_by_their_parsers(command, flags):
 
 def test_commands_are_found():
     assert {parameters.values[0] for parameters in commands()} == set(PARSERS)
+
+
+@pytest.mark.parametrize("command", sorted(PARSERS))
+def test_help_explains_every_flag(command, capsys, monkeypatch):
+    """--help is the only list of flags."""
+    monkeypatch.setenv("COLUMNS", "400")  # a flag and its help on one line, or on two
+    with pytest.raises(SystemExit):
+        PARSERS[command](["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    entries = {match[1]: index for index, line in enumerate(lines) if (match := re.match(r"  (?:-h, )?(--\w+)", line))}
+    assert len(entries) > 5
+    for flag, index in entries.items():
+        described = re.search(r"\S  +\w", lines[index]) or re.match(r" {20,}\w", lines[index + 1])
+        assert described, flag
+    if command == "unlearn_harm_new":
+        assert {f"--{field.name}" for field in fields(TrainingSettings)} <= set(entries)
 
 
 # ---------------------------------------------------------------------------------- what they have to say
