@@ -1,0 +1,89 @@
+"""TruthfulQA: normal texts, their split, and columns by name."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from harmful_unlearn.data.prompt_format import Pair, format_pair
+from harmful_unlearn.data.truthfulqa import read_normal
+from tests.helpers.tables import TRUTHFUL, write
+
+
+def test_normal_equals_golden(goldens, decode):
+    read = read_normal(TRUTHFUL, 8888)
+    texts = [format_pair(pair.question, pair.answer) for pair in read.texts]
+    assert texts == [decode(ids) for ids in goldens["normal_examples"]]
+    assert [len(read.train), len(read.validation), len(read.test)] == goldens["normal_split_sizes"]
+    assert sorted(read.train + read.validation + read.test) == list(range(24))
+    assert read.source["rows"] == 12 and read.source["texts"] == 24
+    json.dumps(read.source)
+
+
+@pytest.mark.parametrize("texts, sizes", [(817 * 2, (1143, 163, 328)), (2, (1, 0, 1)), (10, (7, 1, 2))])
+def test_split_sizes(texts, sizes, tmp_path):
+    rows = [{"question": f"q{i}", "best_answer": "a", "correct_answers": "b"} for i in range(texts // 2)]
+    read = read_normal(write(tmp_path, rows), 1)
+    assert (len(read.train), len(read.validation), len(read.test)) == sizes
+    assert all(type(index) is int for index in read.train)
+
+
+def test_split_depends_on_the_seed_alone():
+    first, same, other = (read_normal(TRUTHFUL, seed) for seed in (1, 1, 2))
+    assert first.train == same.train and first.test == same.test
+    assert sorted(first.train) != sorted(other.train)
+    assert sorted(first.train) != first.train, "random, not the file's first 70 %"
+
+
+def truthful() -> pd.DataFrame:
+    return pd.read_csv(TRUTHFUL, dtype=str, keep_default_na=False)
+
+
+def test_normal_by_name_whatever_else_is_there(tmp_path):
+    expected = read_normal(TRUTHFUL, 0)
+    frame = truthful()
+    frame.insert(4, "Best Incorrect Answer", "wrong")
+    frame = frame[frame.columns[::-1]]
+    frame.to_csv(tmp_path / "today.csv", index=False, encoding="utf-8-sig")
+    frame.columns = [name.upper().replace(" ", "_") for name in frame.columns]
+    frame.to_parquet(tmp_path / "own.parquet")
+    frame.to_json(tmp_path / "own.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "own.json", orient="records")
+    for name in ("today.csv", "own.parquet", "own.jsonl", "own.json"):
+        read = read_normal(str(tmp_path / name), 0)
+        assert (read.texts, read.train, read.test) == (expected.texts, expected.train, expected.test)
+
+
+def test_normal_from_the_hub(hub):
+    import datasets
+
+    frame = truthful()
+    hub.answer = datasets.Dataset.from_list(
+        [
+            {
+                "question": entry["Question"],
+                "best_answer": entry["Best Answer"],
+                "correct_answers": entry["Correct Answers"].split("; "),
+                "incorrect_answers": ["x"],
+            }
+            for entry in frame.to_dict("records")
+        ]
+    )
+    assert read_normal("truthfulqa/truthful_qa", 3).texts == read_normal(TRUTHFUL, 3).texts
+    assert hub.call == (("truthfulqa/truthful_qa", "generation"), {"revision": None, "split": "validation"})
+    read_normal("someone/else", 3)
+    assert hub.call == (("someone/else", None), {"revision": None, "split": "train"})
+
+
+def test_lists_of_answers_in_a_parquet_file(tmp_path):
+    rows = [{"question": "q", "best_answer": "a", "correct_answers": ["a", "b; c"]}]
+    assert read_normal(write(tmp_path, rows, "parquet"), 0).texts == [Pair("q", "a"), Pair("q", "a; b; c")]
+
+
+def test_empty_cells_keep_their_row(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('Question,Best Answer,Correct Answers\n"two\nlines",,"a; b"\n"",x,\nq3,None\n')
+    questions = ["two\nlines", "", "q3"]
+    answers = ["", "x", "None", "a; b", "", ""]
+    expected = [Pair(question, answer) for question, answer in zip(questions * 2, answers, strict=True)]
+    assert read_normal(path, 0).texts == expected
