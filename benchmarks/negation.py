@@ -1,11 +1,11 @@
-"""Stage 2 against copying a file, the task vector in memory, and mergekit.
+"""Time and memory of stage 2, compared with copying a folder, the task vector in memory, and mergekit.
 
     python benchmarks/negation.py [--billions 1.3] [--shards 6] [--runs 3] [--folder DIR] [--mergekit mergekit-yaml]
 
-Makes two random float16 checkpoints of OPT's shapes in DIR (a temporary folder by default), removes them at the end,
-and prints medians and ratios. Each run does every task once, one after the other, so that all meet the same machine.
-The page cache is warm: nothing is dropped from it. Memory is the peak of RssAnon in /proc/PID/status, polled; pages
-that map a file do not count there.
+Writes two random float16 models of OPT's shapes to DIR (a temporary folder by default), removes them at the end, and
+prints medians and ratios. Each run does every task once, one after another, so that all see the same machine. The page
+cache is warm: nothing is dropped from it. Memory is the peak of RssAnon in /proc/PID/status, polled; pages that map a
+file do not count.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, user_path
 from harmful_unlearn.storage.safetensors_io import CHUNK_ELEMENTS, ShardWriter, TensorSpec
 
-# Both models whole, in the checkpoint's dtype; the vector in float32.
+# Both models in memory, in the dtype of their files; the vector in float32.
 IN_MEMORY = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -37,28 +37,28 @@ from task_vector import TaskVector
 base, harmful = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in sys.argv[1:3])
 (-TaskVector(base, harmful)).apply_to(base, in_place=True).save_pretrained(sys.argv[3], max_shard_size="500MB")
 """
-# The released code's way: both models and the vector in float32 (implementation details 15 and 16).
+# The authors' way: both models and the vector in float32 (implementation details 15 and 16).
 RELEASED = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
 base, harmful = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in sys.argv[1:3])
-other = harmful.state_dict()
-vector = {name: -(other[name] - entry) for name, entry in base.state_dict().items()}
-del harmful, other
+finetuned = harmful.state_dict()
+vector = {name: -(finetuned[name] - entry) for name, entry in base.state_dict().items()}
+del harmful, finetuned
 base.load_state_dict({name: entry + vector[name] for name, entry in base.state_dict().items()})
 base.half().save_pretrained(sys.argv[3], max_shard_size="500MB")
 """
 
 
 def main() -> None:
-    """Run the benchmark. Raises UserError: too little room, no /proc, a task that fails."""
+    """Run the benchmark. Raises UserError: too little disk space, no /proc, a task that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, default=1.3, help="parameters (default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=6, help="files of each checkpoint (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="of each task (default: %(default)s)")
-    parser.add_argument("--folder", type=user_path, help="where to make the checkpoints (default: temporary)")
-    parser.add_argument("--mergekit", default="mergekit-yaml", help="the command, if not on PATH")
+    parser.add_argument("--shards", type=int, default=6, help="files of each model (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="how often each task is run (default: %(default)s)")
+    parser.add_argument("--folder", type=user_path, help="where to write the models (default: a temporary folder)")
+    parser.add_argument("--mergekit", default="mergekit-yaml", help="mergekit's command, if not on PATH")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc: run this on Linux")
@@ -69,14 +69,14 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> None:
-    """Make the checkpoints, run every task, print the table."""
+    """Write the models, run every task, print the table."""
     config = opt_config(args.billions)
     with torch.device("meta"):
         entries = OPTForCausalLM(config).state_dict()
     del entries["lm_head.weight"]  # tied
     specs = {name: TensorSpec("F16", tuple(entry.shape)) for name, entry in entries.items()}
     size = sum(spec.nbytes for spec in specs.values())
-    need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two checkpoints and one result at a time
+    need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two models and one result at a time
     print(f"{size / 2e9:.2f} billion parameters, {size / 1e9:.2f} GB in float16; {need / 1e9:.1f} GB of disk needed")
     if free < need:
         raise UserError(f"{free / 1e9:.1f} GB are free in {folder.parent}: give a --folder with {need / 1e9:.1f} GB")
@@ -95,26 +95,27 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     mergekit = shutil.which(args.mergekit)
     if mergekit:
         tasks["mergekit task_arithmetic, weight -1"] = [mergekit, str(mergekit_recipe(folder, base, tuned)), str(out)]
-    figures: dict[str, list[tuple[float, float]]] = {what: [] for what in tasks}
+    figures: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
     for number in range(args.runs):
-        for what, words in tasks.items():
-            figures[what].append(timed(words))
+        for task, words in tasks.items():
+            figures[task].append(timed(words))
             shutil.rmtree(out, ignore_errors=True)
-            print(f"run {number + 1}: {what}: {figures[what][-1][0]:.1f} s, {figures[what][-1][1]:.2f} GB", flush=True)
-    medians = {what: list(map(statistics.median, zip(*rows, strict=True))) for what, rows in figures.items()}
+            print(f"run {number + 1}: {task}: {figures[task][-1][0]:.1f} s, {figures[task][-1][1]:.2f} GB", flush=True)
+    medians = {task: list(map(statistics.median, zip(*rows, strict=True))) for task, rows in figures.items()}
     copied = medians["cp -r of the base"][0]
     merged = medians.get("mergekit task_arithmetic, weight -1", [None])[0]
     cores = len(os.sched_getaffinity(0))
     print(f"\n{cores} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory")
     print("\n| task | seconds | range | anonymous memory | times cp | times mergekit |\n" + "| --- " * 6 + "|")
-    for what, (seconds, memory) in medians.items():
-        low, high = (end(row[0] for row in figures[what]) for end in (min, max))
+    for task, (seconds, memory) in medians.items():
+        times = [row[0] for row in figures[task]]
         ratio = f"{seconds / merged:.2f}" if merged else "not installed"
-        print(f"| {what} | {seconds:.1f} | {low:.1f}-{high:.1f} | {memory:.2f} GB | {seconds / copied:.2f} | {ratio} |")
+        spread = f"{min(times):.1f}-{max(times):.1f}"
+        print(f"| {task} | {seconds:.1f} | {spread} | {memory:.2f} GB | {seconds / copied:.2f} | {ratio} |")
 
 
 def opt_config(billions: float) -> OPTConfig:
-    """OPT-1.3B's configuration, with as many layers as make up the size."""
+    """OPT-1.3B's configuration, with the number of layers that gives the size."""
     layer = 12 * 2048**2 / 1e9
     layers = max(round((billions - 50272 * 2048 / 1e9) / layer), 1)
     return OPTConfig(
@@ -129,7 +130,7 @@ def opt_config(billions: float) -> OPTConfig:
 
 
 def split(specs: dict[str, TensorSpec], number: int) -> dict[str, dict[str, TensorSpec]]:
-    """The entries in order, in `number` files of about one size."""
+    """The entries in order, in `number` files of about the same size."""
     total, seen = sum(spec.nbytes for spec in specs.values()), 0
     shards: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
@@ -140,7 +141,7 @@ def split(specs: dict[str, TensorSpec], number: int) -> dict[str, dict[str, Tens
 
 
 def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict[str, TensorSpec]]) -> None:
-    """Random weights of deviation 0.02, and the same moved by 0.001, written stretch by stretch."""
+    """Random weights of standard deviation 0.02, and the same plus noise of 0.001, written chunk by chunk."""
     generator = torch.Generator().manual_seed(0)
     index = {
         "metadata": {"total_size": sum(spec.nbytes for specs in shards.values() for spec in specs.values())},
@@ -150,14 +151,14 @@ def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict
         folder.mkdir()
         config.save_pretrained(folder)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    ours, theirs = (ShardWriter(folder, shards, {"format": "pt"}) for folder in (base, tuned))
+    base_writer, tuned_writer = (ShardWriter(folder, shards, {"format": "pt"}) for folder in (base, tuned))
     noise = torch.randn(CHUNK_ELEMENTS, generator=generator)
     for specs in shards.values():
         for name, spec in specs.items():
             for span in spec.chunks():
                 weights = 0.02 * torch.randn(span.stop - span.start, generator=generator)
-                ours.write(weights.half(), name, span.start)
-                theirs.write((weights + 0.001 * noise[: len(weights)]).half(), name, span.start)
+                base_writer.write(weights.half(), name, span.start)
+                tuned_writer.write((weights + 0.001 * noise[: len(weights)]).half(), name, span.start)
 
 
 def mergekit_recipe(folder: Path, base: Path, tuned: Path) -> Path:
@@ -176,15 +177,15 @@ def mergekit_recipe(folder: Path, base: Path, tuned: Path) -> Path:
 def timed(words: list[str]) -> tuple[float, float]:
     """Seconds that a command takes, and its peak of anonymous memory in GB. Raises UserError: it fails."""
     start, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         if process.returncode:
-            said.seek(0)
-            raise UserError(f"{' '.join(words[:2])} failed: {said.read()[-2000:]}")
+            output.seek(0)
+            raise UserError(f"{' '.join(words[:2])} failed: {output.read()[-2000:]}")
     return seconds, peak / 1e9
 
 
