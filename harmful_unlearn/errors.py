@@ -52,7 +52,7 @@ def system_errors(path: Path) -> Iterator[None]:
     """Within the block, a failed write is an OSError in safetensors and tokenizers, too."""
     try:
         yield
-    except Exception as error:  # theirs derive from Exception alone, and name the system's error in their text
+    except Exception as error:  # their errors are bare Exceptions that name the system's error in their text
         number = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError) or not number:
             raise

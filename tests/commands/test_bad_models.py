@@ -176,7 +176,7 @@ def test_bad_input_to_a_script(name, is_refused_as_a_script):
 
 
 def test_links_of_the_hubs_cache_are_followed(models, tmp_path):
-    """A snapshot is a folder of links to ../../blobs: what leads out of a folder is refused in an index alone."""
+    """A snapshot is a folder of links to ../../blobs: what leads out of a folder is refused only in an index."""
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / ("a" * 40)
     shutil.copytree(models.base, blobs)
     snapshot.mkdir(parents=True)

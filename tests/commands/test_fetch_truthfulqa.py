@@ -38,7 +38,7 @@ def server():
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if kind in ("truncated", "stalled"):
-                # Cut after a whole row: what came would pass for a good file.
+                # Cut after a complete row: what is left would pass for a good file.
                 body = body[: body.rindex(b"\n", 0, -1) + 1]
             self.wfile.write(body)
             if kind == "stalled":

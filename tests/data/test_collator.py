@@ -42,9 +42,9 @@ def test_the_space_before_an_answer_is_the_models_to_say(tokenizer):
     """ "W" after a space is one token or two, as the vocabulary has it; both are scored from the space on."""
     for answer in ("Wait", "窓", "é", "zzz"):
         (text,) = collator(tokenizer).encode([Pair("How?", answer)])
-        said = tokenizer.decode(text.input_ids[text.answer_start :])
+        answer_text = tokenizer.decode(text.input_ids[text.answer_start :])
         before = tokenizer.decode(text.input_ids[: text.answer_start])
-        assert said == f" {answer}" or (said == answer and before.endswith(":"))
+        assert answer_text == f" {answer}" or (answer_text == answer and before.endswith(":"))
     (empty,) = collator(tokenizer).encode([Pair("How?", "")])
     assert empty.answer_start == len(empty.input_ids)
     asked = tokenizer(format_prefix("How?").rstrip())["input_ids"]

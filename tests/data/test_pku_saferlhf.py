@@ -11,13 +11,13 @@ from tests.helpers.tables import EARLY, FORMATS, TODAY, error_of, row, write
 
 @pytest.mark.parametrize("path", [EARLY, TODAY])
 def test_harmful_equals_golden(path, goldens, decode):
-    read = read_harmful(str(path))
-    texts = [format_pair(pair.question, pair.answer) for pair in read.pairs]
+    data = read_harmful(str(path))
+    texts = [format_pair(pair.question, pair.answer) for pair in data.pairs]
     expected = [decode(example["input_ids"]) for example in goldens["harmful_examples"]]
-    assert texts == expected and len(texts) == 14 and read.rows == 12
-    assert len(read.answers) == goldens["harmful_answer_pool_size"]
-    assert read.answers[0][:40] == goldens["harmful_answer_pool_first"][:40]
-    assert read.source["rows"] == 12 and read.source["pairs"] == 14
+    assert texts == expected and len(texts) == 14 and data.rows == 12
+    assert len(data.answers) == goldens["harmful_answer_pool_size"]
+    assert data.answers[0][:40] == goldens["harmful_answer_pool_first"][:40]
+    assert data.source["rows"] == 12 and data.source["pairs"] == 14
 
 
 def test_pair_order_and_pool_order(tmp_path):
@@ -27,17 +27,17 @@ def test_pair_order_and_pool_order(tmp_path):
         row("p2", ("p2r0", "p2r1"), safe=(True, False)),
         row("p3", ("p3r0", "p3r1"), safe=(False, True)),
     ]
-    read = read_harmful(write(tmp_path, rows))
-    assert [pair.answer for pair in read.pairs] == ["p0r0", "p0r1", "p2r1", "p3r0"]
-    assert [pair.question for pair in read.pairs] == ["p0", "p0", "p2", "p3"]
-    assert read.answers == ["p0r0", "p3r0", "p0r1", "p2r1"]
+    data = read_harmful(write(tmp_path, rows))
+    assert [pair.answer for pair in data.pairs] == ["p0r0", "p0r1", "p2r1", "p3r0"]
+    assert [pair.question for pair in data.pairs] == ["p0", "p0", "p2", "p3"]
+    assert data.answers == ["p0r0", "p3r0", "p0r1", "p2r1"]
 
 
 @pytest.mark.parametrize("suffix", ("jsonl", "csv"))
 @pytest.mark.parametrize("no, yes", [(False, True), (0, 1), ("false", "true"), ("FALSE", "True"), ("0", "1")])
 def test_labels(no, yes, suffix, tmp_path):
-    read = read_harmful(write(tmp_path, [row(safe=(no, yes)), row(safe=(yes, no))], suffix))
-    assert [pair.answer for pair in read.pairs] == ["a", "b"]
+    data = read_harmful(write(tmp_path, [row(safe=(no, yes)), row(safe=(yes, no))], suffix))
+    assert [pair.answer for pair in data.pairs] == ["a", "b"]
 
 
 @pytest.mark.parametrize("label", [None, "", "yes", 2, [], {}, float("nan")])
@@ -88,10 +88,10 @@ GRADED = [
     ],
 )
 def test_selection_is_per_response(selection, pairs, pool, suffix, tmp_path):
-    read = read_harmful(write(tmp_path, GRADED, suffix), **selection)
-    assert [pair.answer for pair in read.pairs] == pairs
-    assert read.answers == pool
-    assert read.rows == 3
+    data = read_harmful(write(tmp_path, GRADED, suffix), **selection)
+    assert [pair.answer for pair in data.pairs] == pairs
+    assert data.answers == pool
+    assert data.rows == 3
 
 
 def test_categories_of_a_csv_as_json(tmp_path):
@@ -99,14 +99,14 @@ def test_categories_of_a_csv_as_json(tmp_path):
     for entry in rows:
         for i in (0, 1):
             entry[f"response_{i}_harm_category"] = json.dumps(entry[f"response_{i}_harm_category"])
-    read = read_harmful(write(tmp_path, rows, "csv"), categories=["Violence"])
-    assert [pair.answer for pair in read.pairs] == ["a0", "b0"]
+    data = read_harmful(write(tmp_path, rows, "csv"), categories=["Violence"])
+    assert [pair.answer for pair in data.pairs] == ["a0", "b0"]
 
 
 def test_absent_category_or_level_selects_nothing(tmp_path):
     rows = [*GRADED, {**GRADED[0], "response_0_harm_category": None, "response_0_severity_level": None}]
-    read = read_harmful(write(tmp_path, rows), categories=["Violence"], min_severity=1)
-    assert [pair.answer for pair in read.pairs] == ["a0", "b0"]
+    data = read_harmful(write(tmp_path, rows), categories=["Violence"], min_severity=1)
+    assert [pair.answer for pair in data.pairs] == ["a0", "b0"]
 
 
 @pytest.mark.parametrize("cell", ["{", "__import__('os')", "[1]", "(" * 5000, {"Violence": "perhaps"}, 3])

@@ -32,9 +32,9 @@ def test_a_folder_is_read_by_datasets(tmp_path, monkeypatch):
     shutil.copy(TODAY, folder / "train.jsonl")
     shutil.copy(EARLY, folder / "test.jsonl")
     for selection in ({}, {"categories": ["Violence"], "min_severity": 1}):
-        read = read_harmful(str(folder), **selection)
-        assert contents(read) == contents(read_harmful(str(TODAY), **selection))
-    assert read.source["split"] == "train"
+        data = read_harmful(str(folder), **selection)
+        assert contents(data) == contents(read_harmful(str(TODAY), **selection))
+    assert data.source["split"] == "train"
     message = error_of(read_harmful, str(folder), split="validation")
     assert "validation" in message and "split" in message
 
@@ -50,9 +50,9 @@ EDGES = [
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_texts_are_kept_as_they_are(suffix, tmp_path):
-    read = read_harmful(write(tmp_path, EDGES, suffix))
+    data = read_harmful(write(tmp_path, EDGES, suffix))
     expected = [Pair(edge["prompt"], edge[f"response_{i}"]) for edge in EDGES for i in (0, 1)]
-    assert read.pairs == expected
+    assert data.pairs == expected
 
 
 def test_raw_line_separators_do_not_split_jsonl(tmp_path):
@@ -65,9 +65,9 @@ def test_raw_line_separators_do_not_split_jsonl(tmp_path):
 @pytest.mark.parametrize("absent", [None, float("nan")])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_absent_text_is_empty(absent, suffix, tmp_path):
-    read = read_harmful(write(tmp_path, [row(answers=("a", absent))], suffix))
-    assert read.pairs == [Pair("p", "a"), Pair("p", "")]
-    assert read.answers == ["a", ""]
+    data = read_harmful(write(tmp_path, [row(answers=("a", absent))], suffix))
+    assert data.pairs == [Pair("p", "a"), Pair("p", "")]
+    assert data.answers == ["a", ""]
 
 
 def test_json_file_may_hold_lines_and_jsonl_a_list(tmp_path):
@@ -179,22 +179,22 @@ def test_hub_gives_the_same_as_a_file(hub):
 
     hub.answer = datasets.Dataset.from_list(rows_of(TODAY))
     for selection in ({}, {"categories": ["Violence"]}, {"min_severity": 2}):
-        read = read_harmful(HUB, revision="main", split="train", **selection)
-        assert contents(read) == contents(read_harmful(str(TODAY), **selection))
+        data = read_harmful(HUB, revision="main", split="train", **selection)
+        assert contents(data) == contents(read_harmful(str(TODAY), **selection))
     assert hub.call == ((HUB, None), {"revision": "main", "split": "train"})
-    assert read.source["name"] == HUB and read.source["revision"] == "main"
+    assert data.source["name"] == HUB and data.source["revision"] == "main"
 
 
 def test_revision_found_is_recorded_and_must_be_the_one_asked_for(hub):
     import datasets
 
-    commit, other = "a" * 40, "b" * 40
+    commit, another = "a" * 40, "b" * 40
     hub.answer = datasets.Dataset.from_list(rows_of(TODAY))
     url = f"hf://datasets/{HUB}@{commit}/data/train.jsonl"
     hub.answer.info.download_checksums = {url: {"num_bytes": 1, "checksum": None}}
     assert read_harmful(HUB).source["revision"] == commit
     assert read_harmful(HUB, revision=commit).source["revision"] == commit
-    assert other in error_of(read_harmful, HUB, revision=other)
+    assert another in error_of(read_harmful, HUB, revision=another)
 
 
 def hub_errors():

@@ -11,27 +11,27 @@ from tests.helpers.tables import TRUTHFUL, write
 
 
 def test_normal_equals_golden(goldens, decode):
-    read = read_normal(TRUTHFUL, 8888)
-    texts = [format_pair(pair.question, pair.answer) for pair in read.texts]
+    data = read_normal(TRUTHFUL, 8888)
+    texts = [format_pair(pair.question, pair.answer) for pair in data.texts]
     assert texts == [decode(ids) for ids in goldens["normal_examples"]]
-    assert [len(read.train), len(read.validation), len(read.test)] == goldens["normal_split_sizes"]
-    assert sorted(read.train + read.validation + read.test) == list(range(24))
-    assert read.source["rows"] == 12 and read.source["texts"] == 24
-    json.dumps(read.source)
+    assert [len(data.train), len(data.validation), len(data.test)] == goldens["normal_split_sizes"]
+    assert sorted(data.train + data.validation + data.test) == list(range(24))
+    assert data.source["rows"] == 12 and data.source["texts"] == 24
+    json.dumps(data.source)
 
 
 @pytest.mark.parametrize("texts, sizes", [(817 * 2, (1143, 163, 328)), (2, (1, 0, 1)), (10, (7, 1, 2))])
 def test_split_sizes(texts, sizes, tmp_path):
     rows = [{"question": f"q{i}", "best_answer": "a", "correct_answers": "b"} for i in range(texts // 2)]
-    read = read_normal(write(tmp_path, rows), 1)
-    assert (len(read.train), len(read.validation), len(read.test)) == sizes
-    assert all(type(index) is int for index in read.train)
+    data = read_normal(write(tmp_path, rows), 1)
+    assert (len(data.train), len(data.validation), len(data.test)) == sizes
+    assert all(type(index) is int for index in data.train)
 
 
-def test_split_depends_on_the_seed_alone():
-    first, same, other = (read_normal(TRUTHFUL, seed) for seed in (1, 1, 2))
-    assert first.train == same.train and first.test == same.test
-    assert sorted(first.train) != sorted(other.train)
+def test_split_depends_only_on_the_seed():
+    first, again, second = (read_normal(TRUTHFUL, seed) for seed in (1, 1, 2))
+    assert first.train == again.train and first.test == again.test
+    assert sorted(first.train) != sorted(second.train)
     assert sorted(first.train) != first.train, "random, not the file's first 70 %"
 
 
@@ -50,8 +50,8 @@ def test_normal_by_name_whatever_else_is_there(tmp_path):
     frame.to_json(tmp_path / "own.jsonl", orient="records", lines=True)
     frame.to_json(tmp_path / "own.json", orient="records")
     for name in ("today.csv", "own.parquet", "own.jsonl", "own.json"):
-        read = read_normal(str(tmp_path / name), 0)
-        assert (read.texts, read.train, read.test) == (expected.texts, expected.train, expected.test)
+        data = read_normal(str(tmp_path / name), 0)
+        assert (data.texts, data.train, data.test) == (expected.texts, expected.train, expected.test)
 
 
 def test_normal_from_the_hub(hub):

@@ -100,8 +100,8 @@ def test_a_failing_rename_loses_neither_the_old_folder_nor_the_new(tmp_path, mon
     with pytest.raises(UserError, match="which is complete"), new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert (target / "old").exists()
-    (kept,) = tmp_path.glob(".model.partial-*")
-    assert (kept / "new").exists()
+    (partial,) = tmp_path.glob(".model.partial-*")
+    assert (partial / "new").exists()
 
 
 def test_home_in_paths(monkeypatch, tmp_path):
@@ -122,14 +122,14 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     left = [f".model.partial-{host}-{gone.pid}-a", f".model.previous-{host}-{gone.pid}-a"]
-    kept = [f".model.partial-{host}-1-b", f".model.partial-elsewhere-{gone.pid}-c", f".models.partial-{host}-1-d"]
-    for name in left + kept:
+    others = [f".model.partial-{host}-1-b", f".model.partial-elsewhere-{gone.pid}-c", f".models.partial-{host}-1-d"]
+    for name in left + others:
         (tmp_path / name).mkdir()
     with new_folder(target):
         assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()  # nothing stands in its place yet
     with new_folder(target, overwrite=True):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"model", *kept}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *others}
 
 
 def test_a_folder_is_removed_whole(tmp_path, monkeypatch):

@@ -1,0 +1,90 @@
+"""The batches of a step: what each loss reads, ahead of time, and for one of several processes."""
+
+import math
+
+import pytest
+import torch
+
+from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.data.step_batches import StepBatches, answer_pool, run_sampler
+from harmful_unlearn.data.truthfulqa import read_normal
+from tests.helpers.tables import TODAY, TRUTHFUL, error_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return {"harmful": read_harmful(str(TODAY)), "normal": read_normal(TRUTHFUL, 0)}
+
+
+def sampler_of(data, losses, **changes):
+    usual = {"batch_size": 4, "k_random": 3, "seed": 5, "all_harmful": False}
+    return run_sampler(**data, losses=losses, **{**usual, **changes})
+
+
+def batches_of(data, tokenizer, losses, **more) -> StepBatches:
+    collator = Collator(tokenizer, "paper", 256)
+    return StepBatches(collator, sampler_of(data, losses), **data, losses=losses, **more)
+
+
+def same(batch, expected) -> bool:
+    if batch is None or expected is None:
+        return batch is expected
+    ids = torch.equal(batch.input_ids, expected.input_ids) and torch.equal(batch.target, expected.target)
+    return ids and all(torch.equal(batch.weights[key], weight) for key, weight in expected.weights.items())
+
+
+@pytest.mark.parametrize(
+    "losses, weights",
+    [
+        ({"gd", "rd", "pd"}, ({"own_answer", "random_answers"}, {"text"})),
+        ({"gd"}, ({"own_answer"}, None)),
+        ({"rd", "pd"}, ({"random_answers"}, {"text"})),
+        ({"ga", "rm", "kl"}, ({"own_answer", "random_answers"}, {"text"})),
+        ({"ft"}, (None, {"own_answer"})),
+        ({"lp"}, (None, {"text"})),
+    ],
+)
+def test_a_step_has_what_its_losses_read_and_no_more(losses, weights, data, tokenizer):
+    harmful, normal, safe = batches_of(data, tokenizer, losses)(0, CPU)
+    assert tuple(batch and set(batch.weights) for batch in (harmful, normal)) == weights
+    assert safe is None
+
+
+def test_batches_ahead_are_those_of_the_steps(data, tokenizer):
+    batches = batches_of(data, tokenizer, {"gd", "rd", "pd", "sa"}, packed_up_to=math.inf)
+    for steps in (range(0), range(1), range(2, 7)):
+        ahead = list(batches.ahead(steps, CPU))
+        assert len(ahead) == len(steps)
+        for step, prepared in zip(steps, ahead, strict=True):
+            assert all(map(same, prepared, batches(step, CPU)))
+
+
+def test_processes_share_a_step(data, tokenizer):
+    complete = batches_of(data, tokenizer, {"gd", "rd", "pd"})(1, CPU)
+    shares = [batches_of(data, tokenizer, {"gd", "rd", "pd"}, share=(process, 2))(1, CPU) for process in (0, 1)]
+    for batch, *parts in zip(complete, *shares, strict=True):
+        if batch:
+            assert sum(part.tokens for part in parts) == batch.tokens
+            for key, weight in batch.weights.items():
+                torch.testing.assert_close(sum(part.weights[key].sum() for part in parts), weight.sum())
+
+
+def test_random_answers_come_from_the_pool_of_the_losses(data, tokenizer):
+    harmful, normal = data["harmful"], data["normal"]
+    assert answer_pool({"gd", "rd"}, harmful, normal) == harmful.answers
+    assert answer_pool({"ga", "rm"}, harmful, normal) == [normal.texts[row].answer for row in normal.train]
+    for losses in ({"rd"}, {"rm"}):
+        batches = batches_of(data, tokenizer, losses)
+        pairs = batches.random_pairs(2)
+        asked = [harmful.pairs[row].question for row in batches.sampler[2].harmful_rows]
+        assert [pair.question for pair in pairs] == [question for question in asked for _ in range(3)]
+        assert {pair.answer for pair in pairs} <= set(batches.pool)
+
+
+def test_k_counts_only_where_answers_are_drawn(data):
+    assert len(sampler_of(data, {"gd", "rd"})[0].answer_rows) == 3
+    assert sampler_of(data, {"gd", "pd"}, k_random=999)[0].answer_rows == []
+    assert "--k_random" in error_of(sampler_of, data, {"rd"}, k_random=999)
