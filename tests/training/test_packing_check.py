@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ WORDS = ["a", "gnome", " ", "hides", "###", "Question:", "Answer:", "\n", "é", 
 
 def made(config, dtype=torch.float32):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()  # it sets config.dtype
 
 
 def values(model, batch) -> tuple[dict, list]:
