@@ -95,7 +95,7 @@ class TaskVector:
             {name: get_entry(pretrained, name).shape for name in first_names(base)},
             {name: get_entry(finetuned, name).shape for name in first_names(changed)},
             lambda name: [*base[name], *(twin for tied in base[name] for twin in changed.get(tied, ()))],
-            what="the fine-tuned model",
+            label="the fine-tuned model",
         )
         self.vector = {}
         for name, twin in names.items():
@@ -162,7 +162,7 @@ class TaskVector:
         groups = tied_groups(model)
         shapes = {name: get_entry(model, name).shape for name in first_names(groups)}
         deltas = {name: entry.shape for name, entry in self.vector.items()}
-        names = match(shapes, deltas, groups.__getitem__, what="the task vector", partial=self.partial)
+        names = match(shapes, deltas, groups.__getitem__, label="the task vector", partial=self.partial)
         if not in_place:
             model = copy_model(model)
         for name, twin in names.items():

@@ -56,14 +56,14 @@ def match(
     base: Mapping[str, Iterable[int]],
     changed: Mapping[str, Iterable[int]],
     synonyms: Synonyms,
-    what: str,
+    label: str,
     partial: bool = False,
 ) -> dict[str, str]:
     """For each entry of the base, its name in what was made from the base.
 
     Args:
         base, changed: shapes by name.
-        what: names `changed` in an error.
+        label: names `changed` in an error.
         partial: `changed` may lack entries; they are omitted from the result.
 
     Raises:
@@ -82,7 +82,7 @@ def match(
         matched[name] = twin
         if tuple(changed[twin]) != tuple(shape):
             reshaped.append(f"{name} ({tuple(changed[twin])}, not {tuple(shape)})")
-    refuse_mismatch(what, [] if partial else missing, [name for name in changed if name not in known], reshaped)
+    refuse_mismatch(label, [] if partial else missing, [name for name in changed if name not in known], reshaped)
     return matched
 
 
@@ -93,7 +93,7 @@ def refuse_untied(name: str, twins: Iterable[str], equal: Callable[[str, str], b
             raise UserError(f"{twin} and {name} are tied in the base and differ in the fine-tuned model: tie them")
 
 
-def refuse_mismatch(what: str, missing: list[str], extra: list[str], reshaped: list[str]) -> None:
+def refuse_mismatch(label: str, missing: list[str], extra: list[str], reshaped: list[str]) -> None:
     """Raises UserError, naming the entries, if there are any."""
     problems = []
     for kind, names in (("missing", missing), ("extra", extra), ("of another shape", reshaped)):
@@ -101,4 +101,4 @@ def refuse_mismatch(what: str, missing: list[str], extra: list[str], reshaped: l
             listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
             problems.append(f"{len(names)} {kind}: {listed}")
     if problems:
-        raise UserError(f"{what} does not fit the base ({'; '.join(problems)}): give one made from this very base")
+        raise UserError(f"{label} does not fit the base ({'; '.join(problems)}): give one made from this very base")

@@ -95,5 +95,5 @@ class LoraAdapter:
         return scaling
 
 
-def _merge_first(folder: Path, what: str) -> str:
-    return f"{folder} has {what}, which is more than LoRA's B @ A: merge it with PEFT, and give the merged model"
+def _merge_first(folder: Path, extra: str) -> str:
+    return f"{folder} has {extra}, which is more than LoRA's B @ A: merge it with PEFT, and give the merged model"

@@ -76,6 +76,6 @@ def _adds_harm(record: RunRecord, coef: float) -> bool:
     """Whether base - coef * tau has harm added, where tau is the change of the model with this record."""
     if coef < 0:
         return record.harmful is not False and record.negates is not False
-    # Stage 2 made this one by taking harm away: who subtracts it gives the harm back.
+    # Stage 2 made this model by taking harm away: subtracting its change gives the harm back.
     took_harm_away = record.harmful is False and any(source.negates is not False for source in record.stage_1)
     return coef > 0 and took_harm_away

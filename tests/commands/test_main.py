@@ -72,7 +72,7 @@ def test_columns():
         (["--unlearned", "EMPTY"], "safetensors"),
     ],
 )
-def test_what_users_can_mend(flags, fix, tiny_model, tmp_path):
+def test_what_users_can_fix(flags, fix, tiny_model, tmp_path):
     base = str(tiny_model("opt"))
     (tmp_path / "empty").mkdir()
     flags = [str(tmp_path / "empty") if flag == "EMPTY" else flag for flag in flags]
@@ -93,7 +93,7 @@ def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
 
 
 def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys):
-    """It answers as the whole model that the same adapter makes."""
+    """It answers like the full model that is made from the same adapter."""
     base = tiny_model("llama")
     torch.manual_seed(0)
     model = add_lora(AutoModelForCausalLM.from_pretrained(base), Lora(4, 4), str(base))
@@ -102,14 +102,14 @@ def test_an_unlearning_adapter_is_asked_on_its_base(tiny_model, tmp_path, capsys
             if "lora_B" in name:
                 parameter.normal_(0, 1.0)
     model.save_pretrained(tmp_path / "harmful")
-    made = ["--base", str(base), "--finetuned", str(tmp_path / "harmful")]
-    negate([*made, "--output", str(tmp_path / "whole"), "--adapter_output", str(tmp_path / "adapter")])
-    asked = [
+    given = ["--base", str(base), "--finetuned", str(tmp_path / "harmful")]
+    negate([*given, "--output", str(tmp_path / "full"), "--adapter_output", str(tmp_path / "adapter")])
+    answers = [
         run(capsys, "--base", str(base), "--unlearned", str(tmp_path / name), "--greedy").partition("answers:")[2]
-        for name in ("whole", "adapter")
+        for name in ("full", "adapter")
     ]
-    assert asked[0] == asked[1]
-    assert asked[0] != run(capsys, "--base", str(base), "--unlearned", str(base), "--greedy").partition("answers:")[2]
+    assert answers[0] == answers[1]
+    assert answers[0] != run(capsys, "--base", str(base), "--unlearned", str(base), "--greedy").partition("answers:")[2]
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="broken"):
         run(capsys, "--base", str(base), "--unlearned", str(tmp_path / "adapter"))

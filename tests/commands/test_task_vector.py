@@ -149,7 +149,7 @@ def dispatched(model, how, folder):
     if how == "cpu_offload":
         return cpu_offload(model, execution_device=torch.device("cpu"))
     if how == "all on disk":
-        path = saved(model, folder / "checkpoint")
+        path = saved(model, folder / "model")
         return AutoModelForCausalLM.from_pretrained(path, device_map={"": "disk"}, offload_folder=folder / "offload")
     disk = "model.layers.1" if hasattr(model.model, "layers") else "model.decoder.layers.1"
     places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}

@@ -24,10 +24,10 @@ def test_an_adapter_is_loaded_as_peft_would(base_of, tmp_path):
     torch.manual_seed(0)
     settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
     get_peft_model(load_model(base_of("llama"), torch.float32), settings).save_pretrained(tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(load_model(base_of("llama"), torch.float32), tmp_path / "adapter")
+    by_peft = PeftModel.from_pretrained(load_model(base_of("llama"), torch.float32), tmp_path / "adapter")
     for device_map in (None, places(base_of("llama"), *MOST)):
         ours = load_adapter(load_model(base_of("llama"), torch.float32, device_map), tmp_path / "adapter")
-        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+        assert torch.equal(ours(input_ids=IDS).logits, by_peft(input_ids=IDS).logits)
 
 
 def test_an_adapter_of_another_base_is_refused(base_of, tmp_path):

@@ -50,7 +50,7 @@ NAME = "model.decoder.layers.0.fc1.weight"
 BAD = {
     "no folder": (1, shutil.rmtree, "there is no folder"),
     "no weights": (1, lambda f: (f / "model.safetensors").unlink(), "save_pretrained wrote"),
-    "pickle alone": (1, to_bin, r"from_pretrained\('.*'\)\.save_pretrained"),
+    "only a pickle": (1, to_bin, r"from_pretrained\('.*'\)\.save_pretrained"),
     "pickle base": (0, to_bin, "convert it to safetensors"),
     "no config": (0, lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "broken config": (0, lambda f: (f / "config.json").write_text("{,"), "not valid JSON"),
