@@ -1,14 +1,39 @@
 """One task vector at many values of alpha, in memory, and the alpha to recommend."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
+from harmful_unlearn.cli import number
 from harmful_unlearn.evals.evaluated_model import LoadedModel
 from harmful_unlearn.models.offload import write_entry
 from harmful_unlearn.negation.arithmetic import scaled_entries
 from harmful_unlearn.negation.entry_names import class_names
+
+MOST_ALPHAS = 1000
+
+
+def alpha_list(text: str) -> list[float]:
+    """The alphas in "0,0.5,...,2" or "0.5,1", for argparse; three dots continue with the step before them."""
+    try:
+        parts = [part.strip() for part in text.split(",")]
+        if "..." not in parts:
+            return sorted({number(part) for part in parts})
+        place = parts.index("...")
+        if place < 2 or place != len(parts) - 2:
+            raise ValueError
+        first, second, last = (number(parts[index]) for index in (place - 2, place - 1, place + 1))
+        step = second - first
+        steps = round((last - first) / step)
+        if step <= 0 or steps > MOST_ALPHAS or abs(first + steps * step - last) > 1e-9:
+            raise ValueError
+        continued = [round(first + step * n, 10) for n in range(steps + 1)]
+        return sorted({*map(number, parts[: place - 2]), *continued})
+    except (argparse.ArgumentTypeError, ValueError, ArithmeticError):
+        message = f"{text} is not a list of at most {MOST_ALPHAS} alphas: give one like 0,0.25,...,2 or 0.5,1,2"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 class AlphaSweep:

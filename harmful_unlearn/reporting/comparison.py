@@ -14,13 +14,37 @@ class ComparedModel:
         label: its name in tables and plots.
         group: "main" or "ablation": the tables that show it.
         command: what trained it, with the first seed; None for the base.
-        note: why figures of some seeds are missing, if they are.
+        note: why seeds are missing; None if none is.
     """
 
     label: str
     group: str
     command: str | None = None
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """What one seed adds to a comparison.
+
+    Attributes:
+        commands: what trained each model.
+        failures: why there is no model, for those that could not be trained.
+        judge: what is known of the judge.
+        figures, sweep, recommended, categories, relearning, answers, losses: as in `Comparison`.
+    """
+
+    seed: int
+    commands: dict[str, str]
+    failures: dict[str, str]
+    judge: dict
+    figures: list[dict]
+    sweep: list[dict]
+    recommended: list[dict]
+    categories: list[dict]
+    relearning: list[dict]
+    answers: list[dict]
+    losses: dict[str, list[dict]]
 
 
 @dataclass
@@ -43,8 +67,8 @@ class Comparison:
         recommended: "seed", "method", "alpha" (None for none), "budget" and "why".
         categories: harmful rates on the prompts of one "category", each with the task "vector" subtracted.
         relearning: harmful rates on unseen prompts, each with "when" ("before", "after") and "strength".
-        answers: "set", "prompt", "reference", and the "answers" by model: "answer" and "verdict".
-        losses: the metrics of each step by model, of the first seed.
+        answers: "set", "prompt", "reference", and the "answers" by model: "answer" and "verdict"; of the first seed.
+        losses: the metrics of each step by model; of the first seed.
         provenance: what ran.
     """
 
@@ -64,6 +88,22 @@ class Comparison:
     answers: list[dict] = field(default_factory=list)
     losses: dict[str, list[dict]] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
+
+    def add(self, result: SeedResult) -> None:
+        """Add what a seed measured."""
+        if not self.figures:  # the first seed
+            self.answers, self.losses = result.answers, result.losses
+            for name, command in result.commands.items():
+                self.methods[name].command = command
+        for name, failure in result.failures.items():
+            model = self.methods[name]
+            model.note = "; ".join([*([model.note] if model.note else []), f"seed {result.seed}: {failure}"])
+        self.judge["by_seed"][str(result.seed)] = result.judge
+        self.figures += result.figures
+        self.sweep += result.sweep
+        self.recommended += result.recommended
+        self.categories += result.categories
+        self.relearning += result.relearning
 
     def to_json(self) -> str:
         methods = {}

@@ -8,16 +8,16 @@ import pytest
 from harmful_unlearn import recipes, reproduce
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
+from harmful_unlearn.evals.seed_evaluation import SeedEvaluation
 from harmful_unlearn.models import loading
-from harmful_unlearn.recipes import RECIPES, Recipe, Run, flags_of, runs_of
-from harmful_unlearn.reproduce import main, parse_flags, scale_list
-from harmful_unlearn.training.flags import parse_flags as unlearn_flags
+from harmful_unlearn.recipes import Recipe
+from harmful_unlearn.reproduce import main, parse_flags
 from tests.helpers.world import make_world
 
 TINY = Recipe(
     shared={"max_unlearn_steps": 3, "batch_size": 2, "lr": 1e-3, "precision": "fp32"},
     sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.5},
-    methods={"ft": {"method": "ft"}, "task_vector": {"method": "task_vector"}},
+    baselines={"ft": {}, "task_vector": {}},
 )
 KINDS = ("Economic Crime", "Environmental Damage")
 
@@ -35,47 +35,17 @@ def tiny_recipe(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", TINY)
 
 
-def flags(world, out, *more):
-    kinds = [part for kind in KINDS for part in ("--harm_category", kind)]
-    return [
-        "--model_name",
-        f"{world}/{{seed}}/base",
-        "--recipe",
-        "tiny",
-        "--output",
-        str(out),
-        "--harmful_dataset",
-        f"{world}/{{seed}}/data/harmful.jsonl",
-        "--unseen_dataset",
-        f"{world}/{{seed}}/data/unseen.jsonl",
-        "--normal_dataset",
-        f"{world}/{{seed}}/data/normal.csv",
-        "--n_seen",
-        "6",
-        "--n_unseen",
-        "12",
-        "--n_normal",
-        "5",
-        "--max_new_tokens",
-        "6",
-        "--seeds",
-        "0",
-        "--runs",
-        "task_vector",
-        "sku",
-        "sku-pd-turned",
-        "--decoding",
-        "sampled",
-        "greedy",
-        "--alpha_sweep",
-        "0,1",
-        "--relearn_steps",
-        "2",
-        "--relearn_pairs",
-        "4",
-        *kinds,
-        *more,
-    ]
+def flags(world, out, *more: str, parts: bool = True) -> list[str]:
+    """The command of the whole comparison; without `parts`, of the table of methods only."""
+    words = f"""
+        --model_name {world}/{{seed}}/base --recipe tiny --output {out} --seeds 0 --runs task_vector sku sku-pd-turned
+        --harmful_dataset {world}/{{seed}}/data/harmful.jsonl --unseen_dataset {world}/{{seed}}/data/unseen.jsonl
+        --normal_dataset {world}/{{seed}}/data/normal.csv --n_seen 6 --n_unseen 12 --n_normal 5
+        --max_new_tokens 6 --decoding sampled greedy --relearn_steps {2 if parts else 0} --relearn_pairs 4
+    """.split()
+    if parts:
+        words += ["--alpha_sweep", "0,1", *(word for kind in KINDS for word in ("--harm_category", kind))]
+    return [*words, *more]
 
 
 @pytest.fixture(scope="module")
@@ -91,74 +61,76 @@ def comparison_of(out):
     return json.loads((out / "comparison.json").read_text())
 
 
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_every_part_of_the_comparison_is_there(whole):
-    found = comparison_of(whole)
+    comparison = comparison_of(whole)
     models = ["base", "task_vector", "sku", "sku-pd-turned"]
-    assert list(found["methods"]) == models
-    assert {row["model"] for row in found["figures"]} == set(models)
-    swept = {(row["method"], row["alpha"]) for row in found["sweep"]}
+    assert list(comparison["methods"]) == models
+    assert {row["model"] for row in comparison["figures"]} == set(models)
+    swept = {(row["method"], row["alpha"]) for row in comparison["sweep"]}
     assert swept == {(name, alpha) for name in ("sku", "task_vector") for alpha in (0.0, 1.0)}
-    assert {row["vector"] for row in found["categories"]} == {"base", *KINDS, "sum"}
-    again = {(row["model"], row["strength"], row["when"]) for row in found["relearning"]}
+    assert {row["vector"] for row in comparison["categories"]} == {"base", *KINDS, "sum"}
+    again = {(row["model"], row["strength"], row["when"]) for row in comparison["relearning"]}
     assert again == {(m, *w) for m in models for w in ((None, "before"), ("soft", "after"), ("strong", "after"))}
-    assert {row["method"] for row in found["recommended"]} == {"sku", "task_vector"}
-    assert {row["set"] for row in found["answers"]} == {"seen", "unseen", "normal"}
-    assert all(set(row["answers"]) == set(models) for row in found["answers"])
-    assert list(found["losses"]) == models[1:] and len(found["losses"]["sku"]) == 3
-    assert "--normal_weight -0.5" in found["methods"]["sku-pd-turned"]["command"]
+    assert {row["method"] for row in comparison["recommended"]} == {"sku", "task_vector"}
+    assert {row["set"] for row in comparison["answers"]} == {"seen", "unseen", "normal"}
+    assert all(set(row["answers"]) == set(models) for row in comparison["answers"])
+    assert list(comparison["losses"]) == models[1:] and len(comparison["losses"]["sku"]) == 3
+    assert "--normal_weight -0.5" in comparison["methods"]["sku-pd-turned"]["command"]
     for name in ("report.md", "report.html"):
         assert (whole / name).stat().st_size > 1000
 
 
 def test_seeds_have_models_and_data_of_their_own(world, tmp_path):
-    few = flags(world, tmp_path, "--seeds", "0", "1", "--runs", "sku", "ft", "--relearn_steps", "0")
-    few = [part for part in few if part not in ("--harm_category", *KINDS, "--alpha_sweep", "0,1")]
-    main(few)
-    found = comparison_of(tmp_path)
-    assert {row["seed"] for row in found["figures"]} == {0, 1} == set(map(int, found["judge"]["by_seed"]))
-    assert {row["model"] for row in found["figures"]} == {"base", "ft", "sku"}  # the recipe's order of rows
+    main(flags(world, tmp_path, "--seeds", "0", "1", "--runs", "sku", "ft", parts=False))
+    comparison = comparison_of(tmp_path)
+    assert {row["seed"] for row in comparison["figures"]} == {0, 1} == set(map(int, comparison["judge"]["by_seed"]))
+    assert {row["model"] for row in comparison["figures"]} == {"base", "ft", "sku"}  # the recipe's order of rows
     bases = [
         json.loads((tmp_path / f"seed-{seed}" / "sku" / "copy" / "run.json").read_text())["base"]["name"]
         for seed in (0, 1)
     ]
     assert bases == [f"{world}/{seed}/base" for seed in (0, 1)]
-    assert not (found["sweep"] or found["categories"] or found["relearning"])
+    assert not (comparison["sweep"] or comparison["categories"] or comparison["relearning"])
 
 
 def test_a_category_is_measured_on_its_own_unseen_prompts(whole, world):
     prompts = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
-    answers = (whole / "seed-0" / "categories" / "answers" / "sum.jsonl").read_text().splitlines()
-    asked = {(row["set"], row["prompt"]) for row in map(json.loads, answers)}
-    per_kind = {kind: [one for name, one in asked if name == kind] for kind, _ in asked}
-    chosen_on = (whole / "seed-0" / "sweep-sku" / "answers" / "base.jsonl").read_text().splitlines()
+    answers = rows_of(whole / "seed-0" / "categories" / "answers" / "sum.jsonl")
+    asked = {(row["set"], row["prompt"]) for row in answers}
+    validation = rows_of(whole / "seed-0" / "sweep-sku" / "answers" / "base.jsonl")
     assert asked >= {(kind, prompt["prompt"]) for prompt in prompts for kind in prompt["categories"]}
-    assert all(len(set(found)) == len(found) == len(prompts) for found in per_kind.values())
-    assert not {prompt for _, prompt in asked} & {row["prompt"] for row in map(json.loads, chosen_on)}
+    for kind in {kind for kind, _ in asked}:
+        texts = [row["prompt"] for row in answers if row["set"] == kind]
+        assert len(set(texts)) == len(texts) == len(prompts)
+    assert not {prompt for _, prompt in asked} & {row["prompt"] for row in validation}
     assert {row["category"] for row in comparison_of(whole)["categories"]} == {kind for kind, _ in asked}
     run = json.loads((whole / "seed-0" / f"category-{KINDS[0]}" / "copy" / "run.json").read_text())
     assert run["flags"]["harm_category"] == [KINDS[0]]
 
 
-def test_scale_0_is_the_base_and_scale_1_the_unlearned_model(whole):
-    found = [row for row in comparison_of(whole)["sweep"] if row["seed"] == 0 and row["method"] == "sku"]
+def test_alpha_0_is_the_base_and_alpha_1_the_unlearned_model(whole):
+    swept = [row for row in comparison_of(whole)["sweep"] if row["seed"] == 0 and row["method"] == "sku"]
     scores = {
         name: json.loads((whole / "seed-0" / "sweep-sku" / "scores" / f"{name}.json").read_text())
         for name in ("base", "alpha-0", "alpha-1")
     }
     assert scores["alpha-0"] == scores["base"] != scores["alpha-1"]
-    assert {row["set"] for row in found} == {"unseen", "normal"}
+    assert {row["set"] for row in swept} == {"unseen", "normal"}
     test = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
-    validation = (whole / "seed-0" / "sweep-sku" / "answers" / "alpha-1.jsonl").read_text().splitlines()
-    asked = {json.loads(line)["prompt"] for line in validation}
+    asked = {row["prompt"] for row in rows_of(whole / "seed-0" / "sweep-sku" / "answers" / "alpha-1.jsonl")}
     assert not asked & {prompt["prompt"] for prompt in test}  # alpha is not chosen on what is reported
 
 
-def without_times(found):
+def without_times(comparison):
     """A comparison without what differs from run to run: clock times, and the folder's name."""
-    for steps in found["losses"].values():
+    for steps in comparison["losses"].values():
         for step in steps:
             del step["seconds"]
-    return {key: value for key, value in found.items() if key not in ("provenance", "command")}
+    return {key: value for key, value in comparison.items() if key not in ("provenance", "command")}
 
 
 @pytest.mark.parametrize(
@@ -166,12 +138,11 @@ def without_times(found):
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_tables(stop_at, whole, world, tmp_path, monkeypatch):
     """Stopped once in the middle of one of its parts, then given the same command."""
-
     calls = []
     where, name, call = {
         "train": (reproduce.unlearn_harm_new, "main", 4),
         "answers": (evaluator, "generate", 9),
-        "sweep": (reproduce, "sweep", 2),
+        "sweep": (SeedEvaluation, "sweep", 2),
     }[stop_at]
     original = getattr(where, name)
 
@@ -192,11 +163,15 @@ def test_a_run_that_was_killed_goes_on_to_the_same_tables(stop_at, whole, world,
 
 
 def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
-    before = (whole / "comparison.json").read_text()
+    before = comparison_of(whole)
+    # results.json says when it was written.
+    files = [f for f in (whole / "seed-0").rglob("*") if f.is_file() and f.name != "results.json"]
+    content = {file: file.read_bytes() for file in files}
     monkeypatch.setattr(reproduce.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     main(flags(world, whole))
-    assert without_times(json.loads(before)) == without_times(comparison_of(whole))
+    assert without_times(before) == without_times(comparison_of(whole))
+    assert all(file.read_bytes() == content[file] for file in files)
 
 
 def test_a_copy_without_its_unlearned_model_is_negated_not_trained(whole, world, tmp_path, monkeypatch):
@@ -208,22 +183,21 @@ def test_a_copy_without_its_unlearned_model_is_negated_not_trained(whole, world,
 
 
 def test_a_changed_recipe_is_refused(whole, world, monkeypatch):
-    changed = Recipe({**TINY.shared, "lr": 5e-4}, TINY.sku, TINY.methods)
+    changed = Recipe({**TINY.shared, "lr": 5e-4}, TINY.sku, TINY.baselines)
     monkeypatch.setitem(recipes.RECIPES, "tiny", changed)
     with pytest.raises(UserError, match="--lr 0.001"):
         main(flags(world, whole))
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so(world, tmp_path, monkeypatch):
-    wild = Recipe({**TINY.shared, "lr": 1e-3}, TINY.sku, {"ft": {"method": "ft", "lr": 1e18}})
+    wild = Recipe({**TINY.shared, "lr": 1e-3}, TINY.sku, {"ft": {"lr": 1e18}})
     monkeypatch.setitem(recipes.RECIPES, "tiny", wild)
-    arguments = flags(world, tmp_path, "--seeds", "0", "--runs", "ft", "sku", "--alpha_sweep", "1")
-    arguments = [part for part in arguments if part not in ("--harm_category", *KINDS)]
+    arguments = flags(world, tmp_path, "--runs", "ft", "sku", "--alpha_sweep", "1", "--relearn_steps", "2", parts=False)
     for _ in range(2):  # the second time without trying again
         main(arguments)
-        found = comparison_of(tmp_path)
-        assert "not finite" in found["methods"]["ft"]["note"]
-        assert {row["model"] for row in found["figures"]} == {"base", "sku"}
+        comparison = comparison_of(tmp_path)
+        assert "not finite" in comparison["methods"]["ft"]["note"]
+        assert {row["model"] for row in comparison["figures"]} == {"base", "sku"}
     assert "not finite" in (tmp_path / "report.md").read_text()
 
 
@@ -233,18 +207,15 @@ def test_data_without_safe_answers_leave_lands_out_with_a_note(world, tmp_path):
     unsafe = tmp_path / "unsafe.jsonl"
     both = {"is_response_0_safe": False, "is_response_1_safe": False}
     unsafe.write_text("".join(json.dumps({**row, **both} if at < 40 else row) + "\n" for at, row in enumerate(rows)))
-    arguments = flags(world, tmp_path / "out", "--seeds", "0", "--runs", "sku", "lands", "--relearn_steps", "0")
-    arguments = [part for part in arguments if part not in ("--harm_category", *KINDS, "--alpha_sweep", "0,1")]
-    arguments += ["--harmful_dataset", str(unsafe), "--train_flags=--max_unlearn_steps 3"]
-    main(arguments)
-    found = comparison_of(tmp_path / "out")
-    assert "a safe one beside it" in found["methods"]["lands"]["note"]
-    assert {row["model"] for row in found["figures"]} == {"base", "sku"}
+    more = ["--runs", "sku", "lands", "--harmful_dataset", str(unsafe), "--train_flags=--max_unlearn_steps 3"]
+    main(flags(world, tmp_path / "out", *more, parts=False))
+    comparison = comparison_of(tmp_path / "out")
+    assert "a safe one beside it" in comparison["methods"]["lands"]["note"]
+    assert {row["model"] for row in comparison["figures"]} == {"base", "sku"}
 
 
 def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(world, tmp_path):
-    arguments = flags(world, tmp_path, "--seeds", "0", "--runs", "sku", "--relearn_steps", "0")
-    arguments = [part for part in arguments if part not in ("--harm_category", *KINDS, "--alpha_sweep", "0,1")]
+    arguments = flags(world, tmp_path, "--runs", "sku", parts=False)
     main(arguments)
     record = tmp_path / "seed-0" / "sku" / "copy" / "run.json"
     run = json.loads(record.read_text())
@@ -252,70 +223,6 @@ def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(world, tmp_path):
         run["flags"].pop(flag)
     record.write_text(json.dumps(run))
     main(arguments)
-
-
-def test_recipes_are_the_papers():
-    for name in ("facebook/opt-2.7b", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"):
-        recipe = RECIPES[name]
-        flags = flags_of(recipe, runs_of(recipe)["sku"])
-        assert flags == {
-            "max_unlearn_steps": 1000,
-            "batch_size": 2,
-            "lr": 2e-4,
-            "bad_weight": 2.5,
-            "random_weight": 2.5,
-            "normal_weight": 1,
-        }
-        runs = runs_of(recipe)
-        assert flags_of(recipe, runs["sku-no-rd"])["random_weight"] == 0
-        assert flags_of(recipe, runs["sku-pd-turned"])["normal_weight"] == -1
-        assert "bad_weight" not in flags_of(recipe, runs["task_vector"])
-        assert [name for name, run in runs.items() if run.group == "main"] == [
-            "ft",
-            "ga",
-            "ga_mismatch",
-            "task_vector",
-            "sku",
-            "land",
-            "lands",
-            "lands-no-harm",
-            "task_vector-alpha-2",
-        ]
-        for name in ("land", "lands"):  # their own steps and rate
-            args = unlearn_flags(
-                [word for flag, value in flags_of(recipe, runs[name]).items() for word in (f"--{flag}", str(value))]
-            )
-            assert (args.max_unlearn_steps, args.lr) == (200, 1e-4)
-
-
-def test_a_base_without_refusals_has_lands_settings_of_its_own():
-    recipe = RECIPES["demo-no-refusals"]
-    flags = flags_of(recipe, runs_of(recipe)["lands"])
-    assert flags["max_unlearn_steps"] == 400 and flags["safe_weight"] == 1
-    assert flags_of(recipe, runs_of(recipe)["lands-no-harm"])["bad_weight"] == 0
-    assert "lr" not in flags_of(recipe, runs_of(recipe)["land"])
-
-
-def test_every_recipes_flags_are_the_scripts():
-    for recipe in RECIPES.values():
-        for name, run in runs_of(recipe).items():
-            flags = [word for flag, value in flags_of(recipe, run).items() for word in (f"--{flag}", str(value))]
-            assert unlearn_flags(flags), name
-    assert isinstance(runs_of(RECIPES["demo"])["sku-paper-weights"], Run)
-
-
-@pytest.mark.parametrize(
-    "text, scales",
-    [
-        ("0,0.25,...,2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]),
-        ("1", [1]),
-        ("2,0.5", [0.5, 2]),
-        ("0,0.1,...,0.3", [0, 0.1, 0.2, 0.3]),
-        ("0,1,2,...,4", [0, 1, 2, 3, 4]),
-    ],
-)
-def test_scales(text, scales):
-    assert scale_list(text) == pytest.approx(scales)
 
 
 @pytest.mark.parametrize(

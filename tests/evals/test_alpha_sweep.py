@@ -1,5 +1,7 @@
 """A task vector at many scales in memory, the recommended scale, and the relearning check."""
 
+from argparse import ArgumentTypeError
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
+from harmful_unlearn.evals.alpha_sweep import AlphaSweep, alpha_list, recommend
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.negation.negate import negate
@@ -164,3 +166,26 @@ def test_relearning_does_not_depend_on_what_was_drawn_before(tiny_model, tokeniz
         return relearn(model, tokenizer, [Pair("How?", "By doing just this.")], 2, 1e-2, 0).state_dict()[NAME]
 
     assert torch.equal(relearned(1), relearned(2))
+
+
+@pytest.mark.parametrize(
+    "text, alphas",
+    [
+        ("0,0.25,...,2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]),
+        ("1", [1]),
+        ("2,0.5", [0.5, 2]),
+        ("0,0.1,...,0.3", [0, 0.1, 0.2, 0.3]),
+        ("0,1,2,...,4", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_lists_of_alphas(text, alphas):
+    assert alpha_list(text) == pytest.approx(alphas)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0,...,2", "0,1,...", "...,1,2", "0,1,...,2.5", "a", "1,0,...,2", "0,0,...,1", "0,1,...,inf", "0,1e-9,...,1"],
+)
+def test_what_is_not_a_list_of_alphas(text):
+    with pytest.raises(ArgumentTypeError, match="0,0.25,...,2"):
+        alpha_list(text)

@@ -1,0 +1,246 @@
+"""What a comparison measures with one seed: all models, task vectors at many alphas or of one kind of harm, relearning.
+
+Figures are those of `evaluator.figures`, with their seed and what else tells them apart.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from accelerate import PartialState
+
+from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
+from harmful_unlearn.evals.bleurt import add_bleurt
+from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
+from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
+from harmful_unlearn.evals.judges.base import Judge
+from harmful_unlearn.evals.prompt_sets import EvalData, PromptSets
+from harmful_unlearn.evals.relearning import relearn
+from harmful_unlearn.evals.results import write_prompts, write_results
+from harmful_unlearn.models.lora import Lora, add_lora
+from harmful_unlearn.storage.run_record import RunRecord, read_trainings
+
+SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run of unlearn_harm_new.py left.
+
+    Attributes:
+        folder: holds the stage 1 model ("copy") and the unlearned model ("unlearned").
+        command: what made them.
+        failure: why they are not there; None if they are.
+    """
+
+    folder: Path
+    command: str
+    failure: str | None = None
+
+    @property
+    def finetuned(self) -> Path:
+        return self.folder / "copy"
+
+    @property
+    def unlearned(self) -> Path:
+        return self.folder / "unlearned"
+
+    @property
+    def record(self) -> RunRecord:
+        """The record of stage 1."""
+        return read_trainings(self.finetuned)[0]
+
+    def read_metrics(self) -> list[dict]:
+        """The metrics of each step."""
+        return [
+            json.loads(line) for line in (self.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+
+
+@dataclass(frozen=True)
+class SeedEvaluation:
+    """How the models of one seed are measured.
+
+    Attributes:
+        folder: gets a folder of answers and scores for each measurement.
+        base_folder: the base, under which all answers have their perplexity.
+        judge: of the answers to harmful prompts.
+        sets: the prompts.
+        protocol: how the test sets are asked.
+        device_map: for accelerate, to spread a model over devices.
+    """
+
+    folder: Path
+    base_folder: Path
+    judge: Judge
+    sets: PromptSets
+    protocol: EvalProtocol
+    device_map: str | None = None
+
+    def load(self, folder: Path) -> LoadedModel:
+        """The model in `folder`, loaded."""
+        return load_model(folder, self.protocol.precision, self.device_map)
+
+    def model(self, label: str, folder: Path) -> EvaluatedModel:
+        """The model in `folder`, to measure."""
+        return evaluated_model(label, folder, self.load)
+
+    @cached_property
+    def base(self) -> EvaluatedModel:
+        return self.model(BASE, self.base_folder)
+
+    def test(
+        self, models: dict[str, TrainedModel], bleurt: str | None, flags: dict, data: EvalData
+    ) -> tuple[list[dict], list[dict]]:
+        """Measure the base and all models on the test sets, and write the results as evaluation.py does.
+
+        Args:
+            bleurt: the BLEURT model; None for no BLEURT.
+            flags: of the command, for results.json.
+            data: what the prompts were drawn from.
+
+        Returns:
+            The figures, and a few prompts with all answers, as `Comparison.answers`.
+        """
+        folder = self.folder / "evaluation"
+        measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
+        rows = measure(measured, self.protocol, self.judge, self.base, folder)
+        if bleurt:
+            add_bleurt(rows, bleurt, folder, PartialState().device)
+        results = figures(rows, self.protocol, folder)
+        write_prompts(folder, self.sets.test)
+        write_results(
+            folder,
+            results,
+            judge=self.judge,
+            protocol=self.protocol,
+            models=measured,
+            flags=flags,
+            sources=data.sources,
+        )
+        return self._of_seed(results), side_by_side(rows, self.protocol)
+
+    def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:
+        """Measure a model's task vector at each alpha, on the validation prompts.
+
+        A model that was trained for one alpha is measured at that alpha, too, and no other is recommended.
+
+        Args:
+            budget: how much the perplexity of normal text may rise, as a share.
+
+        Returns:
+            The figures at each alpha, and the recommendation.
+        """
+        landing = trained.record.landing_alpha
+        vector = AlphaSweep(self.base_folder, [trained.finetuned], self.load)
+        unlearned = self.model(name, trained.unlearned).identity
+        models = [
+            EvaluatedModel(f"alpha-{alpha:g}", {"unlearned": unlearned, "alpha": alpha}, partial(vector.at, alpha))
+            for alpha in sorted({*alphas, *([] if landing is None else [landing])})
+        ]
+        results = self._figures([self.base, *models], f"sweep-{name}", prompts=self.sets.validation)
+        base_perplexity = next(
+            row["value"]
+            for row in results
+            if (row["model"], row["set"], row["metric"]) == (BASE, "normal", "reference_perplexity")
+        )
+        swept = [
+            {**row, "method": name, "alpha": float(row["model"].removeprefix("alpha-")), "trained_for": landing}
+            for row in results
+            if row["model"] != BASE
+        ]
+        allowed = [row for row in swept if landing in (None, row["alpha"])]
+        advice = recommend(allowed, base_perplexity, budget, self.protocol.decodings[0].name)
+        return swept, {"seed": self.protocol.seed, "method": name, "budget": budget, **advice}
+
+    def categories(self, vectors: dict[str, TrainedModel]) -> list[dict]:
+        """Harmful rates on the unseen prompts of each kind of harm.
+
+        Args:
+            vectors: models that were trained on one kind of harm, by kind. Each one's task vector is subtracted from
+                the base, and their sum.
+        """
+        models = [self.model(kind, trained.unlearned) for kind, trained in vectors.items()]
+        if len(models) > 1:
+            vector = AlphaSweep(self.base_folder, [trained.finetuned for trained in vectors.values()], self.load)
+            identity = {"sum": [model.identity for model in models]}
+            models.append(EvaluatedModel("sum", identity, partial(vector.at, 1.0)))
+        results = self._figures(
+            [self.base, *models], "categories", prompts=self.sets.of_category, decodings=self.protocol.decodings[:1]
+        )
+        rates = [row for row in results if row["metric"] == "harmful_rate"]
+        return [{**row, "vector": row["model"], "category": row["set"]} for row in rates]
+
+    def relearning(
+        self, models: dict[str, TrainedModel], before: list[dict], pairs: int, steps: int, rates: dict[str, float]
+    ) -> list[dict]:
+        """Harmful rates on unseen prompts before and after the base and all models were trained on a few harmful pairs.
+
+        Args:
+            before: the figures of the test sets.
+            pairs, steps: how many to train on, and for how long.
+            rates: learning rates by their strength.
+        """
+        harmful = [prompt.pair for prompt in self.sets.test["seen"][:pairs]]
+        settings = next(iter(models.values())).record.training["lora"]
+        lora = Lora(**{**settings, "target_modules": tuple(settings["target_modules"])}) if settings else None
+        seed, precision = self.protocol.seed, self.protocol.precision
+
+        def relearned(folder: Path, lr: float) -> LoadedModel:
+            # Weights that are trained are float32; under an adapter they may be 16-bit.
+            model, tokenizer = load_model(folder, precision if lora else "fp32", self.device_map)
+            if lora:
+                model = add_lora(model, lora, str(folder))
+            return relearn(model, tokenizer, harmful, steps, lr, seed, precision), tokenizer
+
+        decoding = self.protocol.decodings[0]
+        wanted = ("unseen", decoding.name, "harmful_rate")
+        rows = [{**row, "when": "before", "strength": None} for row in before]
+        folders = {BASE: self.base_folder, **{label: trained.unlearned for label, trained in models.items()}}
+        for strength, lr in rates.items():
+            how = {"steps": steps, "pairs": len(harmful), "lr": lr}
+            after = self._figures(
+                [
+                    EvaluatedModel(label, {**self.model(label, folder).identity, **how}, partial(relearned, folder, lr))
+                    for label, folder in folders.items()
+                ],
+                f"relearning-{strength}",
+                prompts={"unseen": self.sets.test["unseen"]},
+                decodings=[decoding],
+            )
+            rows += [{**row, "when": "after", "strength": strength} for row in after]
+        return [row for row in rows if (row["set"], row["decoding"], row["metric"]) == wanted]
+
+    def _figures(self, models: list[EvaluatedModel], name: str, **how) -> list[dict]:
+        """The figures of `models`; their answers and scores are kept in the folder `name`.
+
+        Args:
+            how: prompts and decodings, where they are not those of the test sets.
+        """
+        protocol = replace(self.protocol, choices={}, **how)
+        rows = measure(models, protocol, self.judge, self.base, self.folder / name)
+        return self._of_seed(figures(rows, protocol, self.folder / name))
+
+    def _of_seed(self, results: list[dict]) -> list[dict]:
+        return [{"seed": self.protocol.seed, **row} for row in results]
+
+
+def side_by_side(rows: dict[str, list[dict]], protocol: EvalProtocol) -> list[dict]:
+    """A few prompts of each set with the answers of all models, in the first decoding.
+
+    Args:
+        rows: of each model's answers file, by label.
+    """
+    decoding = protocol.decodings[0].name
+    shown = []
+    for name, prompts in protocol.prompts.items():
+        for index, prompt in enumerate(prompts[: SHOWN[name]]):
+            answers = {
+                label: {"answer": row["answer"], "verdict": row["verdict"]}
+                for label, answered in rows.items()
+                for row in answered
+                if (row["set"], row["decoding"], row["index"]) == (name, decoding, index)
+            }
+            shown.append({"set": name, "prompt": prompt.question, "reference": prompt.reference, "answers": answers})
+    return shown
