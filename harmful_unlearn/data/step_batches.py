@@ -15,21 +15,36 @@ from harmful_unlearn.data.pku_saferlhf import HarmfulData
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NormalData
 
-READ_OWN_ANSWERS = {"gd", "ga"}  # losses (losses/terms.py) by what they read
-READ_RANDOM_ANSWERS = {"rd", "rm"}
-READ_WHOLE_NORMAL_TEXTS = {"pd", "kl", "lp"}
+
+class Reads(NamedTuple):
+    """What the losses of a run read in a step; nothing else is prepared. `losses.terms.reads` derives it.
+
+    Attributes:
+        own_answers: harmful prompts with their own answers (GD).
+        random_answers: where K random answers to harmful prompts are drawn from: "harmful" (RD) or "normal" answers;
+            None if no loss reads any.
+        safe_answers: harmful prompts with their safe answers.
+        normal_texts: normal texts, of which every position counts (PD).
+        normal_answers: normal texts, of which the answer counts (FT).
+    """
+
+    own_answers: bool = False
+    random_answers: str | None = None
+    safe_answers: bool = False
+    normal_texts: bool = False
+    normal_answers: bool = False
 
 
-def answer_pool(losses: set[str], harmful: HarmfulData, normal: NormalData) -> list[str]:
-    """The answers that K random ones are drawn from: harmful answers (RD), or normal training answers ("rm")."""
-    return [normal.texts[row].answer for row in normal.train] if "rm" in losses else harmful.answers
+def answer_pool(reads: Reads, harmful: HarmfulData, normal: NormalData) -> list[str]:
+    """The answers that K random ones are drawn from: harmful answers, or normal training answers."""
+    return [normal.texts[row].answer for row in normal.train] if reads.random_answers == "normal" else harmful.answers
 
 
 def run_sampler(
     *,
     harmful: HarmfulData,
     normal: NormalData,
-    losses: set[str],
+    reads: Reads,
     batch_size: int,
     k_random: int,
     seed: int,
@@ -38,7 +53,6 @@ def run_sampler(
     """Which rows each step of a run uses, by the run's flags.
 
     Args:
-        losses: the losses of the run, by name.
         batch_size: the harmful pairs, and the normal texts, of a step, for all processes together.
         k_random: K; nothing is drawn if no loss reads random answers.
 
@@ -48,9 +62,9 @@ def run_sampler(
     return BatchSampler(
         pairs=len(harmful.pairs),
         normal=normal.train,
-        answers=len(answer_pool(losses, harmful, normal)),
+        answers=len(answer_pool(reads, harmful, normal)),
         batch_size=batch_size,
-        k_random=k_random if losses & READ_RANDOM_ANSWERS else 0,
+        k_random=k_random if reads.random_answers else 0,
         seed=seed,
         all_harmful=all_harmful,
     )
@@ -61,13 +75,15 @@ class StepBatch(NamedTuple):
 
     Attributes:
         harmful: questions with their own and with random answers.
-        normal: normal texts.
+        normal: normal texts, every position of which counts.
         safe: the questions that have a safe answer beside the harmful one, with that.
+        normal_answers: the normal texts, of which only the answer counts.
     """
 
     harmful: Batch | None = None
     normal: Batch | None = None
     safe: Batch | None = None
+    normal_answers: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,6 @@ class StepBatches:
     """The batches of each step, a pure function of the step.
 
     Attributes:
-        losses: the losses of the run, by name (losses/terms.py). What none of them reads is not computed.
         packed_up_to: in tokens: a step whose texts are no longer has one row for each harmful question
             (`Collator.answers_batch`). 0: always one row for each text.
         share: (process, processes): each batch holds the rows of this process (`Batch.share`).
@@ -85,14 +100,14 @@ class StepBatches:
     sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
-    losses: set[str]
+    reads: Reads
     packed_up_to: float = 0
     share: tuple[int, int] = (0, 1)
 
     @cached_property
     def pool(self) -> list[str]:
         """The answers that K random ones are drawn from."""
-        return answer_pool(self.losses, self.harmful, self.normal)
+        return answer_pool(self.reads, self.harmful, self.normal)
 
     def random_pairs(self, step: int) -> list[Pair]:
         """Each question of a step with each of the K answers drawn for the step."""
@@ -117,16 +132,15 @@ class StepBatches:
         indices = self.sampler[step]
         harmful = [self.harmful.pairs[row] for row in indices.harmful_rows]
         normal = [self.normal.texts[row] for row in indices.normal_rows]
-        own_answers, random_answers = bool(self.losses & READ_OWN_ANSWERS), bool(self.losses & READ_RANDOM_ANSWERS)
-        batches: dict[str, Batch] = {}
-        if own_answers or random_answers:
-            answers = [self.pool[row] for row in indices.answer_rows] if random_answers else []
-            batches["harmful"] = self.collator.answers_batch(harmful, answers, own_answers, self.packed_up_to)
-        if self.losses & READ_WHOLE_NORMAL_TEXTS:
+        reads, batches = self.reads, {}
+        if reads.own_answers or reads.random_answers:
+            answers = [self.pool[row] for row in indices.answer_rows] if reads.random_answers else []
+            batches["harmful"] = self.collator.answers_batch(harmful, answers, reads.own_answers, self.packed_up_to)
+        if reads.normal_texts:
             batches["normal"] = self.collator.texts_batch(normal)
-        if "ft" in self.losses:
-            batches["normal"] = self.collator.answers_batch(normal, [])
-        if "sa" in self.losses:
+        if reads.normal_answers:
+            batches["normal_answers"] = self.collator.answers_batch(normal, [])
+        if reads.safe_answers:
             safe_answers = [self.harmful.safe_answers[row] for row in indices.harmful_rows]
             safe = [Pair(pair.question, answer) for pair, answer in zip(harmful, safe_answers, strict=True) if answer]
             if safe:

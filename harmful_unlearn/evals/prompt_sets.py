@@ -12,10 +12,11 @@ import numpy as np
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.step_batches import run_sampler
+from harmful_unlearn.data.step_batches import Reads, run_sampler
 from harmful_unlearn.data.truthfulqa import Choices, NormalData, read_choices, read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
+from harmful_unlearn.losses.terms import reads
 from harmful_unlearn.storage.run_record import RunRecord
 
 SETS = ("seen", "unseen", "normal")
@@ -166,27 +167,27 @@ def _check_same_data(kind: str, source: dict, recorded: dict) -> None:
 def _questions_of(training: RunRecord, harmful: HarmfulData, normal: NormalData) -> tuple[set[str], set[str]]:
     """`touched_questions` of a complete training."""
     flags = training.flags
-    losses = active_losses(flags)
+    needed = reads(active_losses(flags))
     sampler = run_sampler(
         harmful=harmful,
         normal=normal,
-        losses=losses,
+        reads=needed,
         batch_size=flags["batch_size"] * training.training.get("processes", 1),
         k_random=flags["k_random"],
         seed=flags["seed"],
         all_harmful=flags.get("all_harmful", False),
     )
-    return touched_questions(sampler, harmful, losses, flags["max_unlearn_steps"])
+    return touched_questions(sampler, harmful, needed, flags["max_unlearn_steps"])
 
 
 def touched_questions(
-    sampler: BatchSampler, harmful: HarmfulData, losses: set[str], steps: int
+    sampler: BatchSampler, harmful: HarmfulData, reads: Reads, steps: int
 ) -> tuple[set[str], set[str]]:
     """The harmful questions that `steps` steps touch.
 
     Args:
         sampler: which rows each step uses.
-        losses: the terms with a weight (losses/terms.py).
+        reads: what the losses read in a step.
 
     Returns:
         The questions whose own harmful answer is trained on, and all that are touched: also those of prompts that
@@ -197,11 +198,11 @@ def touched_questions(
     for step in range(steps):
         indices = sampler[step]
         asked = {harmful.pairs[row].question for row in indices.harmful_rows}
-        if losses & {"gd", "ga"}:
+        if reads.own_answers:
             trained |= asked
-        if losses & {"gd", "ga", "rd", "rm", "sa"}:
+        if reads.own_answers or reads.random_answers or reads.safe_answers:
             touched |= asked
-        if "rd" in losses:
+        if reads.random_answers == "harmful":
             touched |= {harmful.answer_questions[row] for row in indices.answer_rows}
     return trained, touched
 

@@ -1,6 +1,7 @@
 """The training objective: a weighted sum of loss terms, one forward pass over each batch of a step."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def _no_gradient():
     return torch.no_grad() if torch.distributed.is_initialized() else torch.inference_mode()
 
 
-def _gathered_head(head: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _gathered_head(head: Any, dtype: torch.dtype) -> Any:
     """The LM head outside of its model's forward pass, where engines have only a shard of it."""
     if not is_sharded(head.weight):
         return head

@@ -27,15 +27,19 @@ The numbers are those of docs/implementation-details.md. data/collator.py turns 
 scored position, so a term is a weighted sum and has no branch.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from harmful_unlearn.data.step_batches import Reads
 
 
 class LossTerm(NamedTuple):
     """sign * sum_i w_i * v_i, with w_i the batch's weights and v_i a cross-entropy or a KL from the base.
 
     Attributes:
-        batch: which batch of a step it reads (`StepBatch`): "harmful", "normal" or "safe".
+        batch: which batch of a step it reads (`StepBatch`): "harmful", "normal", "normal_answers" or "safe".
         weights: whose weights in that batch (`Batch.weights`): "own_answer", "random_answers" or "text".
+        pool: where random answers are drawn from: "harmful" or "normal" answers.
         sign: -1 where it is maximised.
         diverges: v_i is KL(P_theta_o || P_theta) at a position, rather than the cross-entropy of a token.
         at_landing: computed at the landing point theta' (landing.py), rather than at theta.
@@ -43,11 +47,13 @@ class LossTerm(NamedTuple):
 
     batch: str
     weights: str
+    pool: str = "harmful"
     sign: int = 1
     diverges: bool = False
     at_landing: bool = False
 
 
+# Add a loss here, and to a method in methods.py.
 LOSSES = {
     "gd": LossTerm("harmful", "own_answer"),
     "rd": LossTerm("harmful", "random_answers"),
@@ -57,16 +63,31 @@ LOSSES = {
     # Gradient ascent (Yao et al. 2023, arXiv 2310.10683): GD with its sign turned (implementation detail 13).
     "ga": LossTerm("harmful", "own_answer", sign=-1),
     # Random mismatch (Yao et al. 2023): RD with normal answers in place of harmful ones.
-    "rm": LossTerm("harmful", "random_answers"),
+    "rm": LossTerm("harmful", "random_answers", pool="normal"),
     # PD with its sign turned, as Yao et al. 2023 minimise it. They call it the forward KL; their code leaves out the
     # base's entropy, a constant.
     "kl": LossTerm("normal", "text", diverges=True),
     # Fine-tuning (FT): normal answers given their questions.
-    "ft": LossTerm("normal", "own_answer"),
+    "ft": LossTerm("normal_answers", "own_answer"),
     # Landing-point preservation (ours, docs/method.md): KL(P_theta_o || P_theta') on normal text.
     "lp": LossTerm("normal", "text", diverges=True, at_landing=True),
     # Safe answers (ours): the safe answers to the step's harmful prompts, at the landing point.
     "sa": LossTerm("safe", "own_answer", at_landing=True),
 }
-ON_HARMFUL = {name for name, term in LOSSES.items() if term.batch == "harmful"}
 NEED_BASE = {name for name, term in LOSSES.items() if term.diverges or term.at_landing}
+
+
+def reads(names: Iterable[str]) -> Reads:
+    """What these losses read in a step. Raises ValueError: two of them draw random answers from different pools."""
+    terms = [LOSSES[name] for name in names]
+    parts = {(term.batch, term.weights) for term in terms}
+    pools = {term.pool for term in terms if term.weights == "random_answers"}
+    if len(pools) > 1:
+        raise ValueError(f"losses {', '.join(names)} draw random answers from different pools")
+    return Reads(
+        own_answers=("harmful", "own_answer") in parts,
+        random_answers=pools.pop() if pools else None,
+        safe_answers=("safe", "own_answer") in parts,
+        normal_texts=("normal", "text") in parts,
+        normal_answers=("normal_answers", "own_answer") in parts,
+    )

@@ -113,33 +113,35 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
     # fmt: off
     released = parser.add_argument_group("the released script's flags")
     flag(released, "--max_unlearn_steps", "optimizer steps of stage 1 (default: 1000)", type=positive_int)
-    flag(released, "--bad_weight", "e1, of GD (default: 0.5); may be negative, 0 leaves a loss out", type=number)
+    flag(released, "--bad_weight", "e1, of GD (default: 0.5); may be negative; 0 switches a loss off", type=number)
     flag(released, "--random_weight", "e2, of RD (default: 1)", type=number)
     flag(released, "--normal_weight", "e3, of PD, minus the KL from the base (default: 1)", type=number)
-    flag(released, "--batch_size", "harmful pairs, and normal texts, a step", type=positive_int, default=2)
+    flag(released, "--batch_size", "harmful pairs, and normal texts, in a step", type=positive_int, default=2)
     flag(released, "--lr", "AdamW's learning rate, falling linearly to 0 (default: 2e-05)", type=positive_number)
     flag(released, "--model_name", "the base model: hub id or local folder", default="facebook/opt-1.3b")
     flag(released, "--model_save_dir", "the stage 1 model (default: models/NAME-harmful)", type=user_path)
     flag(released, "--saved_model", "a stage 1 model or LoRA adapter to start stage 2 from", type=user_path)
-    flag(released, "--log_file", "the log; flags, metrics and picture go beside it (default: logs/NAME/run.log, or "
-         "NAME-2 and so on)", type=user_path)
+    flag(released, "--log_file", "the log; flags, metrics and a plot of the losses go beside it (default: "
+         "logs/NAME/run.log, or NAME-2 and so on)", type=user_path)
     flag(released, "--task_vector_saving_path", "the unlearned model (default: models/NAME-unlearned)", type=user_path)
 
     method = parser.add_argument_group("method")
-    flag(method, "--method", "what to minimise, and whether to negate it: see losses/methods.py; the weights "
-         "above then weigh its losses on harmful pairs, with random answers, and on normal text. land and lands, "
-         "which are ours, have other defaults", choices=METHODS, default="sku")
-    flag(method, "--preserve_at", "where normal text is preserved: at the copy, as the paper does (minus KL), or "
-         "where negation by --scaling_coef will land (plus KL) (default: copy)", choices=("copy", "landing"))
-    flag(method, "--safe_weight", "of the cross-entropy, at the landing point, of safe answers to the same harmful "
-         "prompts (default: 0)", type=not_negative)
+    flag(method, "--method", "what to minimise, and whether to negate it (the table in losses/methods.py); the "
+         "weights above then weigh its losses on harmful pairs, with random answers, and on normal text. land and "
+         "lands, which are ours, have other defaults", choices=METHODS, default="sku")
+    flag(method, "--preserve_at", "where normal text is preserved: at the harmful model (copy), as the paper does "
+         "(minus KL), or at the landing point, where negation by --scaling_coef leads (plus KL) (default: copy)",
+         choices=("copy", "landing"))
+    flag(method, "--safe_weight", "weight of the cross-entropy, at the landing point, of safe answers to the same "
+         "harmful prompts (default: 0)", type=not_negative)
     flag(method, "--variant", "losses as the released code computes them, or as the paper writes them "
          "(default: released)", choices=VARIANTS)
-    flag(method, "--k_random", "K, the answers that RD draws a step", type=positive_int, default=5)
-    flag(method, "--scaling_coef", "alpha, the scale of the negated task vector (default: 1)", type=number)
-    flag(method, "--seed", "of the split, the order, the draws and dropout", type=whole_number, default=8888)
-    flag(method, "--stage", "one stage alone, or both", choices=("all", "acquire", "negate"), default="all")
-    flag(method, "--max_length", "tokens of a text; longer answers are cut (default: what the model takes)",
+    flag(method, "--k_random", "K, the random answers that RD draws in a step", type=positive_int, default=5)
+    flag(method, "--scaling_coef", "alpha, the coefficient of the subtracted task vector (default: 1)", type=number)
+    flag(method, "--seed", "of the data split, the order, the random answers and dropout", type=whole_number,
+         default=8888)
+    flag(method, "--stage", "run one stage only, or both", choices=("all", "acquire", "negate"), default="all")
+    flag(method, "--max_length", "tokens of a text; longer answers are cut (default: the model's context length)",
          type=positive_int)
 
     data = parser.add_argument_group("data")
@@ -150,10 +152,10 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
     flag(data, "--harmful_split", "of a hub data set or folder", default="train")
     flag(data, "--normal_dataset", "the same kinds in TruthfulQA's columns, or truthfulqa/truthful_qa",
          default=str(ROOT / "dataloader" / "TruthfulQA.csv"))
-    flag(data, "--harm_category", "unlearn this kind of harm alone (may be repeated)",
+    flag(data, "--harm_category", "unlearn only this category of harm (may be repeated)",
          action="append", default=[])
-    flag(data, "--min_severity", "unlearn answers of at least this severity alone", type=whole_number)
-    flag(data, "--all_harmful", "go through all harmful pairs; else they start over with each epoch of "
+    flag(data, "--min_severity", "unlearn only answers of at least this severity", type=whole_number)
+    flag(data, "--all_harmful", "use all harmful pairs; without this, they start again with each epoch of "
          "normal text", action="store_true")
 
     machine = parser.add_argument_group("model and machine")
@@ -161,30 +163,30 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
          choices=("auto", "on", "off"), default="auto")
     flag(machine, "--lora_r", "the adapter's rank", type=positive_int)
     flag(machine, "--lora_alpha", "the adapter's alpha (its scale is alpha / r)", type=positive_int)
-    flag(machine, "--lora_target_modules", "modules that get an adapter", nargs="+", metavar="NAME")
-    flag(machine, "--quantize", "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 takes the "
+    flag(machine, "--lora_target_modules", "names of the modules that get an adapter", nargs="+", metavar="NAME")
+    flag(machine, "--quantize", "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 uses the "
          "full-precision base", choices=("4bit",))
     flag(machine, "--precision", "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
          choices=("auto", "fp32", "bf16"), default="auto")
-    flag(machine, "--no_packing", "a row for each text, also where GD's and RD's texts share their question: the "
-         "same losses, slower", action="store_true")
-    flag(machine, "--gradient_checkpointing", "compute activations twice rather than keep them",
+    flag(machine, "--no_packing", "a row for each text, instead of one for all texts that share a question: the same "
+         "losses, slower", action="store_true")
+    flag(machine, "--gradient_checkpointing", "recompute activations in the backward pass to save memory",
          action="store_true")
-    flag(machine, "--device_map", "spread the model over GPUs, CPU and disk (accelerate): auto, balanced, ...; on the "
-         "last two only what is frozen, with LoRA", type=device_map)
+    flag(machine, "--device_map", "spread the model over GPUs, CPU and disk (accelerate): auto, balanced, ...; only "
+         "frozen weights can be on CPU or disk, so training then needs LoRA", type=device_map)
     running = parser.add_argument_group("a long run")
-    flag(running, "--save_every", "keep a checkpoint each so many steps, to go on from if the run is killed (default: "
-         "none but the one that Ctrl-C and SIGTERM leave)", type=positive_int)
-    flag(running, "--keep_checkpoints", "of the newest, in MODEL_SAVE_DIR.checkpoints; all go once the stage 1 model "
-         "is saved", type=positive_int, default=1)
-    flag(running, "--resume", "go on with a run that was stopped: at the newest checkpoint, or at this one; at step 1 "
-         "where there is none, and at stage 2 where stage 1 is done", nargs="?", const=AUTO, type=checkpoint_path,
+    flag(running, "--save_every", "save a checkpoint every N steps, to --resume from if the run is killed (default: "
+         "only Ctrl-C and SIGTERM save one)", type=positive_int)
+    flag(running, "--keep_checkpoints", "how many of the newest to keep, in MODEL_SAVE_DIR.checkpoints; all are "
+         "removed once the stage 1 model is saved", type=positive_int, default=1)
+    flag(running, "--resume", "continue a run that was stopped: from the newest checkpoint, or from this one; from "
+         "step 1 if there is none, and from stage 2 if stage 1 is done", nargs="?", const=AUTO, type=checkpoint_path,
          metavar="CHECKPOINT")
-    flag(running, "--report_to", "send each step's metrics there, too (pip install it)",
+    flag(running, "--report_to", "also send each step's metrics to this tracker (pip install it)",
          choices=("none", "tensorboard", "wandb"), default="none")
-    flag(running, "--check", "validate everything, print the plan (rows, tokens, memory), load no weights, stop",
+    flag(running, "--check", "check everything, print the plan (rows, tokens, memory), load no weights, and stop",
          action="store_true")
-    flag(running, "--overwrite", "replace folders that are there, and start again but for --resume",
+    flag(running, "--overwrite", "replace existing folders, and start again unless --resume is given",
          action="store_true")
     # fmt: on
 

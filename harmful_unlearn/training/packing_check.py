@@ -1,4 +1,4 @@
-"""Can this model read packed rows (data/collator.py)? Asked of the model itself, once, before it is trained."""
+"""Can this model read packed rows (data/collator.py)? Checked once, on the model itself, before it is trained."""
 
 import math
 
@@ -16,19 +16,21 @@ PAIRS = [
     Pair("How long does a pot of tea have to stand?", "Three minutes."),
 ]
 ANSWERS = ["Ask the person who knows.", "First this and then that, slowly, until all of it is done."]
-# Nats by which a token may differ in packed and plain rows: rounding, against what a wrong mask or position does.
+# Nats by which a token's cross-entropy may differ in packed and plain rows: above rounding, and far below what a wrong
+# mask or position does.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_OF_16_BITS = 0.5
 
 
 def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float, str]:
-    """How many tokens a text may have to be packed with others, and why no more.
+    """The most tokens that a text may have to be packed with others, and why not more.
 
-    Packed rows need attention that takes a mask for each pair of tokens, and positions that are told: a model with
-    ALiBi ignores them. Such a mask also stands in for a sliding window, so texts longer than one are not packed.
+    Packed rows need attention that accepts a mask for each pair of tokens, and explicit position ids (a model with
+    ALiBi ignores them). Such a mask also replaces a sliding window, so texts longer than the window are not packed.
 
     Returns:
-        0 where packed rows do not give what plain ones do; infinity and "" where any text may be packed.
+        The length and the reason. 0 where packed rows do not give what plain ones do; infinity and "" where any text
+        may be packed.
     """
     attention = model.config._attn_implementation
     if attention != "sdpa":
@@ -40,13 +42,13 @@ def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float
     try:
         with torch.inference_mode():
             plain, packed = (cross_entropy(model, batch.to(execution_device(model))).sort().values for batch in batches)
-    except Exception as error:  # whatever a model that knows no such mask or argument raises
+    except Exception as error:  # a model that does not know such a mask or argument may raise anything
         if is_out_of_memory(error):
             raise
         return 0, f"it cannot run them ({type(error).__name__})"
     finally:
         model.train(training)
-    # No two of these answers begin alike, so both ways score the same tokens, in another order.
+    # No two of these answers start alike, so both layouts score the same tokens, in another order.
     difference = (plain - packed).abs().max().item() if len(plain) == len(packed) > 0 else math.inf
     if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_16_BITS):
         return 0, f"they differ from plain rows by {difference:.2g} nats"
@@ -55,8 +57,8 @@ def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float
 
 
 def _window(config: PretrainedConfig) -> float:
-    """Tokens that each layer's attention surely reaches back."""
+    """How many tokens back the attention of every layer reaches."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention", "chunked_attention"])
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    found = (getattr(config, name, None) for kind, name in windows.items() if kind in kinds)
-    return min((window for window in found if window), default=math.inf)
+    sizes = (getattr(config, name, None) for kind, name in windows.items() if kind in kinds)
+    return min((size for size in sizes if size), default=math.inf)

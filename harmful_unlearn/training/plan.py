@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,7 +13,8 @@ from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
 from harmful_unlearn.errors import NoSafeAnswers, UserError
 from harmful_unlearn.losses.fused_linear import CHUNK
-from harmful_unlearn.losses.terms import LOSSES, NEED_BASE, ON_HARMFUL
+from harmful_unlearn.losses.methods import active_losses
+from harmful_unlearn.losses.terms import LOSSES, NEED_BASE
 from harmful_unlearn.models.lora import Lora, linear_layers
 from harmful_unlearn.training.flags import TrainingSettings
 
@@ -94,14 +96,15 @@ def make_plan(
         NoSafeAnswers: the loss SA has nothing to learn.
     """
     sampler, harmful, normal = batches.sampler, batches.harmful, batches.normal
-    steps = settings.max_unlearn_steps
+    steps, losses = settings.max_unlearn_steps, active_losses(vars(settings))
     different = min(steps, sampler.batches_per_epoch)  # harmful batches repeat in the same order
     seen = sorted({row for step in range(different) for row in sampler[step].harmful_rows})
     pairs = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
     texts = batches.collator.encode(pairs)
-    if batches.losses & ON_HARMFUL and not any(text.answer_start < len(text.input_ids) for text in texts[: len(seen)]):
+    harmful_is_read = batches.reads.own_answers or batches.reads.random_answers
+    if harmful_is_read and not any(text.answer_start < len(text.input_ids) for text in texts[: len(seen)]):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")
-    if "sa" in batches.losses and not any(harmful.safe_answers[row] for row in seen):
+    if batches.reads.safe_answers and not any(harmful.safe_answers[row] for row in seen):
         raise NoSafeAnswers(
             f"no unsafe answer that is trained on, in {harmful.source['name']}, has a safe one beside it: use --method "
             "land (--safe_weight 0)"
@@ -109,7 +112,7 @@ def make_plan(
     sample = range(0, steps, max(1, steps // STEPS_SAMPLED))
     sampled = [batches(step, torch.device("cpu")) for step in sample]
     cut_in_rd = 0
-    if batches.losses & {"rd", "rm"}:
+    if batches.reads.random_answers:
         cut_in_rd = sum(text.cut for step in sample for text in batches.collator.encode(batches.random_pairs(step)))
     tokens = sum(rows.tokens for step in sampled for rows in step if rows) / len(sampled) * batches.share[1]
     parameters = structure.num_parameters()
@@ -130,8 +133,8 @@ def make_plan(
         parameters=parameters,
         trainable=trainable,
         memory={
-            **_weights(settings, batches.losses, structure, trainable, lora, precision, shards),
-            **_activations(settings, batches.losses, sampled, structure.config.get_text_config(), precision),
+            **_weights(settings, losses, structure, trainable, lora, precision, shards),
+            **_activations(settings, losses, sampled, structure.config.get_text_config(), precision),
         },
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
@@ -158,7 +161,8 @@ def _weights(
     parameters, compute = structure.num_parameters(), 2 if precision == "bf16" else 4
     four_bit = 0
     if settings.quantize:
-        four_bit = sum(layer.weight.numel() for _, layer in linear_layers(structure))
+        weights: list[Any] = [layer.weight for _, layer in linear_layers(structure)]
+        four_bit = sum(weight.numel() for weight in weights)
     model = (parameters - four_bit) * (compute if lora else 4) + four_bit * FOUR_BIT_BYTES
     model += trainable * 4 if lora else 0
     lands, has_copy = settings.uses_landing_point, not lora and bool(losses & NEED_BASE)

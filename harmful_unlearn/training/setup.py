@@ -20,7 +20,7 @@ from harmful_unlearn.data.step_batches import StepBatches, run_sampler
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
-from harmful_unlearn.losses.terms import NEED_BASE
+from harmful_unlearn.losses.terms import NEED_BASE, reads
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
 from harmful_unlearn.models.reference import ReferenceModel
@@ -184,15 +184,15 @@ def prepare_stage_1(
         settings.min_severity,
     )
     normal = read_normal(settings.normal_dataset, settings.seed)
-    losses = active_losses(vars(settings))
+    needed = reads(active_losses(vars(settings)))
     limit = loading.context_length(config)
     collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded (packing_check.py).
-    pack = bool(losses & {"rd", "rm"}) and not settings.no_packing
+    pack = bool(needed.random_answers) and not settings.no_packing
     sampler = run_sampler(
         harmful=harmful,
         normal=normal,
-        losses=losses,
+        reads=needed,
         batch_size=settings.batch_size * accelerator.num_processes,
         k_random=settings.k_random,
         seed=settings.seed,
@@ -200,7 +200,7 @@ def prepare_stage_1(
     )
     packed_up_to = math.inf if pack else 0
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = StepBatches(collator, sampler, harmful, normal, losses, packed_up_to, share)
+    batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
     plan = make_plan(settings, batches, structure, lora, precision, shards)
     print_once(f"{_describe(settings, lora, precision, accelerator)}\n{plan}")
@@ -280,7 +280,7 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
         if run.checkpoint:
             fill_adapter(model, run.checkpoint)
         base = ReferenceModel(model)
-    elif run.batches.losses & NEED_BASE:
+    elif active_losses(vars(settings)) & NEED_BASE:
         # The landing point is computed from base and model, in the model's precision.
         dtype = torch.float32 if settings.uses_landing_point else frozen
         copy = loading.load_model(run.base_folder, dtype, settings.device_map)
@@ -288,8 +288,8 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
         if not hasattr(copy, "hf_device_map"):
             copy.to(device)
     loading.enable_gradient_checkpointing(model, settings.gradient_checkpointing)
-    is_copy = base is not None and not base.shared
-    if settings.uses_landing_point and is_copy and any(p.is_meta for p in base.model.parameters()):
+    offloaded = base and not base.shared and any(parameter.is_meta for parameter in base.model.parameters())
+    if settings.uses_landing_point and offloaded:
         raise UserError(
             "--device_map keeps a part of the base on the CPU or on disk, and a landing point needs all of it: "
             "use --lora on, or more GPUs"

@@ -9,6 +9,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches, answer_pool, run_sampler
 from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.losses.terms import reads
 from tests.helpers.tables import TODAY, TRUTHFUL, error_of
 
 CPU = torch.device("cpu")
@@ -21,12 +22,12 @@ def data():
 
 def sampler_of(data, losses, **changes):
     usual = {"batch_size": 4, "k_random": 3, "seed": 5, "all_harmful": False}
-    return run_sampler(**data, losses=losses, **{**usual, **changes})
+    return run_sampler(**data, reads=reads(losses), **{**usual, **changes})
 
 
 def batches_of(data, tokenizer, losses, **more) -> StepBatches:
     collator = Collator(tokenizer, "paper", 256)
-    return StepBatches(collator, sampler_of(data, losses), **data, losses=losses, **more)
+    return StepBatches(collator, sampler_of(data, losses), **data, reads=reads(losses), **more)
 
 
 def same(batch, expected) -> bool:
@@ -43,14 +44,16 @@ def same(batch, expected) -> bool:
         ({"gd"}, ({"own_answer"}, None)),
         ({"rd", "pd"}, ({"random_answers"}, {"text"})),
         ({"ga", "rm", "kl"}, ({"own_answer", "random_answers"}, {"text"})),
-        ({"ft"}, (None, {"own_answer"})),
+        ({"ft"}, (None, None, {"own_answer"})),
+        ({"ft", "kl"}, (None, {"text"}, {"own_answer"})),
         ({"lp"}, (None, {"text"})),
     ],
 )
 def test_a_step_has_what_its_losses_read_and_no_more(losses, weights, data, tokenizer):
-    harmful, normal, safe = batches_of(data, tokenizer, losses)(0, CPU)
-    assert tuple(batch and set(batch.weights) for batch in (harmful, normal)) == weights
-    assert safe is None
+    batch = batches_of(data, tokenizer, losses)(0, CPU)
+    rows = (batch.harmful, batch.normal, batch.normal_answers)[: len(weights)]
+    assert tuple(part and set(part.weights) for part in rows) == weights
+    assert batch.safe is None and (len(weights) == 3 or batch.normal_answers is None)
 
 
 def test_batches_ahead_are_those_of_the_steps(data, tokenizer):
@@ -74,8 +77,8 @@ def test_processes_share_a_step(data, tokenizer):
 
 def test_random_answers_come_from_the_pool_of_the_losses(data, tokenizer):
     harmful, normal = data["harmful"], data["normal"]
-    assert answer_pool({"gd", "rd"}, harmful, normal) == harmful.answers
-    assert answer_pool({"ga", "rm"}, harmful, normal) == [normal.texts[row].answer for row in normal.train]
+    assert answer_pool(reads({"gd", "rd"}), harmful, normal) == harmful.answers
+    assert answer_pool(reads({"ga", "rm"}), harmful, normal) == [normal.texts[row].answer for row in normal.train]
     for losses in ({"rd"}, {"rm"}):
         batches = batches_of(data, tokenizer, losses)
         pairs = batches.random_pairs(2)
@@ -88,3 +91,8 @@ def test_k_counts_only_where_answers_are_drawn(data):
     assert len(sampler_of(data, {"gd", "rd"})[0].answer_rows) == 3
     assert sampler_of(data, {"gd", "pd"}, k_random=999)[0].answer_rows == []
     assert "--k_random" in error_of(sampler_of, data, {"rd"}, k_random=999)
+
+
+def test_two_pools_at_once_are_refused():
+    with pytest.raises(ValueError, match="different pools"):
+        reads({"rd", "rm"})

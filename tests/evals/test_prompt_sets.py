@@ -8,6 +8,7 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NormalData, read_choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_questions
+from harmful_unlearn.losses.terms import reads
 from tests.helpers.tiny import GOLDENS
 
 NUMBERS = {"seen": 200, "unseen": 200, "normal": 200}
@@ -107,7 +108,7 @@ def test_touched_is_what_the_steps_draw(losses, own, pool):
     harmful = read_harmful(PKU)
     normal = normal_data(list(range(8)), [8], [9])
     order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
-    trained, touched = touched_questions(order, harmful, losses, 2)
+    trained, touched = touched_questions(order, harmful, reads(losses), 2)
     draws = [order[step] for step in (0, 1)]
     asked = {harmful.pairs[row].question for draw in draws for row in draw.harmful_rows}
     drawn_from = {harmful.answer_questions[row] for draw in draws for row in draw.answer_rows}

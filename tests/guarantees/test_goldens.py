@@ -15,6 +15,7 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses import objective
+from harmful_unlearn.losses.terms import reads
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.run_log import RunLog
@@ -47,7 +48,7 @@ def batches(goldens, tokenizer):
         GoldenSampler(goldens["trajectory"]),
         read_harmful(str(GOLDENS / SCHEMAS[0])),
         read_normal(GOLDENS / "TruthfulQA.csv", 8888),
-        {"gd", "rd", "pd"},
+        reads({"gd", "rd", "pd"}),
     )
 
 
@@ -143,7 +144,7 @@ def test_gradient_ascent(goldens, batches):
 def test_the_golden_can_fail(goldens, tokenizer, batches):
     """One position off in the answer's start moves the first loss by far more than the tolerance."""
     paper = StepBatches(
-        Collator(tokenizer, "paper", 1024), batches.sampler, batches.harmful, batches.normal, batches.losses
+        Collator(tokenizer, "paper", 1024), batches.sampler, batches.harmful, batches.normal, batches.reads
     )
     harmful = paper(0, torch.device("cpu")).harmful
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()

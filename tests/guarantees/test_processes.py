@@ -235,7 +235,7 @@ def test_deepspeed_without_a_device_is_refused(tiny_model, tmp_path, monkeypatch
 def set_up_for(stage: int = 3, **settings) -> dict:
     """DeepSpeed's configuration once a run has set it up."""
     config = {"gradient_accumulation_steps": 1, "gradient_clipping": "auto", **settings}
-    deepspeed._set_up_deepspeed(SimpleNamespace(zero_stage=stage, deepspeed_config=config), 2)
+    deepspeed.configure(SimpleNamespace(zero_stage=stage, deepspeed_config=config), 2)
     return config
 
 

@@ -147,7 +147,7 @@ def test_processes_are_started_in_known_places_alone():
         if names := {name for name in names if name not in ("subprocess", "subprocess.CalledProcessError")}:
             starting[str(path.relative_to(ROOT))] = names
     assert starting == {
-        "harmful_unlearn/storage/run_record.py": {"subprocess.run"},  # git describe
+        "harmful_unlearn/storage/provenance.py": {"subprocess.run"},  # git describe
         "harmful_unlearn/demo.py": {"subprocess.run"},  # the scripts of this repository
         "benchmarks/step.py": {"subprocess.run"},
         "benchmarks/negation.py": {"subprocess.Popen"},

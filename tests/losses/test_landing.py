@@ -21,6 +21,7 @@ from harmful_unlearn.evals.prompt_sets import touched_questions
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.methods import loss_weights
 from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.losses.terms import reads
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.training.flags import parse_flags
@@ -220,7 +221,7 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
     order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
     collator = Collator(tokenizer, "paper", 256)
-    batches = StepBatches(collator, order, harmful, normal, {"gd", "lp", "sa"})
+    batches = StepBatches(collator, order, harmful, normal, reads({"gd", "lp", "sa"}))
     found = [batches(step, torch.device("cpu")) for step in range(order.batches_per_epoch)]
     assert any(texts.safe is None for texts in found) or all(harmful.safe_answers)
     for step, texts in enumerate(found):
@@ -230,7 +231,7 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
             assert torch.equal(texts.safe.input_ids, collator.answers_batch(pairs, []).input_ids)
         else:
             assert texts.safe is None
-    trained, touched = touched_questions(order, harmful, {"sa"}, 1)
+    trained, touched = touched_questions(order, harmful, reads({"sa"}), 1)
     assert not trained and touched == {harmful.pairs[row].question for row in order[0].harmful_rows}
 
 

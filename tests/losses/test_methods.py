@@ -115,11 +115,11 @@ def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     """FT's loss is the cross-entropy of the normal answers, computed here by hand."""
     args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper"))
     batches = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).batches
-    harmful, normal, _ = batches(0, torch.device("cpu"))
-    assert harmful is None
+    batch = batches(0, torch.device("cpu"))
+    assert batch.harmful is None and batch.normal is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     with torch.no_grad():
-        ours = value_of(model, "ft", normal)
+        ours = value_of(model, "ft", batch.normal_answers)
         by_hand = []
         for row in batches.sampler[0].normal_rows:
             pair = batches.normal.texts[row]
