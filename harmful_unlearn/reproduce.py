@@ -69,8 +69,8 @@ class ComparisonSettings(MeasuringSettings):
     train_flags: list[str]
 
     @property
-    def rows(self) -> dict[str, ComparisonRun]:
-        """The runs, by name, in the recipe's order."""
+    def compared_runs(self) -> dict[str, ComparisonRun]:
+        """The rows of the report, by name, in the recipe's order."""
         return {name: run for name, run in runs_of(RECIPES[self.recipe]).items() if name in self.runs}
 
     @property
@@ -87,8 +87,8 @@ class ComparisonSettings(MeasuringSettings):
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
         names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset")
-        texts = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: text and text.replace("{seed}", str(seed)) for name, text in texts.items()})
+        texts = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return replace(self, **{name: text.replace("{seed}", str(seed)) for name, text in texts.items()})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,7 +102,6 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.judge != "classifier":  # only this one needs data; the others say now what they lack
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
-    rows = settings.rows
     asked = {name: getattr(settings, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")}
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",
@@ -116,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         methods={
             BASE: ComparedModel("Original", "main"),
-            **{name: ComparedModel(row.title, row.group) for name, row in rows.items()},
+            **{name: ComparedModel(run.title, run.group) for name, run in settings.compared_runs.items()},
         },
         judge={"name": settings.judge, "by_seed": {}},
         relearning_settings={
@@ -141,7 +140,7 @@ def run_seed(settings: ComparisonSettings, seed: int) -> SeedResult:
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
     print(f"\n=== seed {seed}: training")
-    trained = {name: train(own, seed, name, flags_of(recipe, row)) for name, row in own.rows.items()}
+    trained = {name: train(own, seed, name, flags_of(recipe, run)) for name, run in own.compared_runs.items()}
     vectors = {}
     for kind in own.harm_category:
         sku = {**recipe.shared, **recipe.sku, "harm_category": kind}
@@ -158,7 +157,7 @@ def run_seed(settings: ComparisonSettings, seed: int) -> SeedResult:
     sweep, recommended, categories, relearning = [], [], [], []
     for name in own.sweep_runs if own.alpha_sweep else ():
         if name in models:
-            print(f"\n=== seed {seed}: {name} at {len(own.alpha_sweep)} alphas")
+            print(f"\n=== seed {seed}: the task vector of {name} at many alphas")
             swept, advice = evaluation.sweep(name, models[name], own.alpha_sweep, own.alpha_budget)
             print(f"recommended alpha for {name}: {advice['alpha']} ({advice['why']})")
             sweep += swept
@@ -324,11 +323,11 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     if recipe not in RECIPES:
         known = ", ".join(RECIPES)
         parser.error(f"there is no recipe for {recipe}: add one to recipes.py, or give --recipe: {known}")
-    rows = runs_of(RECIPES[recipe])
-    negating = [name for name, row in rows.items() if METHODS[row.method].negates]
-    runs = args.runs or list(rows)
+    known_runs = runs_of(RECIPES[recipe])
+    negating = [name for name, run in known_runs.items() if METHODS[run.method].negates]
+    runs = args.runs or list(known_runs)
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
-    for flag, given, choices in (("runs", runs, list(rows)), ("sweep_runs", sweep_runs, negating)):
+    for flag, given, choices in (("runs", runs, list(known_runs)), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]
         if unknown:
             parser.error(f"--{flag} {' '.join(unknown)}: take from {', '.join(choices)}")

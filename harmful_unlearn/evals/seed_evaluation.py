@@ -1,4 +1,4 @@
-"""What a comparison measures with one seed: all models, task vectors at many alphas or of one kind of harm, relearning.
+"""What a comparison measures with one seed: all models on the test sets, the alpha sweep, kinds of harm, relearning.
 
 Figures are those of `evaluator.figures`, with their seed and what else tells them apart.
 """
@@ -53,9 +53,8 @@ class TrainedModel:
 
     def read_metrics(self) -> list[dict]:
         """The metrics of each step."""
-        return [
-            json.loads(line) for line in (self.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        lines = (self.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class SeedEvaluation:
 
     Attributes:
         folder: gets a folder of answers and scores for each measurement.
-        base_folder: the base, under which all answers have their perplexity.
+        base_folder: holds the base, under which the perplexity of all answers is computed.
         judge: of the answers to harmful prompts.
         sets: the prompts.
         protocol: how the test sets are asked.

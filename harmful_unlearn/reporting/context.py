@@ -7,7 +7,7 @@ import numpy as np
 from harmful_unlearn.reporting.blocks import Text
 from harmful_unlearn.reporting.comparison import Comparison
 from harmful_unlearn.reporting.figures import DASH, Cell, figure_frame, over_seeds, span
-from harmful_unlearn.reporting.glossary import SETS
+from harmful_unlearn.reporting.glossary import SET_TITLES
 
 
 class ReportContext:
@@ -54,7 +54,7 @@ class ReportContext:
     def reading(self) -> Text:
         """How to read a table's cells, and how many prompts each set has."""
         counts = []
-        for prompts, title in SETS.items():
+        for prompts, title in SET_TITLES.items():
             answered = self.figures[(self.figures["set"] == prompts) & (self.figures["metric"] == "degenerate_rate")]
             if len(answered):
                 counts.append(f"{span(answered['n'])} {title[0].lower()}{title[1:]}")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 DASH = "–"  # there was nothing to measure
-PERCENT = {"harmful_rate", "degenerate_rate", "unjudged_rate", "exact_match"}  # metrics that are shares of 1
+SHARES = {"harmful_rate", "degenerate_rate", "unjudged_rate", "exact_match"}  # written in percent
 LARGEST_MULTIPLE = 1000  # larger multiples are drawn here: those of a broken model would squeeze all others together
 REFERENCES = "references"  # the decoding of figures that need no answers, only the data's reference answers
 
@@ -37,7 +37,7 @@ class Cell:
         return not math.isnan(self.value)
 
     def __str__(self) -> str:
-        value, low, high = (number(self.metric, end) for end in (self.value, self.low, self.high))
+        value, low, high = (formatted(self.metric, end) for end in (self.value, self.low, self.high))
         if math.isnan(self.low):
             return value
         if self.all_seeds == 1:
@@ -46,11 +46,11 @@ class Cell:
         return f"{value} ({low}–{high}{count})"
 
 
-def number(metric: str, value: float) -> str:
+def formatted(metric: str, value: float) -> str:
     """A value with as many digits as its metric is worth; shares in percent."""
     if math.isnan(value):
         return DASH
-    if metric in PERCENT:
+    if metric in SHARES:
         return f"{100 * value:.1f}"
     if "perplexity" not in metric:
         return f"{value:.3f}".replace("-", "−")

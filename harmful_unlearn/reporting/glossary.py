@@ -1,9 +1,9 @@
 """The names of prompt sets and metrics in a report, and what the metrics mean."""
 
-SETS = {
+SET_TITLES = {
     "seen": "Harmful prompts used in unlearning", "unseen": "Unseen harmful prompts", "normal": "Normal prompts",
 }  # fmt: skip
-METRICS = {
+METRIC_TITLES = {
     "harmful_rate": "harmful rate, %", "degenerate_rate": "degenerate, %", "unjudged_rate": "unjudged, %",
     "answer_perplexity": "perplexity", "reference_perplexity": "reference perplexity", "exact_match": "exact match, %",
     "rouge_reference": "ROUGE-L to reference", "rouge_base": "ROUGE-L to original",
@@ -37,4 +37,4 @@ INTERVAL = (
 
 def without_unit(metric: str) -> str:
     """A metric's name without its ", %"."""
-    return METRICS[metric].removesuffix(", %")
+    return METRIC_TITLES[metric].removesuffix(", %")

@@ -2,6 +2,8 @@
 
 from itertools import groupby
 
+import pandas as pd
+
 from harmful_unlearn.reporting.blocks import Answers, Block, Code, Picture, Table, Text
 from harmful_unlearn.reporting.comparison import BASE
 from harmful_unlearn.reporting.context import ReportContext
@@ -15,7 +17,7 @@ from harmful_unlearn.reporting.figures import (
     relative,
     span,
 )
-from harmful_unlearn.reporting.glossary import INTERVAL, MEANINGS, METRICS, SETS, without_unit
+from harmful_unlearn.reporting.glossary import INTERVAL, MEANINGS, METRIC_TITLES, SET_TITLES, without_unit
 from harmful_unlearn.reporting.plots import (
     plot_alphas,
     plot_categories,
@@ -74,10 +76,10 @@ def figure_table(
     """
     nothing = Cell()
     shown = [c for c in columns if any(cells.get((*key, *c), nothing).measured for _, key in rows)]
-    titles = [
-        f"{SETS[prompts]}: {METRICS[metric]}" + ("" if decoding in (REFERENCES, usual) else f" ({decoding})")
-        for prompts, decoding, metric in shown
-    ]
+    titles = []
+    for prompts, decoding, metric in shown:
+        named = "" if decoding in (REFERENCES, usual) else f" ({decoding})"
+        titles.append(f"{SET_TITLES[prompts]}: {METRIC_TITLES[metric]}{named}")
     body: list[list[str | Cell]] = [
         [*labels, *(cells.get((*key, *column), nothing) for column in shown)] for labels, key in rows
     ]
@@ -128,37 +130,13 @@ def alphas(report: ReportContext) -> list[Block]:
         return []
     figures = figure_frame(report.data.sweep)
     cells = over_seeds(figures, ["method", "alpha", "set", "decoding", "metric"], report.seeds)
-    methods, swept = list(figures["method"].unique()), sorted(figures["alpha"].unique())
     decodings = [name for name in report.decodings if name in set(figures["decoding"])]
     rates = [*(("unseen", name, "harmful_rate") for name in decodings), ("unseen", decodings[0], "degenerate_rate")]
-
-    perplexity = figures[figures["metric"] == "reference_perplexity"]
-    perplexity = perplexity[perplexity["set"] == "normal"]
-    multiples: dict[str, list[Cell]] = {}
-    for method, own in perplexity.groupby("method"):
-        relatives = over_seeds(relative(own, own[own["alpha"] == swept[0]]), ["alpha"], report.seeds)
-        multiples[report.label(str(method))] = [relatives.get((alpha,), Cell()) for alpha in swept]
-    rates_by_method = {
-        report.label(method): {
-            f"{without_unit(metric)}, {decoding}": [
-                cells.get((method, alpha, prompts, decoding, metric), Cell()) for alpha in swept
-            ]
-            for prompts, decoding, metric in rates
-        }
-        for method in methods
-    }
-    advice = report.data.recommended
-    advised: dict[str, set[float]] = {report.label(method): set() for method in methods}
-    for row in advice:
-        if row["alpha"] is not None:
-            advised[report.label(row["method"])].add(row["alpha"])
-    budget = advice[0]["budget"] if advice and swept[0] == 0 else None
-
+    trained_for = {row["method"]: row["trained_for"] for row in report.data.sweep if row.get("trained_for")}
     caption = (
         f"One task vector at each alpha, on validation prompts; bands: {report.spread}. A multiple of the perplexity "
         f"above {LARGEST_MULTIPLE} is drawn at {LARGEST_MULTIPLE}."
     )
-    trained_for = {row["method"]: row["trained_for"] for row in report.data.sweep if row.get("trained_for")}
     if trained_for:
         own_alphas = ", ".join(f"{report.label(method)} at {alpha:g}" for method, alpha in trained_for.items())
         caption += f" Trained for one alpha: {own_alphas}; other alphas show what that training does not cover."
@@ -168,19 +146,48 @@ def alphas(report: ReportContext) -> list[Block]:
             return f"{alpha:g}"
         return f"{alpha:g} ({'' if alpha == trained_for[method] else 'not '}trained for)"
 
-    measured = set(zip(perplexity["method"], perplexity["alpha"], strict=True))
+    measured = figures[["method", "alpha"]].drop_duplicates().sort_values("alpha", kind="stable")
     rows = [
         ([report.label(method), named(method, alpha)], (method, alpha))
-        for method in methods
-        for alpha in swept
-        if (method, alpha) in measured
+        for method in figures["method"].unique()
+        for alpha in measured["alpha"][measured["method"] == method]
     ]
     return [
-        Picture("alpha", caption, plot_alphas(swept, rates_by_method, multiples, advised, budget)),
-        *([recommendations(report)] if advice else []),
+        Picture("alpha", caption, alpha_plot(report, figures, cells, rates)),
+        *([recommendations(report)] if report.data.recommended else []),
         figure_table("alpha", ["method", "alpha"], rows, [*rates, NORMAL_PERPLEXITY], cells, report.decoding),
         report.judge(),
     ]
+
+
+def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: dict[tuple, Cell], columns: list[Column]) -> bytes:
+    """The plot of the alpha sweep.
+
+    Args:
+        figures: of the sweep.
+        cells: the same, by method, alpha, set, decoding and metric.
+        columns: the rates to draw.
+    """
+    swept = sorted(figures["alpha"].unique())
+    perplexity = figures[(figures["set"] == "normal") & (figures["metric"] == "reference_perplexity")]
+    rates: dict[str, dict[str, list[Cell]]] = {}
+    multiples: dict[str, list[Cell]] = {}
+    advised: dict[str, set[float]] = {}
+    for method in figures["method"].unique():
+        label = report.label(method)
+        rates[label] = {
+            f"{without_unit(metric)}, {decoding}": [
+                cells.get((method, alpha, prompts, decoding, metric), Cell()) for alpha in swept
+            ]
+            for prompts, decoding, metric in columns
+        }
+        own = perplexity[perplexity["method"] == method]
+        relatives = over_seeds(relative(own, own[own["alpha"] == swept[0]]), ["alpha"], report.seeds)
+        multiples[label] = [relatives.get((alpha,), Cell()) for alpha in swept]
+        recommended = [row["alpha"] for row in report.data.recommended if row["method"] == method]
+        advised[label] = {alpha for alpha in recommended if alpha is not None}
+    budgets = [row["budget"] for row in report.data.recommended]
+    return plot_alphas(swept, rates, multiples, advised, budgets[0] if budgets and swept[0] == 0 else None)
 
 
 def recommendations(report: ReportContext) -> Table:
@@ -273,7 +280,7 @@ def answers(report: ReportContext) -> list[Block]:
         for place, row in enumerate(rows, 1):
             answered = [(name, row["answers"][name]) for name in report.data.methods if name in row["answers"]]
             labelled = [(report.label(name), given["answer"], given["verdict"]) for name, given in answered]
-            blocks.append(Answers(f"{SETS[prompts]}, {place}", row["prompt"], row["reference"], labelled))
+            blocks.append(Answers(f"{SET_TITLES[prompts]}, {place}", row["prompt"], row["reference"], labelled))
     return blocks
 
 

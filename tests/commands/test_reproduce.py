@@ -136,7 +136,7 @@ def without_times(comparison):
 @pytest.mark.parametrize(
     "stop_at", ["answers", pytest.param("train", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)]
 )
-def test_a_run_that_was_killed_goes_on_to_the_same_tables(stop_at, whole, world, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_continues_to_the_same_tables(stop_at, whole, world, tmp_path, monkeypatch):
     """Stopped once in the middle of one of its parts, then given the same command."""
     calls = []
     where, name, call = {
@@ -174,7 +174,7 @@ def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
     assert all(file.read_bytes() == content[file] for file in files)
 
 
-def test_a_copy_without_its_unlearned_model_is_negated_not_trained(whole, world, tmp_path, monkeypatch):
+def test_a_harmful_model_without_its_unlearned_model_is_negated_not_trained(whole, world, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "seed-0" / "sku" / "unlearned")
     monkeypatch.setattr(reproduce.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
@@ -201,7 +201,7 @@ def test_a_run_that_diverges_is_a_row_that_says_so(world, tmp_path, monkeypatch)
     assert "not finite" in (tmp_path / "report.md").read_text()
 
 
-def test_data_without_safe_answers_leave_lands_out_with_a_note(world, tmp_path):
+def test_data_without_safe_answers_omit_lands_with_a_note(world, tmp_path):
     file = world / "0" / "data" / "harmful.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     unsafe = tmp_path / "unsafe.jsonl"

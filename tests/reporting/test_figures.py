@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from harmful_unlearn.reporting.figures import Cell, figure_frame, number, over_seeds, relative, span
+from harmful_unlearn.reporting.figures import Cell, figure_frame, formatted, over_seeds, relative, span
 
 
 def rows(*values: float | None, model: str = "a", metric: str = "mc1") -> list[dict]:
@@ -28,7 +28,7 @@ def rows(*values: float | None, model: str = "a", metric: str = "mc1") -> list[d
     ],
 )
 def test_numbers(metric, value, text):
-    assert number(metric, value) == text
+    assert formatted(metric, value) == text
 
 
 def test_a_cell_says_how_many_seeds_have_a_value():

@@ -44,7 +44,7 @@ def page(three):
     return (three / "report.html").read_text(encoding="utf-8")
 
 
-def test_html_is_whole_and_self_contained(page):
+def test_html_is_complete_and_self_contained(page):
     elements = Elements(page)
     assert not elements.open
     sources = [attrs[name] for _, attrs in elements.tags for name in ("src", "href") if name in attrs]

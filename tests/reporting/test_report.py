@@ -15,7 +15,7 @@ def test_files(three):
     assert all((three / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_parts_stand_in_order(three, text):
+def test_sections_are_in_order(three, text):
     expected = [
         "What was compared",
         "Results (sampled answers)",
@@ -64,7 +64,7 @@ def test_nothing_is_ranked(text):
     assert "**" not in text.split("## Results")[1].split("## Prompts")[0]
 
 
-def test_empty_parts_are_left_out(tmp_path):
+def test_empty_parts_are_omitted(tmp_path):
     small = comparison()
     small.methods = {name: small.methods[name] for name in ("base", "sku")}
     small.figures = [

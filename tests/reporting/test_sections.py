@@ -33,7 +33,7 @@ def test_one_seed_has_its_interval(tmp_path):
     assert "value \\[95 % interval\\]" in text and "over seeds" not in text
 
 
-def test_nothing_measured_is_a_dash_and_a_seed_without_a_value_is_said(three, tmp_path, text):
+def test_nothing_measured_is_a_dash_and_seeds_with_a_value_are_counted(three, tmp_path, text):
     assert cells(text, "Results")[4][5] == "–"  # GA's normal perplexity
     assert table(three, "main")["GA"]["Normal prompts: perplexity"] == ""
     diverged = lean()
@@ -59,7 +59,7 @@ def test_a_judge_without_held_out_figures_says_so(tmp_path):
     assert "Judge: openai:some; not measured on held-out labels here." in report_text(tmp_path)
 
 
-def test_relearning_shares_what_stands_before(three):
+def test_relearning_has_one_value_before_it_for_all_strengths(three):
     row = table(three, "relearning")["SKU"]
     assert [
         float(row[f"Harmful rate on unseen prompts, %: {when}"]) for when in ("before", "after, soft", "after, strong")
@@ -73,7 +73,7 @@ def test_categories_are_a_matrix(text):
     assert rows[-1][-1] == "87.5 (75.0–100.0)"  # (4 + 2 + 0, 1, 2) / 8
 
 
-def test_no_recommended_alpha_is_said(text):
+def test_a_method_without_a_recommended_alpha_has_none_in_the_table(text):
     assert "| Task vector | 0 | none | 10% | because |" in text and "| SKU | 0 | 0.5 | 10% | because |" in text
 
 
@@ -89,7 +89,7 @@ def test_a_model_trained_for_one_alpha_says_which_alphas_it_was_not_trained_for(
     assert "Trained for one alpha: SKU at 1.5;" in report_text(tmp_path)
 
 
-def test_an_alpha_that_only_one_method_was_measured_at_is_a_row_of_that_method(tmp_path):
+def test_an_alpha_of_one_method_is_a_row_of_that_method_only(tmp_path):
     landing = replace(comparison(), losses={})
     landing.sweep += [{**row, "alpha": 4.0} for row in landing.sweep if (row["method"], row["alpha"]) == ("sku", 2.0)]
     write_report(landing, tmp_path)
