@@ -45,7 +45,7 @@ test-slow: $(READY)
 
 # Inputs are drawn anew each time. A failure is printed with the line that reproduces it, and kept in .hypothesis.
 fuzz: $(READY)
-	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),2000) HF_HUB_OFFLINE=1 $(RUN) -m pytest tests/guarantees/test_fuzz.py
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),2000) HF_HUB_OFFLINE=1 $(RUN) -m pytest tests/guarantees/test_fuzz_*.py
 
 data: $(READY)
 	$(RUN) dataloader/fetch_truthfulqa.py

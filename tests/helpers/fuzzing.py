@@ -6,12 +6,14 @@ import json
 import math
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import torch
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save as serialized
 
 from harmful_unlearn.data.pku_saferlhf import HARMFUL_COLUMNS
@@ -198,3 +200,13 @@ def odd_parquet(cell: pyarrow.Array, *names: str) -> tuple[str, bytes]:
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file)
     return ".parquet", file.getvalue()
+
+
+def read_by_library(path: Path) -> dict | None:
+    """What safetensors' own reader gives; None where it refuses the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: bits(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except BaseException as error:  # noqa: B036 (a panic in Rust is one)
+        assert not isinstance(error, KeyboardInterrupt)
+        return None
