@@ -60,8 +60,8 @@ def main() -> None:
         losses[name] = setting.run(name, setting.texts(0))[1]
     close = 1e-3 if args.precision == "fp32" else 3e-2
     first = losses[args.ways[0]]
-    compared = [(first[loss], value) for found in losses.values() for loss, value in found.items() if loss in first]
-    if any(abs(one - other) > close * max(1, abs(one)) for one, other in compared):
+    pairs = [(first[loss], value) for values in losses.values() for loss, value in values.items() if loss in first]
+    if any(abs(expected - value) > close * max(1, abs(expected)) for expected, value in pairs):
         sys.exit(f"the losses differ, so no time is worth printing: {losses}")
     for step in range(args.repeat):
         texts = setting.texts(step)
@@ -122,7 +122,7 @@ class Setting:
         def words(mean: float) -> str:
             spread = self.args.spread
             length = int(np.clip(mean * np.exp(draw.normal(-(spread**2) / 2, spread)), 4, LONGEST))
-            return " ".join(f"w{one}" for one in draw.integers(100, self.vocabulary - 100, length))
+            return " ".join(f"w{word}" for word in draw.integers(100, self.vocabulary - 100, length))
 
         args = self.args
         pairs = [Pair(words(args.question_tokens), words(args.answer_tokens)) for _ in range(args.batch_size)]
@@ -136,17 +136,17 @@ class Setting:
         synchronize(self.device)
         started = time.perf_counter()
         autocast = self.args.precision == "bf16" and name != "released"
-        parts, each = WAYS[name](self, *texts), {}
+        parts, values = WAYS[name](self, *texts), {}
         while True:
             with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
                 part = next(parts, None)
             if part is None:
                 break
             part[0].backward()
-            each |= part[1]
+            values |= part[1]
         synchronize(self.device)
         seconds = time.perf_counter() - started
-        return seconds, {loss: value.item() for loss, value in each.items()}
+        return seconds, {loss: value.item() for loss, value in values.items()}
 
     def own_process(self, name: str) -> dict:
         """What `peak_memory` measures in a fresh process."""
@@ -182,12 +182,12 @@ def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: li
         for row, start in enumerate(starts):
             ids = rows["input_ids"][row]
             pad = tokenizer.pad_token_id
-            each = F.cross_entropy(logits[row, :-1], ids[1:], reduction="none", ignore_index=pad)
+            entropies = F.cross_entropy(logits[row, :-1], ids[1:], reduction="none", ignore_index=pad)
             weight = torch.zeros(len(ids), device=device)
             weight[start:] = 1
             weight[ids == pad] = 0
             weight /= weight.sum()
-            losses.append((weight[:-1] * each).sum())
+            losses.append((weight[:-1] * entropies).sum())
         return torch.stack(losses).mean()
 
     gd = answer_loss(pairs, [len(tokenizer(format_prefix(pair.question))["input_ids"]) - 1 for pair in pairs])
@@ -199,8 +199,8 @@ def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: li
     with torch.no_grad(), setting.base.active() as base:
         p = base(**inputs).logits.float().softmax(-1)
     pd = -(p * ((p + 1e-12) / q).log()).sum(-1).mean()
-    each = {"gd": gd, "rd": rd, "pd": pd}
-    yield sum(WEIGHTS[name] * loss for name, loss in each.items()), each
+    values = {"gd": gd, "rd": rd, "pd": pd}
+    yield sum(WEIGHTS[name] * loss for name, loss in values.items()), values
 
 
 def ours(objective: str, packed_up_to: float = math.inf):
@@ -275,8 +275,8 @@ def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, di
     computed["released"] = computed["plain rows"]
     head = setting.vocabulary * setting.model.get_output_embeddings().weight.shape[1]
     body = sum(p.numel() for n, p in setting.model.named_parameters() if "embed" not in n and "lm_head" not in n)
-    each = 4 if args.lora else 6  # 2 forward, 2 backward for activations, 2 for weights; attention's products left out
-    flops = each * (needed * body + needed_scored * head)
+    products = 4 if args.lora else 6  # 2 forward, 2 backward for activations, 2 for weights; without attention's own
+    flops = products * (needed * body + needed_scored * head)
     peak = matmul_peak(setting)
     lines = [
         f"{args.precision}, {setting.device.type}, {torch.get_num_threads()} threads; batch {args.batch_size}, "
@@ -306,15 +306,15 @@ def matmul_peak(setting: Setting) -> float:
     """FLOP/s of the machine's best large matrix product in this precision."""
     size = 8192 if setting.device.type == "cuda" else 2048
     dtype = torch.bfloat16 if setting.args.precision == "bf16" else torch.float32
-    one = torch.randn(size, size, device=setting.device, dtype=dtype)
-    found = []
+    matrix = torch.randn(size, size, device=setting.device, dtype=dtype)
+    seconds = []
     for _ in range(6):
         synchronize(setting.device)
         started = time.perf_counter()
-        one @ one
+        matrix @ matrix
         synchronize(setting.device)
-        found.append(time.perf_counter() - started)
-    return 2 * size**3 / min(found)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def parse_flags() -> argparse.Namespace:
