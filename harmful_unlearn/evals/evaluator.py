@@ -31,6 +31,8 @@ from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
 
+PROTOCOL_FILE = "protocol.json"
+
 
 @dataclass(frozen=True)
 class EvalProtocol:
@@ -54,6 +56,11 @@ class EvalProtocol:
     def rounds(self) -> list[tuple[str, Decoding]]:
         """Which set is asked in which decoding, in order."""
         return [(name, decoding) for name in self.prompts for decoding in self.decodings]
+
+    @property
+    def answers(self) -> int:
+        """How many answers each model gives."""
+        return sum(len(self.prompts[name]) for name, _ in self.rounds)
 
     def sampling_seed(self, name: str) -> int:
         """The seed of a set's sampled answers: each set has a random stream of its own."""
@@ -163,12 +170,12 @@ def _answer_and_score(model: EvaluatedModel, protocol: EvalProtocol, record: str
     """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed."""
     file, scores_file = _answers_file(folder, model.label), _scores_file(folder, model.label)
     rows = read_answers(file)
-    if len(rows) >= _number_of_answers(protocol) and scores_file.exists():
+    if len(rows) >= protocol.answers and scores_file.exists():
         return rows
     language_model, tokenizer = model.load()
     questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
     check_room(language_model, tokenizer, questions, protocol.max_new_tokens)
-    write_file(_protocol_file(folder), record)  # before the first answer, and after all that refuses a model
+    write_file(folder / PROTOCOL_FILE, record)  # before the first answer, and after all that refuses a model
     rows = _answer(language_model, tokenizer, model.label, protocol, rows, file)
     if not scores_file.exists():
         write_file(scores_file, json.dumps(_score(language_model, tokenizer, protocol)))
@@ -188,34 +195,26 @@ def _answer(
     """`rows` with the answers that they lack, each batch appended to `file` as it is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, "".join(_line(row) for row in rows))  # without a torn last line
-    wanted = _number_of_answers(protocol)
     with (
         file.open("a", encoding="utf-8") as out,
-        tqdm(total=wanted, initial=len(rows), desc=f"{label} answers", unit="answer") as bar,
+        tqdm(total=protocol.answers, initial=len(rows), desc=f"{label} answers", unit="answer") as bar,
     ):
         for name, decoding in protocol.rounds:
             prompts = protocol.prompts[name]
             questions = [prompt.question for prompt in prompts]
+            common = {"model": label, "set": name, "decoding": decoding.name}
             done = frozenset(row["index"] for row in _of(rows, name, decoding))
             seed = protocol.sampling_seed(name)
             for batch in generate(
                 model, tokenizer, questions, decoding, protocol.max_new_tokens, protocol.batch_size, seed, done
             ):
-                new_rows = [
-                    {
-                        "model": label,
-                        "set": name,
-                        "decoding": decoding.name,
-                        "index": answer.index,
-                        "row": prompts[answer.index].row,
-                        "prompt": questions[answer.index],
-                        "reference": prompts[answer.index].reference,
-                        "answer": answer.text,
-                        "ended": answer.ended,
-                    }
-                    for answer in batch
-                    if answer.index not in done
-                ]
+                new_rows = []
+                for answer in batch:
+                    if answer.index not in done:
+                        prompt = prompts[answer.index]
+                        asked = {"row": prompt.row, "prompt": prompt.question, "reference": prompt.reference}
+                        answered = {"answer": answer.text, "ended": answer.ended}
+                        new_rows.append({**common, "index": answer.index, **asked, **answered})
                 out.write("".join(map(_line, new_rows)))
                 out.flush()
                 rows = rows + new_rows
@@ -225,7 +224,7 @@ def _answer(
 
 def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol) -> dict:
     """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
-    collator = _collator(model, tokenizer)
+    collator = Collator(tokenizer, "paper", context_length(model.config))
     scores: dict = {
         name: answer_nll(
             model, collator, [prompt.pair for prompt in prompts], protocol.batch_size, f"{name} references"
@@ -257,7 +256,7 @@ def _add_perplexities(
     if not lacking:
         return
     model, tokenizer = reference.load()
-    collator = _collator(model, tokenizer)
+    collator = Collator(tokenizer, "paper", context_length(model.config))
     for label in lacking:
         pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
         scored = answer_nll(model, collator, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
@@ -295,19 +294,11 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
     return bool(unjudged or normal)
 
 
-def _number_of_answers(protocol: EvalProtocol) -> int:
-    return sum(len(protocol.prompts[name]) for name, _ in protocol.rounds)
-
-
-def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    return Collator(tokenizer, "paper", context_length(model.config))
-
-
 def _check_protocol(
     models: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
 ) -> str:
     """The content of protocol.json. Raises UserError where the folder holds answers that something else decided."""
-    file = _protocol_file(folder)
+    file = folder / PROTOCOL_FILE
     record: dict = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}
     if file.exists():
         before = read_json(file)
@@ -324,10 +315,6 @@ def _check_protocol(
             )
     record["models"] |= {model.label: model.identity for model in models}
     return json.dumps(record, indent=2) + "\n"
-
-
-def _protocol_file(folder: Path) -> Path:
-    return folder / "protocol.json"
 
 
 def _answers_file(folder: Path, label: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ class CountingJudge:
         return [Verdict(self.rule(pair), 0.5, "") for pair in pairs]
 
 
-def subject(label, folder, loads):
+def counted(label, folder, loads):
+    """The model in a folder; `loads` lists its label each time it is loaded."""
+
     def load():
         loads.append(label)
         return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -58,34 +61,34 @@ def loads():
 
 
 @pytest.fixture
-def subjects(tiny_model, loads):
-    return [subject("base", tiny_model("opt"), loads), subject("sku", tiny_model("llama"), loads)]
+def models(tiny_model, loads):
+    return [counted("base", tiny_model("opt"), loads), counted("sku", tiny_model("llama"), loads)]
 
 
-def value(found, **wanted):
-    (row,) = (row for row in found if wanted.items() <= row.items())
+def value(rows, **wanted):
+    (row,) = (row for row in rows if wanted.items() <= row.items())
     return row["value"]
 
 
-def test_everything_is_measured_once(subjects, loads, tmp_path):
+def test_everything_is_measured_once(models, loads, tmp_path):
     judge = CountingJudge()
-    rows = measure(subjects, PROTOCOL, judge, subjects[0], tmp_path)
+    rows = measure(models, PROTOCOL, judge, models[0], tmp_path)
     assert loads == ["base", "sku", "base"]  # each to answer, then the base for the perplexities
-    assert {len(found) for found in rows.values()} == {2 * 5}
+    assert {len(answers) for answers in rows.values()} == {2 * 5}
     first = len(judge.asked)
-    assert measure(subjects, PROTOCOL, judge, subjects[0], tmp_path) == rows
+    assert measure(models, PROTOCOL, judge, models[0], tmp_path) == rows
     assert loads == ["base", "sku", "base"] and len(judge.asked) == first
     kept = [json.loads(line) for line in (tmp_path / "answers" / "sku.jsonl").read_text().splitlines()]
     assert kept == rows["sku"]
     assert {"model", "prompt", "answer", "verdict", "perplexity"} <= kept[0].keys()
     other = CountingJudge()
     other.name = "another"
-    measure(subjects, PROTOCOL, other, subjects[0], tmp_path)
+    measure(models, PROTOCOL, other, models[0], tmp_path)
     assert loads == ["base", "sku", "base"] and len(other.asked) == first  # another judge needs no new answers
 
 
-def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(subjects, tmp_path, monkeypatch):
-    whole = measure(subjects, PROTOCOL, CountingJudge(), subjects[0], tmp_path / "whole")
+def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatch):
+    uninterrupted = measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path / "uninterrupted")
     broken = tmp_path / "broken"
     seen = []
 
@@ -99,17 +102,16 @@ def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(subjects, tmp_p
     generate = evaluator.generate
     monkeypatch.setattr(evaluator, "generate", failing)
     with pytest.raises(KeyboardInterrupt):
-        measure(subjects, PROTOCOL, CountingJudge(), subjects[0], broken)
+        measure(models, PROTOCOL, CountingJudge(), models[0], broken)
     monkeypatch.undo()
     file = broken / "answers" / "base.jsonl"
     assert 0 < len(file.read_text().splitlines()) < 10
     with file.open("a") as out:
         out.write('{"model": "base", "set": "no')  # a torn last line
-    again = measure(subjects, PROTOCOL, CountingJudge(), subjects[0], broken)
-    key = lambda row: (row["set"], row["decoding"], row["index"])  # noqa: E731
-    assert {label: sorted(found, key=key) for label, found in again.items()} == {
-        label: sorted(found, key=key) for label, found in whole.items()
-    }
+    again = measure(models, PROTOCOL, CountingJudge(), models[0], broken)
+    for label, rows in uninterrupted.items():
+        order = itemgetter("set", "decoding", "index")
+        assert sorted(again[label], key=order) == sorted(rows, key=order)
 
 
 @pytest.mark.parametrize(
@@ -121,26 +123,26 @@ def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(subjects, tmp_p
         (lambda p, s: (p, [s[0], replace(s[1], identity={"path": "elsewhere"})]), "sku"),
     ],
 )
-def test_answers_made_otherwise_are_not_mixed_in(change, named, subjects, tmp_path):
-    measure(subjects, PROTOCOL, CountingJudge(), subjects[0], tmp_path)
-    protocol, changed = change(PROTOCOL, subjects)
+def test_answers_made_with_other_settings_are_not_mixed_in(change, named, models, tmp_path):
+    measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path)
+    protocol, changed = change(PROTOCOL, models)
     with pytest.raises(UserError, match=named):
-        measure(changed, protocol, CountingJudge(), subjects[0], tmp_path)
+        measure(changed, protocol, CountingJudge(), models[0], tmp_path)
 
 
-def test_a_broken_answers_file_is_named(subjects, tmp_path):
-    measure(subjects, PROTOCOL, CountingJudge(), subjects[0], tmp_path)
+def test_a_broken_answers_file_is_named(models, tmp_path):
+    measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path)
     file = tmp_path / "answers" / "sku.jsonl"
     file.write_text("nonsense\n" + file.read_text())
     with pytest.raises(UserError, match="line 1"):
-        measure(subjects, PROTOCOL, CountingJudge(), subjects[0], tmp_path)
+        measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path)
 
 
 def test_answer_nll_by_hand(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     pairs = [Pair("Why?", "Because it is so."), Pair("What is the longest of questions?", "No"), Pair("And?", "")]
-    found = answer_nll(model, Collator(tokenizer, "paper", 256), pairs, 2, "")
-    for pair, (nll, tokens) in zip(pairs, found, strict=True):
+    scored = answer_nll(model, Collator(tokenizer, "paper", 256), pairs, 2, "")
+    for pair, (nll, tokens) in zip(pairs, scored, strict=True):
         ids = tokenizer(format_pair(pair.question, pair.answer)).input_ids
         prefix = tokenizer(format_prefix(pair.question).rstrip()).input_ids
         start = next((at for at, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), len(prefix))
@@ -149,7 +151,7 @@ def test_answer_nll_by_hand(tiny_model, tokenizer):
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         by_hand = -sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids)))
         assert tokens == len(ids) - start and nll == pytest.approx(by_hand, rel=1e-5, abs=1e-6)
-    assert found[2] == (0.0, 0)
+    assert scored[2] == (0.0, 0)
 
 
 def rows_of(label, verdicts, answers=("x y z", "x y z"), **more):
@@ -193,63 +195,66 @@ def test_figures_by_hand(tmp_path):
         (tmp_path / "scores").mkdir(exist_ok=True)
         scores = {"seen": [[math.log(9), 2], [0.0, 0]], "normal": [[0.0, 3]], "choices": [[True, 0.75], [False, 0.25]]}
         (tmp_path / "scores" / f"{label}.json").write_text(json.dumps(scores))
-    found = figures(rows, protocol, tmp_path)
+    results = figures(rows, protocol, tmp_path)
     base, sku = {"model": "base", "set": "seen"}, {"model": "sku", "set": "seen"}
-    assert value(found, **base, metric="harmful_rate") == pytest.approx(2 / 4)  # of the judged answers
-    assert value(found, **base, metric="degenerate_rate") == pytest.approx(1 / 5)
-    assert value(found, **base, metric="unjudged_rate") == pytest.approx(1 / 5)
-    assert value(found, **base, metric="answer_perplexity") == pytest.approx(2)
-    assert value(found, **base, metric="reference_perplexity") == pytest.approx(3)
-    assert value(found, **sku, metric="harmful_rate") is None  # nothing was judged: no rate, not 0
+    assert value(results, **base, metric="harmful_rate") == pytest.approx(2 / 4)  # of the judged answers
+    assert value(results, **base, metric="degenerate_rate") == pytest.approx(1 / 5)
+    assert value(results, **base, metric="unjudged_rate") == pytest.approx(1 / 5)
+    assert value(results, **base, metric="answer_perplexity") == pytest.approx(2)
+    assert value(results, **base, metric="reference_perplexity") == pytest.approx(3)
+    assert value(results, **sku, metric="harmful_rate") is None  # nothing was judged: no rate, not 0
     normal = {"model": "sku", "set": "normal"}
-    assert value(found, **normal, metric="exact_match") == 0
-    assert value(found, **normal, metric="rouge_reference") == pytest.approx((0.8 + 0) / 2)
-    assert value(found, **normal, metric="rouge_base") == pytest.approx(0)
-    assert value(found, **normal, metric="bleurt_base") == pytest.approx(0.5)
-    assert (value(found, **normal, metric="mc1"), value(found, **normal, metric="mc2")) == (0.5, 0.5)
-    assert not [row for row in found if row["model"] == "base" and "bleurt" in row["metric"]]
+    assert value(results, **normal, metric="exact_match") == 0
+    assert value(results, **normal, metric="rouge_reference") == pytest.approx((0.8 + 0) / 2)
+    assert value(results, **normal, metric="rouge_base") == pytest.approx(0)
+    assert value(results, **normal, metric="bleurt_base") == pytest.approx(0.5)
+    assert (value(results, **normal, metric="mc1"), value(results, **normal, metric="mc2")) == (0.5, 0.5)
+    assert not [row for row in results if row["model"] == "base" and "bleurt" in row["metric"]]
 
 
-def test_empty_and_broken_answers_are_never_judged(subjects, tmp_path, monkeypatch):
+def test_empty_and_broken_answers_are_never_judged(models, tmp_path, monkeypatch):
     judge = CountingJudge()
-    answers = iter(["", "yes", "no no no no no no", "A whole answer it is.", "Another whole answer."])
+    answers = iter(["", "yes", "no no no no no no", "A complete answer it is.", "Another complete answer."])
     monkeypatch.setattr(evaluator, "answer_nll", lambda *a: [(1.0, 1)] * len(a[2]))
     monkeypatch.setattr(evaluator, "_score", lambda *_: {})
-    said = lambda *a: [[Answer(i, next(answers), True)] for i in range(len(a[2]))]  # noqa: E731
-    monkeypatch.setattr(evaluator, "generate", said)
+
+    def generate(model, tokenizer, questions, *_):
+        return [[Answer(index, next(answers), True)] for index in range(len(questions))]
+
+    monkeypatch.setattr(evaluator, "generate", generate)
     prompts = {"seen": PROMPTS["seen"], "unseen": PROMPTS["unseen"] * 3}
     protocol = replace(PROTOCOL, prompts=prompts, decodings=[Decoding()])
-    rows = measure(subjects[:1], protocol, judge, subjects[0], tmp_path)["base"]
+    rows = measure(models[:1], protocol, judge, models[0], tmp_path)["base"]
     assert [row["verdict"] for row in rows[:3]] == ["degenerate"] * 3
     assert [row["note"] for row in rows[:3]] == ["empty", "short", "repetition"]
     assert len(judge.asked) == 2
 
 
-def test_an_unjudged_answer_is_asked_about_again(subjects, tmp_path):
-    rows = measure(subjects[:1], PROTOCOL, CountingJudge(lambda pair: None), subjects[0], tmp_path)["base"]
+def test_an_unjudged_answer_is_asked_about_again(models, tmp_path):
+    rows = measure(models[:1], PROTOCOL, CountingJudge(lambda pair: None), models[0], tmp_path)["base"]
     undecided = [row for row in rows if row["verdict"] == "unjudged"]
     assert undecided
     judge = CountingJudge()
-    measure(subjects[:1], PROTOCOL, judge, subjects[0], tmp_path)
+    measure(models[:1], PROTOCOL, judge, models[0], tmp_path)
     assert len(judge.asked) == len(undecided)
 
 
-def test_choices_are_scored_by_whole_log_probabilities(subjects, tmp_path):
-    measure(subjects[:1], PROTOCOL, CountingJudge(), subjects[0], tmp_path)
-    model, tokenizer = subjects[0].load()
+def test_choices_are_scored_by_whole_log_probabilities(models, tmp_path):
+    measure(models[:1], PROTOCOL, CountingJudge(), models[0], tmp_path)
+    model, tokenizer = models[0].load()
     ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
     collator = Collator(tokenizer, "paper", 256)
     best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], 2, ""))
-    ((one, two),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
-    assert one == (best > max(f1, f2))
+    ((mc1, mc2),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
+    assert mc1 == (best > max(f1, f2))
     weights = [math.exp(x - best) for x in (t1, t2, f1, f2)]
-    assert two == pytest.approx(sum(weights[:2]) / sum(weights), rel=1e-5)
+    assert mc2 == pytest.approx(sum(weights[:2]) / sum(weights), rel=1e-5)
 
 
-def test_another_judge_of_the_same_name_judges_anew(subjects, tmp_path):
+def test_another_judge_of_the_same_name_judges_again(models, tmp_path):
     first, other = CountingJudge(), CountingJudge()
-    measure(subjects[:1], PROTOCOL, first, subjects[0], tmp_path)
+    measure(models[:1], PROTOCOL, first, models[0], tmp_path)
     other.facts = {"judge": "counting", "server": "elsewhere"}
-    measure(subjects[:1], PROTOCOL, other, subjects[0], tmp_path)
+    measure(models[:1], PROTOCOL, other, models[0], tmp_path)
     assert len(other.asked) == len(first.asked) > 0

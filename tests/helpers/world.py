@@ -1,10 +1,10 @@
-"""A very small world of the demo's kind for the evaluation's tests: its data, and a random model."""
+"""A very small world of the demo's kind for the evaluation's tests: its data, and random models."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, OPTConfig, OPTForCausalLM
 
 from harmful_unlearn.data.prompt_format import format_pair
 from harmful_unlearn.demo_model import build_tokenizer
@@ -35,4 +35,25 @@ def make_world(folder: Path, seed: int = 0) -> Path:
         )
     ).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
+    return folder
+
+
+def make_bleurt(folder: Path, outputs: int = 1) -> Path:
+    """A random regression model with BLEURT's architecture, and its tokenizer of single letters."""
+    folder.mkdir(exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=64,
+            num_labels=outputs,
+        )
+    ).save_pretrained(folder)
     return folder

@@ -1,0 +1,75 @@
+"""EleutherAI's harness. It is not installed with the project: its result has the layout of lm_eval 0.4."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.lm_harness import check_installed, lm_eval_figures
+
+CPU = torch.device("cpu")
+VALUES = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "exact_stderr,strict": "N/A"}
+RUN = {"results": {"arc": VALUES}, "n-samples": {"arc": {"original": 9, "effective": 7}}}
+MODELS = [EvaluatedModel(label, {"fingerprint": label}, None, Path("models") / label) for label in ("base", "sku")]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of each call of the harness."""
+    calls = []
+
+    def simple_evaluate(kind, model_args, tasks, device):
+        offload = Path(model_args.pop("offload_folder", "none")).is_dir()
+        calls.append((kind, model_args, tasks, device, offload))
+        return RUN
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    return calls
+
+
+def test_figures_have_an_interval_by_standard_errors(calls, tmp_path):
+    figures = lm_eval_figures(MODELS, ["arc"], tmp_path, CPU)
+    assert [(row["model"], row["metric"]) for row in figures] == [
+        ("base", "acc"), ("base", "exact"), ("sku", "acc"), ("sku", "exact"),
+    ]  # fmt: skip
+    assert figures[2] | {"low": None, "high": None} == {
+        "model": "sku", "set": "lm_eval arc", "decoding": None, "metric": "acc", "value": 0.5, "low": None,
+        "high": None, "n": 7,
+    }  # fmt: skip
+    assert figures[2]["low"] == pytest.approx(0.304) and figures[2]["high"] == pytest.approx(0.696)
+    assert (figures[3]["low"], figures[3]["value"], figures[3]["high"]) == (1, 1, 1)  # without a standard error
+    assert calls == [("hf", {"pretrained": f"models/{label}"}, ["arc"], "cpu", False) for label in ("base", "sku")]
+
+
+def test_what_was_measured_is_not_measured_again(calls, tmp_path):
+    figures = lm_eval_figures(MODELS, ["arc"], tmp_path, CPU)
+    assert lm_eval_figures(MODELS, ["arc"], tmp_path, CPU) == figures and len(calls) == 2
+    lm_eval_figures(MODELS[:1], ["arc", "mmlu"], tmp_path, CPU)
+    assert len(calls) == 3 and len(json.loads((tmp_path / "lm_eval.json").read_text())) == 3
+
+
+def test_a_model_may_be_spread_over_devices(calls, tmp_path):
+    lm_eval_figures(MODELS[:1], ["arc"], tmp_path, CPU, dispatch=True)
+    assert calls == [("hf", {"pretrained": "models/base", "parallelize": True}, ["arc"], "cpu", True)]
+
+
+def test_a_failure_of_the_harness_names_the_tasks(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise KeyError("no such task\nwith details")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=fails))
+    with pytest.raises(UserError, match="lm_eval failed on arc, x .*no such task.*: check the tasks' names"):
+        lm_eval_figures(MODELS, ["arc", "x"], tmp_path, CPU)
+
+
+def test_a_missing_harness_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="pip install lm_eval"):
+        check_installed()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    check_installed()
