@@ -99,11 +99,8 @@ class Comparison:
             model = self.methods[name]
             model.note = "; ".join([*([model.note] if model.note else []), f"seed {result.seed}: {failure}"])
         self.judge["by_seed"][str(result.seed)] = result.judge
-        self.figures += result.figures
-        self.sweep += result.sweep
-        self.recommended += result.recommended
-        self.categories += result.categories
-        self.relearning += result.relearning
+        for part in ("figures", "sweep", "recommended", "categories", "relearning"):
+            getattr(self, part).extend(getattr(result, part))
 
     def to_json(self) -> str:
         methods = {}

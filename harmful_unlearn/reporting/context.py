@@ -6,17 +6,18 @@ import numpy as np
 
 from harmful_unlearn.reporting.blocks import Text
 from harmful_unlearn.reporting.comparison import Comparison
-from harmful_unlearn.reporting.figures import DASH, Cell, figure_frame, over_seeds, span
+from harmful_unlearn.reporting.figures import DASH, figure_frame, over_seeds, span
 from harmful_unlearn.reporting.glossary import SET_TITLES
 
 
 class ReportContext:
-    """A comparison, and its figures of the test prompts as cells.
+    """A comparison, and what is derived from it.
 
     Attributes:
         data: the comparison.
         seeds: how many seeds it has.
         figures: its figures of the test prompts, one a row.
+        cells: the same over seeds, by model, set, decoding and metric.
         metrics: those that have a value.
         decodings: the decodings of its answers.
         decoding: the one in the main tables: "sampled" if there is one.
@@ -29,15 +30,11 @@ class ReportContext:
         self.metrics = set(self.figures.dropna(subset="value")["metric"])
         self.decodings = list(dict.fromkeys(row["decoding"] for row in comparison.figures if row["decoding"]))
         self.decoding = "sampled" if "sampled" in self.decodings else self.decodings[0]
-        self._cells = over_seeds(self.figures, ["model", "set", "decoding", "metric"], self.seeds)
+        self.cells = over_seeds(self.figures, ["model", "set", "decoding", "metric"], self.seeds)
 
     def label(self, name: str) -> str:
         """What tables call a model; a task vector that has no row of its own is called by its name."""
         return self.data.methods[name].label if name in self.data.methods else name
-
-    def cell(self, model: str, prompts: str, decoding: str, metric: str) -> Cell:
-        """A figure of the test prompts."""
-        return self._cells.get((model, prompts, decoding, metric), Cell())
 
     def judge(self) -> Text:
         """The judge, and what is known of it; for every table with a harmful rate."""

@@ -1,7 +1,9 @@
 """Figures over seeds: the cells of tables and the points of plots."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ REFERENCES = "references"  # the decoding of figures that need no answers, only 
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric over seeds; without arguments, one that nothing was measured of.
+    """A metric over seeds; without arguments, an empty cell.
 
     Attributes:
         metric: its name, which decides how it is written.
@@ -46,6 +48,9 @@ class Cell:
         return f"{value} ({low}–{high}{count})"
 
 
+Cells = defaultdict[Any, Cell]  # by the names of what was measured; empty for what was not
+
+
 def formatted(metric: str, value: float) -> str:
     """A value with as many digits as its metric is worth; shares in percent."""
     if math.isnan(value):
@@ -66,10 +71,10 @@ def figure_frame(rows: list[dict]) -> pd.DataFrame:
     )
 
 
-def over_seeds(figures: pd.DataFrame, by: list[str], all_seeds: int) -> dict[tuple, Cell]:
-    """One cell for each combination of values in the columns `by` that has a value in some seed."""
+def over_seeds(figures: pd.DataFrame, by: str | list[str], all_seeds: int) -> Cells:
+    """The cell of each value of the column `by`, or of each combination of several columns; else an empty cell."""
     groups = figures.dropna(subset="value").groupby(by)
-    return {key: _cell(group, all_seeds) for key, group in groups}
+    return defaultdict(Cell, {key: _cell(group, all_seeds) for key, group in groups})
 
 
 def _cell(rows: pd.DataFrame, all_seeds: int) -> Cell:

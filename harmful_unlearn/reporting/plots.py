@@ -12,8 +12,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from harmful_unlearn.reporting.figures import DASH, Cell
 
-# Okabe and Ito's colours, told apart by the colour-blind. There are as many markers as no multiple of the colours,
-# so that a pair of both does not soon come again.
+# Okabe and Ito's colours, told apart by the colour-blind. The numbers of colours and markers have no common divisor:
+# the same pair of both comes again only after 77 methods.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = "s^DvPX<>*ph"
 WIDE = 5  # an axis is logarithmic if its largest value is this many times its smallest

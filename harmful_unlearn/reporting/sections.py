@@ -12,6 +12,7 @@ from harmful_unlearn.reporting.figures import (
     LARGEST_MULTIPLE,
     REFERENCES,
     Cell,
+    Cells,
     figure_frame,
     over_seeds,
     relative,
@@ -52,37 +53,28 @@ def overview(report: ReportContext) -> list[Block]:
 
 def comparison_table(report: ReportContext, name: str, models: list[str], columns: list[Column]) -> list[Block]:
     """The figures of models, with all that is needed to read them."""
-    cells = {(model, *column): report.cell(model, *column) for model in models for column in columns}
     rows = [([report.label(model)], (model,)) for model in models]
-    table = figure_table(name, ["method"], rows, columns, cells, report.decoding)
+    table = figure_table(name, ["method"], rows, columns, report.cells, report.decoding)
     return [table, report.judge(), report.reading(), *report.notes(models)]
 
 
 def figure_table(
-    name: str,
-    heads: list[str],
-    rows: list[tuple[list[str], tuple]],
-    columns: list[Column],
-    cells: dict[tuple, Cell],
-    usual: str,
+    name: str, heads: list[str], rows: list[tuple[list[str], tuple]], columns: list[Column], cells: Cells, usual: str
 ) -> Table:
     """A table of figures; columns without any value are omitted.
 
     Args:
         heads: the titles of the columns that label a row.
         rows: the labels of each, and the start of the key of its cells.
-        cells: by the row's part of the key and the column.
+        cells: by the row's start of the key and the column.
         usual: the decoding that titles do not name.
     """
-    nothing = Cell()
-    shown = [c for c in columns if any(cells.get((*key, *c), nothing).measured for _, key in rows)]
+    shown = [column for column in columns if any(cells[*key, *column].measured for _, key in rows)]
     titles = []
     for prompts, decoding, metric in shown:
         named = "" if decoding in (REFERENCES, usual) else f" ({decoding})"
         titles.append(f"{SET_TITLES[prompts]}: {METRIC_TITLES[metric]}{named}")
-    body: list[list[str | Cell]] = [
-        [*labels, *(cells.get((*key, *column), nothing) for column in shown)] for labels, key in rows
-    ]
+    body: list[list[str | Cell]] = [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
     return Table(name, [*heads, *titles], body)
 
 
@@ -102,12 +94,12 @@ def facts_table(facts: dict) -> Table:
 def tradeoff(report: ReportContext) -> list[Block]:
     figures = report.figures
     perplexity = figures[(figures["set"] == "normal") & (figures["metric"] == "reference_perplexity")]
-    multiples = over_seeds(relative(perplexity, perplexity[perplexity["model"] == BASE]), ["model"], report.seeds)
+    multiples = over_seeds(relative(perplexity, perplexity[perplexity["model"] == BASE]), "model", report.seeds)
     points: dict[str, tuple[Cell, Cell, bool]] = {}
     absent = []
     for name in sorted(report.data.methods, key=lambda name: name != BASE):  # the base first
-        x, y = multiples.get((name,), Cell()), report.cell(name, "unseen", report.decoding, "harmful_rate")
-        degenerate = [report.cell(name, s, report.decoding, "degenerate_rate").value for s in ("unseen", "normal")]
+        x, y = multiples[name], report.cells[name, "unseen", report.decoding, "harmful_rate"]
+        degenerate = [report.cells[name, s, report.decoding, "degenerate_rate"].value for s in ("unseen", "normal")]
         if x.measured and y.measured:
             points[report.label(name)] = x, y, any(share > BROKEN for share in degenerate)
         else:
@@ -160,7 +152,7 @@ def alphas(report: ReportContext) -> list[Block]:
     ]
 
 
-def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: dict[tuple, Cell], columns: list[Column]) -> bytes:
+def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: Cells, columns: list[Column]) -> bytes:
     """The plot of the alpha sweep.
 
     Args:
@@ -176,14 +168,12 @@ def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: dict[tuple, 
     for method in figures["method"].unique():
         label = report.label(method)
         rates[label] = {
-            f"{without_unit(metric)}, {decoding}": [
-                cells.get((method, alpha, prompts, decoding, metric), Cell()) for alpha in swept
-            ]
+            f"{without_unit(metric)}, {decoding}": [cells[method, alpha, prompts, decoding, metric] for alpha in swept]
             for prompts, decoding, metric in columns
         }
         own = perplexity[perplexity["method"] == method]
-        relatives = over_seeds(relative(own, own[own["alpha"] == swept[0]]), ["alpha"], report.seeds)
-        multiples[label] = [relatives.get((alpha,), Cell()) for alpha in swept]
+        by_alpha = over_seeds(relative(own, own[own["alpha"] == swept[0]]), "alpha", report.seeds)
+        multiples[label] = [by_alpha[alpha] for alpha in swept]
         recommended = [row["alpha"] for row in report.data.recommended if row["method"] == method]
         advised[label] = {alpha for alpha in recommended if alpha is not None}
     budgets = [row["budget"] for row in report.data.recommended]
@@ -210,7 +200,7 @@ def categories(report: ReportContext) -> list[Block]:
     figures = figure_frame(report.data.categories)
     cells = over_seeds(figures, ["vector", "category"], report.seeds)
     vectors, kinds = list(figures["vector"].unique()), list(figures["category"].unique())
-    matrix = [[cells.get((vector, kind), Cell()) for kind in kinds] for vector in vectors]
+    matrix = [[cells[vector, kind] for kind in kinds] for vector in vectors]
     counts = [span(figures["n"][figures["category"] == kind]) for kind in kinds]
     names = ["sum of all" if vector == "sum" else report.label(vector) for vector in vectors]
     titles = [f"{UNSEEN_RATE}: {kind} (n = {n})" for kind, n in zip(kinds, counts, strict=True)]
@@ -233,7 +223,7 @@ def relearning(report: ReportContext) -> list[Block]:
     cells = over_seeds(figures, ["model", "time"], report.seeds)
     models = [name for name in report.data.methods if name in set(figures["model"])]
     times = list(dict.fromkeys(["before", *figures["time"]]))
-    rates = [[cells.get((name, time), Cell()) for time in times] for name in models]
+    rates = [[cells[name, time] for time in times] for name in models]
     labels = [report.label(name) for name in models]
     settings = report.data.relearning_settings
     learning_rates = " and ".join(f"{lr:g} ({strength})" for strength, lr in settings["lr"].items())

@@ -33,17 +33,17 @@ def test_numbers(metric, value, text):
 
 def test_a_cell_says_how_many_seeds_have_a_value():
     frame = figure_frame([*rows(0.2, None, 0.4), *rows(None, None, None, model="b")])
-    cells = over_seeds(frame, ["model"], 3)
-    assert set(cells) == {("a",)} and not Cell().measured and str(Cell()) == "–"
-    assert cells["a",] == Cell("mc1", pytest.approx(0.3), 0.2, 0.4, 2, 3)
-    assert str(cells["a",]) == "0.300 (0.200–0.400, 2 of 3 seeds)"
+    cells = over_seeds(frame, "model", 3)
+    assert set(cells) == {"a"} and not cells["b"].measured and str(cells["b"]) == "–"
+    assert cells["a"] == Cell("mc1", pytest.approx(0.3), 0.2, 0.4, 2, 3)
+    assert str(cells["a"]) == "0.300 (0.200–0.400, 2 of 3 seeds)"
 
 
 def test_a_single_seed_has_its_interval_or_none():
     figure = {**rows(0.5)[0], "low": 0.4, "high": 0.6}
-    assert str(over_seeds(figure_frame([figure]), ["model"], 1)["a",]) == "0.500 [0.400, 0.600]"
+    assert str(over_seeds(figure_frame([figure]), "model", 1)["a"]) == "0.500 [0.400, 0.600]"
     figure |= {"low": None, "high": None}
-    assert str(over_seeds(figure_frame([figure]), ["model"], 1)["a",]) == "0.500"
+    assert str(over_seeds(figure_frame([figure]), "model", 1)["a"]) == "0.500"
 
 
 def test_multiples_are_of_the_same_seed_and_at_most_1000():
