@@ -33,14 +33,14 @@ def lm_eval_figures(
         UserError: the harness does not know a task or cannot load its data.
     """
     file = folder / "lm_eval.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures = []
     for model in models:
         key = json.dumps([model.identity, *tasks], sort_keys=True)
-        if key not in kept:
-            kept[key] = _run(model, tasks, device, dispatch)
-            write_file(file, json.dumps(kept, indent=2, default=str) + "\n")
-        for task, values in kept[key].items():
+        if key not in results:
+            results[key] = _run(model, tasks, device, dispatch)
+            write_file(file, json.dumps(results, indent=2, default=str) + "\n")
+        for task, values in results[key].items():
             figures += _figures_of(model.label, task, values)
     return figures
 

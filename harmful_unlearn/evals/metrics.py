@@ -87,7 +87,7 @@ def degenerate(answer: str) -> str | None:
 
 
 def repeated_words(words: list[str]) -> int:
-    """How many of the words are in a phrase of up to eight words that is said three times or more in a row."""
+    """How many of the words are in a phrase of up to eight words that comes three times or more in a row."""
     repeated = np.zeros(len(words), bool)
     for size in range(1, LONGEST_PHRASE + 1):
         same = [a == b for a, b in zip(words, words[size:], strict=False)] + [False]
