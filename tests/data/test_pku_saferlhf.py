@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import format_pair
 from tests.helpers.tables import EARLY, FORMATS, TODAY, error_of, row, write
 
@@ -141,3 +141,11 @@ def test_nothing_left():
 def test_nothing_unsafe(tmp_path):
     message = error_of(read_harmful, write(tmp_path, [row(safe=(True, True))]))
     assert "unsafe" in message and "--harmful_dataset" in message
+
+
+def test_responses_are_all_answers_with_their_labels():
+    responses = read_responses(TODAY)
+    assert len(responses) % 2 == 0 and {response.safe for response in responses} == {True, False}
+    assert any(response.categories for response in responses)
+    unsafe = [(response.question, response.answer) for response in responses if not response.safe]
+    assert unsafe == [(pair.question, pair.answer) for pair in read_harmful(TODAY).pairs]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from harmful_unlearn.data.prompt_format import Pair, format_pair
-from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.data.truthfulqa import read_choices, read_normal
 from tests.helpers.tables import TRUTHFUL, write
 
 
@@ -87,3 +87,18 @@ def test_empty_cells_keep_their_row(tmp_path):
     answers = ["", "x", "None", "a; b", "", ""]
     expected = [Pair(question, answer) for question, answer in zip(questions * 2, answers, strict=True)]
     assert read_normal(path, 0).texts == expected
+
+
+def test_choices_are_read():
+    choices = read_choices(TRUTHFUL)
+    assert choices and all(choice.best and choice.true and choice.false for choice in choices.values())
+
+
+def test_choices_are_split_at_semicolons(tmp_path):
+    file = tmp_path / "normal.csv"
+    header = "Question,Best Answer,Correct Answers,Incorrect Answers\n"
+    file.write_text(header + "Why?,Because,Because; It is so;,No; Never\nHow?,So,So,\n")
+    ((question, choices),) = read_choices(file).items()
+    assert question == "Why?" and (choices.true, choices.false) == (["Because", "It is so"], ["No", "Never"])
+    file.write_text("Question,Best Answer,Correct Answers\nWhy?,Because,Because\n")
+    assert read_choices(file) == {}

@@ -3,9 +3,9 @@
 import pytest
 
 from harmful_unlearn.data.batch_sampler import BatchSampler
-from harmful_unlearn.data.pku_saferlhf import Response, read_harmful, read_responses
+from harmful_unlearn.data.pku_saferlhf import Response, read_harmful
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.truthfulqa import NormalData, read_choices
+from harmful_unlearn.data.truthfulqa import NormalData
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_questions
 from harmful_unlearn.losses.terms import reads
@@ -114,23 +114,3 @@ def test_touched_is_what_the_steps_draw(losses, own, pool):
     drawn_from = {harmful.answer_questions[row] for draw in draws for row in draw.answer_rows}
     assert trained == (asked if own else set())
     assert touched == (set() if losses == {"ft"} else asked) | (drawn_from if pool else set())
-
-
-def test_responses_and_choices_are_read():
-    responses = read_responses(PKU)
-    assert len(responses) % 2 == 0 and {response.safe for response in responses} == {True, False}
-    assert any(response.categories for response in responses)
-    harmful = read_harmful(PKU)
-    assert [(r.question, r.answer) for r in responses if not r.safe] == [(p.question, p.answer) for p in harmful.pairs]
-    choices = read_choices(GOLDENS / "TruthfulQA.csv")
-    assert choices and all(found.best and found.true and found.false for found in choices.values())
-
-
-def test_choices_are_split_at_semicolons(tmp_path):
-    file = tmp_path / "normal.csv"
-    header = "Question,Best Answer,Correct Answers,Incorrect Answers\n"
-    file.write_text(header + "Why?,Because,Because; It is so;,No; Never\nHow?,So,So,\n")
-    (choices,) = read_choices(file).items()
-    assert choices[0] == "Why?" and (choices[1].true, choices[1].false) == (["Because", "It is so"], ["No", "Never"])
-    file.write_text("Question,Best Answer,Correct Answers\nWhy?,Because,Because\n")
-    assert read_choices(file) == {}
