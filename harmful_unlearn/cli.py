@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import field, fields
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -97,6 +98,11 @@ def one_line(message: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in message.strip())
 
 
+def flag(help: str, group: str = "", **options: Any) -> Any:
+    """A field of a command's settings dataclass, which is its flag, too. `options` are those of `add_argument`."""
+    return field(metadata={"help": help, "group": group, **options})
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and suggest a flag for a misspelt one.
 
@@ -106,6 +112,19 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's own takes -1e-3 for a flag
+
+    def add_settings(self, settings_class: type) -> None:
+        """Add a flag for each field of a settings dataclass that `flag` made."""
+        groups: dict[str, Any] = {}
+        for setting in fields(settings_class):
+            options = dict(setting.metadata)
+            title = options.pop("group")
+            if title not in groups:
+                groups[title] = self.add_argument_group(title) if title else self
+            default = options.get("default")
+            if default not in (None, (), [], False) and "(default:" not in options["help"]:
+                options["help"] += f" (default: {default})"
+            groups[title].add_argument(f"--{setting.name}", **options)
 
     def parse_args(self, args=None, namespace=None):
         """The flags. Exits with code 2: a value is refused, a flag is missing or unknown, or not UTF-8."""
