@@ -129,13 +129,16 @@ def missing_flags(text: str) -> list[str]:
 
 @cache
 def known_flags() -> re.Pattern:
-    """Every flag of every command, as the code writes it: "--seed", or f"--n_{name}"."""
+    """Every flag of every command, as the code writes it: "--seed", f"--n_{name}", or a field of its settings."""
     files = [path for path in sources() if path.suffix == ".py"]
     nodes = [node for file in files for node in ast.walk(ast.parse(read(file)))]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     flags = {text for text in texts if re.fullmatch(r"--[a-z]\w*", text)} | {"--help"}
     begun = [ast.unparse(node)[2:-1] for node in nodes if isinstance(node, ast.JoinedStr)]
     flags |= {re.sub(r"{\w+}", r"\\w+", text) for text in begun if re.fullmatch(r"--[a-z]\w*_{\w+}", text)}
+    settings = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
+    fields = [field for node in settings for field in node.body if isinstance(field, ast.AnnAssign)]
+    flags |= {f"--{field.target.id}" for field in fields if isinstance(field.target, ast.Name)}
     return re.compile("|".join(flags))
 
 
