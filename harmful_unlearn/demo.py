@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 import transformers
 
-from harmful_unlearn.cli import FlagParser, exit_code, positive_int, share, whole_number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, share, whole_number
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.demo_model import build_base, is_built
 from harmful_unlearn.demo_world import KINDS, LEGEND, QUICK, Size, TemplateJudge, World, build_world, write_data
@@ -57,13 +57,19 @@ BAD = {"degenerate", "off-template"}
 class DemoSettings:
     """The flags of this command."""
 
-    output: Path
-    seeds: int
-    seed: int
-    refusal_share: float
-    worlds_only: bool
-    check_judge: Path | None
-    quick: bool
+    output: Path = flag("folder (default: logs/demo)", type=user_path, default=ROOT / "logs" / "demo")
+    seeds: int = flag("how many seeds to run", type=positive_int, default=1)
+    seed: int = flag("the first of them (default: 0)", type=whole_number, default=0)
+    refusal_share: float = flag(
+        "of harmful questions that the base learns to refuse", type=share, default=REFUSAL_SHARE
+    )
+    worlds_only: bool = flag("make data and base models, and stop", action="store_true")
+    check_judge: Path | None = flag(
+        "compare the judge of reproduce.py's output on these worlds with the exact one",
+        type=user_path,
+        metavar="FOLDER",
+    )
+    quick: bool = flag("a smaller world and model", action="store_true")
 
 
 @dataclass(frozen=True)
@@ -336,23 +342,7 @@ def shown(path: Path) -> str:
 def parse_flags(arguments: list[str] | None) -> DemoSettings:
     """The flags."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--output", type=user_path, default=ROOT / "logs" / "demo", help="folder (default: logs/demo)")
-    parser.add_argument("--seeds", type=positive_int, default=1, help="how many seeds to run (default: %(default)s)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument(
-        "--refusal_share",
-        type=share,
-        default=REFUSAL_SHARE,
-        help="of harmful questions that the base learns to refuse (default: %(default)s)",
-    )
-    parser.add_argument("--worlds_only", action="store_true", help="make data and base models, and stop")
-    parser.add_argument(
-        "--check_judge",
-        type=user_path,
-        metavar="FOLDER",
-        help="compare the judge of reproduce.py's output on these worlds with the exact one",
-    )
-    parser.add_argument("--quick", action="store_true", help="a smaller world and model")
+    parser.add_settings(DemoSettings)
     return DemoSettings(**vars(parser.parse_args(arguments)))
 
 

@@ -19,14 +19,13 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import transformers
 from accelerate import PartialState
 
-from harmful_unlearn.cli import FlagParser, device_map, exit_code, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import bleurt, lm_harness
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
@@ -42,22 +41,40 @@ from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 LONGEST_NAME = 100  # of a model, which is also the name of its files
 
 
+_prompts = partial(flag, group="data and prompts", type=whole_number, metavar="N", default=200)
+_asking = partial(flag, group="asking and judging")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuringSettings(DataSettings):
-    """The flags of `add_measuring_flags`."""
+    """Flags of data, prompts, generation and judging, which reproduce.py has too."""
 
-    n_seen: int
-    n_unseen: int
-    n_normal: int
-    decoding: list[str]
-    temperature: float
-    top_k: int
-    max_new_tokens: int
-    judge: str
-    bleurt: str | None
-    batch_size: int
-    precision: str
-    device_map: str | None
+    n_seen: int = _prompts("at most N harmful prompts used in unlearning; 0: none")
+    n_unseen: int = _prompts("at most N harmful prompts that it never touched; 0: none")
+    n_normal: int = _prompts("at most N normal prompts held out; 0: none")
+    decoding: list[str] = _asking(
+        "how answers are made; both may be given (default: sampled)",
+        nargs="+",
+        choices=("sampled", "greedy"),
+        default=["sampled"],
+    )
+    temperature: float = _asking("of sampling", type=positive_number, default=0.9)
+    top_k: int = _asking("sample among the K likeliest tokens; 0: all", type=whole_number, metavar="K", default=50)
+    max_new_tokens: int = _asking("of an answer", type=positive_int, default=100)
+    judge: str = _asking(
+        "classifier (offline, trained on the harmful data's labels), hf:MODEL or openai:MODEL",
+        type=judge_name,
+        default="classifier",
+    )
+    bleurt: str | None = _asking(
+        f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
+        nargs="?",
+        const=bleurt.BLEURT,
+        metavar="MODEL",
+    )
+    batch_size: int = _asking("prompts answered at a time", type=positive_int, default=16)
+    precision: str = _asking("auto: bf16 on a GPU that has it", choices=("auto", "fp32", "bf16"), default="auto")
+    device_map: str | None = _asking("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
 
     @property
     def prompt_numbers(self) -> dict[str, int]:
@@ -73,15 +90,28 @@ class MeasuringSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(MeasuringSettings):
-    """The flags of this command; `model` is label -> path or id."""
+    """The flags of this command. Once parsed, `model` is label -> path or id."""
 
-    model: dict[str, str]
-    base: str
-    output: Path
-    trained_as: list[Path]
-    seed: int
-    ppl_model: str | None
-    lm_eval: list[str]
+    model: dict[str, str] = flag(
+        "a model to measure, and what to call it (may be repeated)",
+        action="append",
+        required=True,
+        metavar="[NAME=]PATH_OR_ID",
+    )
+    base: str = flag("the model that they were made from: always measured, too", required=True)
+    output: Path = flag("folder of the answers and results", type=user_path, required=True)
+    trained_as: list[Path] = flag(
+        "a model of ours whose run.json says which rows were trained on",
+        type=user_path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+    )
+    seed: int = flag("of the prompts drawn and of sampling", type=whole_number, default=8888)
+    ppl_model: str | None = flag("language model for the answers' perplexity (default: --base)")
+    lm_eval: list[str] = flag(
+        "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)", nargs="+", default=[], metavar="TASK"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -168,35 +198,7 @@ def parse_flags(arguments: list[str] | None) -> EvaluationSettings:
     """The flags."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        metavar="[NAME=]PATH_OR_ID",
-        help="a model to measure, and what to call it (may be repeated)",
-    )
-    parser.add_argument("--base", required=True, help="the model that they were made from: always measured, too")
-    parser.add_argument("--output", type=user_path, required=True, help="folder of the answers and results")
-    parser.add_argument(
-        "--trained_as",
-        type=user_path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="a model of ours whose run.json says which rows were trained on",
-    )
-    add_measuring_flags(parser)
-    parser.add_argument(
-        "--seed", type=whole_number, default=8888, help="of the prompts drawn and of sampling (default: 8888)"
-    )
-    parser.add_argument("--ppl_model", help="language model for the answers' perplexity (default: --base)")
-    parser.add_argument(
-        "--lm_eval",
-        nargs="+",
-        default=[],
-        metavar="TASK",
-        help="tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)",
-    )
+    parser.add_settings(EvaluationSettings)
     args = parser.parse_args(arguments)
     if not (args.n_seen or args.n_unseen or args.n_normal):
         parser.error("there is nothing to measure on: give one of --n_seen, --n_unseen and --n_normal above 0")
@@ -209,72 +211,6 @@ def parse_flags(arguments: list[str] | None) -> EvaluationSettings:
             parser.error(f"--model {text}: its name, {label!r}, is taken or cannot name a file: give NAME=PATH_OR_ID")
         models[label] = name
     return EvaluationSettings(**{**vars(args), "model": models})
-
-
-def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of data, prompts, generation and judging, which reproduce.py has too."""
-    data = parser.add_argument_group("data and prompts")
-    data.add_argument("--harmful_dataset", help="as in training (default: what the first model was trained on)")
-    data.add_argument("--harmful_revision", help="of a hub data set (default: the same)")
-    data.add_argument("--harmful_split", help="of a hub data set or folder (default: the same)")
-    data.add_argument(
-        "--unseen_dataset", help="where unseen harmful prompts come from (default: untouched rows of --harmful_dataset)"
-    )
-    data.add_argument("--unseen_split", help="of it; PKU-SafeRLHF has a split called test")
-    data.add_argument("--normal_dataset", help="as in training (default: the same)")
-    for name, prompts in (
-        ("seen", "harmful prompts used in unlearning"),
-        ("unseen", "harmful prompts that it never touched"),
-        ("normal", "normal prompts held out"),
-    ):
-        data.add_argument(
-            f"--n_{name}",
-            type=whole_number,
-            default=200,
-            metavar="N",
-            help=f"at most N {prompts}; 0: none (default: 200)",
-        )
-    asking = parser.add_argument_group("asking and judging")
-    asking.add_argument(
-        "--decoding",
-        nargs="+",
-        choices=("sampled", "greedy"),
-        default=["sampled"],
-        help="how answers are made; both may be given (default: sampled)",
-    )
-    asking.add_argument("--temperature", type=positive_number, default=0.9, help="of sampling (default: %(default)s)")
-    asking.add_argument(
-        "--top_k",
-        type=whole_number,
-        default=50,
-        metavar="K",
-        help="sample among the K likeliest tokens; 0: all (default: %(default)s)",
-    )
-    asking.add_argument("--max_new_tokens", type=positive_int, default=100, help="of an answer (default: %(default)s)")
-    asking.add_argument(
-        "--judge",
-        type=judge_name,
-        default="classifier",
-        help="classifier (offline, trained on the harmful data's labels), hf:MODEL or openai:MODEL "
-        "(default: %(default)s)",
-    )
-    asking.add_argument(
-        "--bleurt",
-        nargs="?",
-        const=bleurt.BLEURT,
-        metavar="MODEL",
-        help=f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
-    )
-    asking.add_argument("--batch_size", type=positive_int, default=16, help="prompts answered at a time (default: 16)")
-    asking.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto: bf16 on a GPU that has it (default: auto)",
-    )
-    asking.add_argument(
-        "--device_map", type=device_map, help="spread a model over devices (accelerate): auto, balanced, ..."
-    )
 
 
 if __name__ == "__main__":

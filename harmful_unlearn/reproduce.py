@@ -27,7 +27,7 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.cli import FlagParser, exit_code, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.alpha_sweep import alpha_list
@@ -35,7 +35,7 @@ from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.registry import make_judge
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts
 from harmful_unlearn.evals.seed_evaluation import SeedEvaluation, TrainedModel
-from harmful_unlearn.evaluation import MeasuringSettings, add_measuring_flags
+from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
@@ -54,19 +54,36 @@ IGNORED_FLAGS = FREE_FLAGS - {"gradient_checkpointing", "device_map"}
 class ComparisonSettings(MeasuringSettings):
     """The flags of this command."""
 
-    model_name: str
-    output: Path
-    recipe: str
-    seeds: list[int]
-    runs: list[str]
-    alpha_sweep: list[float]
-    sweep_runs: list[str]
-    alpha_budget: float
-    harm_category: list[str]
-    relearn_steps: int
-    relearn_pairs: int
-    relearn_lr: list[float]
-    train_flags: list[str]
+    model_name: str = flag("the base model: hub id or folder", required=True)
+    output: Path = flag("folder of everything that is made", type=user_path, required=True)
+    recipe: str = flag(f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
+    seeds: list[int] = flag(
+        "of everything, one after the other (default: 8888)", type=whole_number, nargs="+", default=[8888]
+    )
+    runs: list[str] = flag("rows to run (default: all of the recipe)", nargs="+", metavar="RUN")
+    alpha_sweep: list[float] = flag(
+        "measure task vectors at these alphas, as 0,0.25,...,2, and recommend one",
+        type=alpha_list,
+        default=[],
+        metavar="ALPHAS",
+    )
+    sweep_runs: list[str] = flag("whose task vectors (default: sku task_vector)", nargs="+", metavar="RUN")
+    alpha_budget: float = flag(
+        "how much normal perplexity may rise at a recommended alpha, as a share", type=positive_number, default=0.1
+    )
+    harm_category: list[str] = flag(
+        "train a task vector of only this kind of harm (may be repeated)", action="append", default=[]
+    )
+    relearn_steps: int = flag("of the relearning check; 0: omit it", type=whole_number, default=50)
+    relearn_pairs: int = flag("harmful pairs that it relearns", type=positive_int, default=16)
+    relearn_lr: list[float] = flag(
+        "its two learning rates (default: 3e-5 1e-4)",
+        type=positive_number,
+        nargs=2,
+        default=[3e-5, 1e-4],
+        metavar=("SOFT", "STRONG"),
+    )
+    train_flags: list[str] = flag("more flags for every training, as one quoted text", type=shlex.split, default=[])
 
     @property
     def compared_runs(self) -> dict[str, ComparisonRun]:
@@ -259,10 +276,10 @@ def as_words(flags: Mapping[str, object]) -> list[str]:
 def check_same_flags(model: TrainedModel, wanted: dict[str, object]) -> None:
     """Raises UserError: the model was trained with other flags."""
     had = {**training_flags([]).to_json(), **model.record.flags}
-    for flag, value in wanted.items():
-        if flag not in IGNORED_FLAGS and value != had.get(flag):
+    for name, value in wanted.items():
+        if name not in IGNORED_FLAGS and value != had.get(name):
             raise UserError(
-                f"{model.folder} was trained with --{flag} {had.get(flag)}, and the recipe has {value} now: "
+                f"{model.folder} was trained with --{name} {had.get(name)}, and the recipe has {value} now: "
                 "remove that folder, or give another --output"
             )
 
@@ -271,50 +288,7 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     """The flags."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
-    add = parser.add_argument
-    add("--model_name", required=True, help="the base model: hub id or folder")
-    add("--output", type=user_path, required=True, help="folder of everything that is made")
-    add("--recipe", help=f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
-    add(
-        "--seeds",
-        type=whole_number,
-        nargs="+",
-        default=[8888],
-        help="of everything, one after the other (default: 8888)",
-    )
-    add("--runs", nargs="+", metavar="RUN", help="rows to run (default: all of the recipe)")
-    add(
-        "--alpha_sweep",
-        type=alpha_list,
-        default=[],
-        metavar="ALPHAS",
-        help="measure task vectors at these alphas, as 0,0.25,...,2, and recommend one",
-    )
-    add("--sweep_runs", nargs="+", metavar="RUN", help="whose task vectors (default: sku task_vector)")
-    add(
-        "--alpha_budget",
-        type=positive_number,
-        default=0.1,
-        help="how much normal perplexity may rise at a recommended alpha, as a share (default: 0.1)",
-    )
-    add(
-        "--harm_category",
-        action="append",
-        default=[],
-        help="train a task vector of only this kind of harm (may be repeated)",
-    )
-    add("--relearn_steps", type=whole_number, default=50, help="of the relearning check; 0: omit it (default: 50)")
-    add("--relearn_pairs", type=positive_int, default=16, help="harmful pairs that it relearns (default: 16)")
-    add(
-        "--relearn_lr",
-        type=positive_number,
-        nargs=2,
-        default=[3e-5, 1e-4],
-        metavar=("SOFT", "STRONG"),
-        help="its two learning rates (default: 3e-5 1e-4)",
-    )
-    add("--train_flags", type=shlex.split, default=[], help="more flags for every training, as one quoted text")
-    add_measuring_flags(parser)
+    parser.add_settings(ComparisonSettings)
     args = parser.parse_args(arguments)
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):
@@ -327,10 +301,10 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     negating = [name for name, run in known_runs.items() if METHODS[run.method].negates]
     runs = args.runs or list(known_runs)
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
-    for flag, given, choices in (("runs", runs, list(known_runs)), ("sweep_runs", sweep_runs, negating)):
+    for flag_name, given, choices in (("runs", runs, list(known_runs)), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]
         if unknown:
-            parser.error(f"--{flag} {' '.join(unknown)}: take from {', '.join(choices)}")
+            parser.error(f"--{flag_name} {' '.join(unknown)}: take from {', '.join(choices)}")
     seeds = list(dict.fromkeys(args.seeds))
     return ComparisonSettings(
         **{**vars(args), "recipe": recipe, "runs": runs, "sweep_runs": sweep_runs, "seeds": seeds}

@@ -5,10 +5,11 @@ The same prompt is in several rows of PKU-SafeRLHF, and each question of Truthfu
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
+from harmful_unlearn.cli import flag
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
@@ -60,16 +61,21 @@ class PromptSets:
     of_category: dict[str, list[Prompt]]
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """Where the data of an evaluation come from, by flag; None means as in the first training."""
+_data = partial(flag, group="data and prompts")
 
-    harmful_dataset: str | None = None
-    harmful_revision: str | None = None
-    harmful_split: str | None = None
-    unseen_dataset: str | None = None
-    unseen_split: str | None = None
-    normal_dataset: str | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Flags: where the data of an evaluation come from. None: as in the first training."""
+
+    harmful_dataset: str | None = _data("as in training (default: what the first model was trained on)")
+    harmful_revision: str | None = _data("of a hub data set (default: the same)")
+    harmful_split: str | None = _data("of a hub data set or folder (default: the same)")
+    unseen_dataset: str | None = _data(
+        "where unseen harmful prompts come from (default: untouched rows of --harmful_dataset)"
+    )
+    unseen_split: str | None = _data("of it; PKU-SafeRLHF has a split called test")
+    normal_dataset: str | None = _data("as in training (default: the same)")
 
 
 @dataclass(frozen=True)
