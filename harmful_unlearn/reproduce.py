@@ -39,7 +39,7 @@ from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
-from harmful_unlearn.reporting.comparison import BASE, ComparedModel, Comparison, SeedResult
+from harmful_unlearn.reporting.comparison import BASE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
@@ -131,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
             **{f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()},
         },
         methods={
-            BASE: ComparedModel("Original", "main"),
-            **{name: ComparedModel(run.title, run.group) for name, run in settings.compared_runs.items()},
+            BASE: {"label": "Original", "group": "main", "command": None},
+            **{name: {"label": run.title, "group": run.group} for name, run in settings.compared_runs.items()},
         },
         judge={"name": settings.judge, "by_seed": {}},
         relearning_settings={
@@ -142,62 +142,63 @@ def main(arguments: list[str] | None = None) -> None:
         },
     )
     for seed in settings.seeds:
-        comparison.add(run_seed(settings, seed))
+        run_seed(settings, seed, comparison)
     comparison.provenance = provenance()
     write_file(settings.output / "comparison.json", comparison.to_json())
     write_report(comparison, settings.output)
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
 
 
-def run_seed(settings: ComparisonSettings, seed: int) -> SeedResult:
-    """Train and measure all models of a seed. Raises UserError."""
+def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:
+    """Train and measure all models of a seed, and add what was measured to the comparison. Raises UserError."""
     own, recipe = settings.of_seed(seed), RECIPES[settings.recipe]
+    is_first = seed == settings.seeds[0]
     if own.harm_category:  # an unknown kind would otherwise be noticed after all other trainings
         flags = training_flags([*as_words(own.training_data), *own.train_flags])
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
     print(f"\n=== seed {seed}: training")
-    trained = {name: train(own, seed, name, flags_of(recipe, run)) for name, run in own.compared_runs.items()}
-    vectors = {}
+    models, vectors = {}, {}
+    for name, run in own.compared_runs.items():
+        model, row = train(own, seed, name, flags_of(recipe, run)), comparison.methods[name]
+        row.setdefault("command", model.command)
+        if model.failure:
+            row["note"] = "; ".join([*([row["note"]] if "note" in row else []), f"seed {seed}: {model.failure}"])
+            continue
+        models[name] = model
+        if is_first:
+            comparison.losses[name] = model.read_metrics()
     for kind in own.harm_category:
         sku = {**recipe.shared, **recipe.sku, "harm_category": kind}
-        vectors[kind] = train(own, seed, f"category-{kind.replace('/', '-')}", sku)
-    models = {name: model for name, model in trained.items() if not model.failure}
-    vectors = {kind: model for kind, model in vectors.items() if not model.failure}
+        vector = train(own, seed, f"category-{kind.replace('/', '-')}", sku)
+        if not vector.failure:
+            vectors[kind] = vector
     if not models and not vectors:
         raise UserError(f"no run of seed {seed} could be trained: lower the learning rates in recipes.py")
 
     print(f"\n=== seed {seed}: measuring")
     data = EvalData.read(own, [model.record for model in (*models.values(), *vectors.values())])
     evaluation = prepare_evaluation(own, seed, data, with_categories=bool(vectors))
+    comparison.judge["by_seed"][str(seed)] = evaluation.judge.facts
     figures, answers = evaluation.test(models, own.bleurt, asdict(settings), data)
-    sweep, recommended, categories, relearning = [], [], [], []
+    comparison.figures += figures
+    if is_first:
+        comparison.answers = answers
     for name in own.sweep_runs if own.alpha_sweep else ():
         if name in models:
             print(f"\n=== seed {seed}: the task vector of {name} at many alphas")
             swept, advice = evaluation.sweep(name, models[name], own.alpha_sweep, own.alpha_budget)
             print(f"recommended alpha for {name}: {advice['alpha']} ({advice['why']})")
-            sweep += swept
-            recommended.append(advice)
+            comparison.sweep += swept
+            comparison.recommended.append(advice)
     if vectors:
         print(f"\n=== seed {seed}: task vectors by category")
-        categories = evaluation.categories(vectors)
+        comparison.categories += evaluation.categories(vectors)
     if own.relearn_steps and models:
         print(f"\n=== seed {seed}: relearning, {own.relearn_steps} steps on {own.relearn_pairs} harmful pairs")
-        relearning = evaluation.relearning(models, figures, own.relearn_pairs, own.relearn_steps, own.relearning_rates)
-    return SeedResult(
-        seed=seed,
-        commands={name: model.command for name, model in trained.items()},
-        failures={name: model.failure for name, model in trained.items() if model.failure},
-        judge=evaluation.judge.facts,
-        figures=figures,
-        sweep=sweep,
-        recommended=recommended,
-        categories=categories,
-        relearning=relearning,
-        answers=answers,
-        losses={name: model.read_metrics() for name, model in models.items()},
-    )
+        comparison.relearning += evaluation.relearning(
+            models, figures, own.relearn_pairs, own.relearn_steps, own.relearning_rates
+        )
 
 
 def prepare_evaluation(

@@ -7,47 +7,6 @@ BASE, SKU = "base", "sku"  # names of models that the report treats in a way of 
 
 
 @dataclass
-class ComparedModel:
-    """A row of the report's tables.
-
-    Attributes:
-        label: its name in tables and plots.
-        group: "main" or "ablation": the tables that show it.
-        command: what trained it, with the first seed; None for the base.
-        note: why seeds are missing; None if none is.
-    """
-
-    label: str
-    group: str
-    command: str | None = None
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class SeedResult:
-    """What one seed adds to a comparison.
-
-    Attributes:
-        commands: what trained each model.
-        failures: why there is no model, for those that could not be trained.
-        judge: what is known of the judge.
-        figures, sweep, recommended, categories, relearning, answers, losses: as in `Comparison`.
-    """
-
-    seed: int
-    commands: dict[str, str]
-    failures: dict[str, str]
-    judge: dict
-    figures: list[dict]
-    sweep: list[dict]
-    recommended: list[dict]
-    categories: list[dict]
-    relearning: list[dict]
-    answers: list[dict]
-    losses: dict[str, list[dict]]
-
-
-@dataclass
 class Comparison:
     """The content of comparison.json.
 
@@ -58,7 +17,9 @@ class Comparison:
         title, model: the report's title, and the base model.
         command: what made the comparison.
         settings: what was asked for, by name.
-        methods: the compared models by name, in the order of the tables; the base's name is "base".
+        methods: the compared models by name, in the order of the tables; the base's name is "base". Of each, its
+            "label", its "group" of tables ("main" or "ablation"), the "command" that trained it with the first seed
+            (None for the base), and a "note" if seeds of it are missing.
         judge: its "name", and what is known of it, "by_seed".
         relearning_settings: "steps", "pairs", and the learning rate ("lr") of each strength.
         figures: of the test prompts, each with its "model".
@@ -77,7 +38,7 @@ class Comparison:
     seeds: list[int]
     command: str
     settings: dict
-    methods: dict[str, ComparedModel]
+    methods: dict[str, dict]
     judge: dict
     relearning_settings: dict
     figures: list[dict] = field(default_factory=list)
@@ -89,23 +50,5 @@ class Comparison:
     losses: dict[str, list[dict]] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
 
-    def add(self, result: SeedResult) -> None:
-        """Add what a seed measured."""
-        if not self.figures:  # the first seed
-            self.answers, self.losses = result.answers, result.losses
-            for name, command in result.commands.items():
-                self.methods[name].command = command
-        for name, failure in result.failures.items():
-            model = self.methods[name]
-            model.note = "; ".join([*([model.note] if model.note else []), f"seed {result.seed}: {failure}"])
-        self.judge["by_seed"][str(result.seed)] = result.judge
-        for part in ("figures", "sweep", "recommended", "categories", "relearning"):
-            getattr(self, part).extend(getattr(result, part))
-
     def to_json(self) -> str:
-        methods = {}
-        for name, model in self.methods.items():
-            methods[name] = dict(vars(model))
-            if model.note is None:
-                del methods[name]["note"]
-        return json.dumps({**vars(self), "methods": methods}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harmful_unlearn.reporting.glossary import METRIC_TITLES
+
 DASH = "–"  # there was nothing to measure
-SHARES = {"harmful_rate", "degenerate_rate", "unjudged_rate", "exact_match"}  # written in percent
 LARGEST_MULTIPLE = 1000  # larger multiples are drawn here: those of a broken model would squeeze all others together
 REFERENCES = "references"  # the decoding of figures that need no answers, only the data's reference answers
 
@@ -55,7 +56,7 @@ def formatted(metric: str, value: float) -> str:
     """A value with as many digits as its metric is worth; shares in percent."""
     if math.isnan(value):
         return DASH
-    if metric in SHARES:
+    if METRIC_TITLES[metric].endswith(", %"):
         return f"{100 * value:.1f}"
     if "perplexity" not in metric:
         return f"{value:.3f}".replace("-", "−")
@@ -65,32 +66,31 @@ def formatted(metric: str, value: float) -> str:
 def figure_frame(rows: list[dict]) -> pd.DataFrame:
     """Figures as a table with the columns seed, metric, decoding, value, low, high, n and what else the rows have."""
     frame = pd.DataFrame(rows)
-    return frame.assign(
-        decoding=frame["decoding"].where(frame["decoding"].notna(), REFERENCES),
-        **{name: frame[name].astype(float) for name in ("value", "low", "high")},
-    )
+    numbers = {name: frame[name].astype(float) for name in ("value", "low", "high")}
+    return frame.assign(decoding=frame["decoding"].where(frame["decoding"].notna(), REFERENCES), **numbers)
 
 
 def over_seeds(figures: pd.DataFrame, by: str | list[str], all_seeds: int) -> Cells:
     """The cell of each value of the column `by`, or of each combination of several columns; else an empty cell."""
-    groups = figures.dropna(subset="value").groupby(by)
-    return defaultdict(Cell, {key: _cell(group, all_seeds) for key, group in groups})
+    cells = Cells(Cell)
+    for key, rows in figures.dropna(subset="value").groupby(by):
+        values = rows["value"]
+        low, high = (values.min(), values.max()) if all_seeds > 1 else rows[["low", "high"]].iloc[0]
+        cells[key] = Cell(rows["metric"].iloc[0], values.mean(), low, high, len(values), all_seeds)
+    return cells
 
 
-def _cell(rows: pd.DataFrame, all_seeds: int) -> Cell:
-    metric, values = rows["metric"].iloc[0], rows["value"].tolist()
-    if all_seeds == 1:
-        return Cell(metric, values[0], float(rows["low"].iloc[0]), float(rows["high"].iloc[0]), 1, 1)
-    return Cell(metric, float(np.mean(values)), min(values), max(values), len(values), all_seeds)
+def perplexity_multiples(figures: pd.DataFrame, by: str, reference: object, all_seeds: int) -> Cells:
+    """The perplexity of normal reference answers as a multiple of the same seed's for `reference`, for a plot.
 
+    Multiples are at most `LARGEST_MULTIPLE`. Those of a single seed have no interval.
 
-def relative(figures: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """The figures with each value divided by the same seed's value in `reference`, for a plot.
-
-    Multiples are at most `LARGEST_MULTIPLE`, and have no interval.
+    Args:
+        by: the column whose values are compared with each other; `reference` is one of them.
     """
-    multiples = figures["value"] / figures["seed"].map(reference.set_index("seed")["value"])
-    return figures.assign(value=multiples.clip(upper=LARGEST_MULTIPLE), low=np.nan, high=np.nan)
+    rows = figures[(figures["set"] == "normal") & (figures["metric"] == "reference_perplexity")]
+    multiples = rows["value"] / rows["seed"].map(rows[rows[by] == reference].set_index("seed")["value"])
+    return over_seeds(rows.assign(value=multiples.clip(upper=LARGEST_MULTIPLE), low=np.nan, high=np.nan), by, all_seeds)
 
 
 def span(numbers: pd.Series) -> str:

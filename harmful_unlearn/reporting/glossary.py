@@ -33,8 +33,3 @@ INTERVAL = (
     "95 % percentile bootstrap over prompts. A rate of exactly 0 or 1 has no bootstrap width: with n answers the "
     "true rate may, by the rule of three, be up to 3/n away."
 )
-
-
-def without_unit(metric: str) -> str:
-    """A metric's name without its ", %"."""
-    return METRIC_TITLES[metric].removesuffix(", %")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -38,16 +39,10 @@ def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> 
         colour, marker = (COLOURS[place % 7 - 1], MARKERS[place % 11 - 1]) if place else ("black", "o")
         position = x.value, 100 * y.value
         axes.errorbar(*position, _whisker(y, 100), _whisker(x), color=colour, elinewidth=1, capsize=2)
-        handles += axes.plot(
-            *position,
-            linestyle="none",
-            marker=marker,
-            color=colour,
-            markersize=7,
-            markeredgewidth=1.5,
-            markerfacecolor="white" if hollow else colour,
-            label=f"{label} (hollow: degenerate)" if hollow else label,
-        )
+        look = {"marker": marker, "color": colour, "markersize": 7, "markeredgewidth": 1.5}
+        if hollow:
+            look["markerfacecolor"], label = "white", f"{label} (hollow: degenerate)"
+        handles += axes.plot(*position, linestyle="none", label=label, **look)
     _log_if_wide(axes, "x", [x.value for x, _, _ in points.values()])
     axes.set(
         xlabel="perplexity of normal reference answers, as a multiple of the original's",
@@ -60,33 +55,28 @@ def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> 
 
 @rc_context(STYLE)
 def plot_alphas(
-    alphas: list[float],
-    rates: dict[str, dict[str, list[Cell]]],
-    multiples: dict[str, list[Cell]],
-    advised: dict[str, set[float]],
-    budget: float | None,
+    alphas: list[float], methods: dict[str, tuple[dict[str, list[Cell]], list[Cell], set[float]]], budget: float | None
 ) -> bytes:
     """A row for each method: its rates (left) and its normal perplexity (right) over alpha.
 
     Args:
-        rates: by method and by name, one for each alpha; at most three a method.
-        multiples: by method, the perplexity as a multiple of that at the smallest alpha.
-        advised: by method, the alphas to mark as recommended.
+        methods: by label, at most three rates by name, and the perplexity as a multiple of that at the smallest
+            alpha (one cell for each alpha); then the alphas to mark as recommended.
         budget: how much the perplexity may rise, as a share; None for no line.
     """
-    figure, grid = _subplots(len(rates), 2, (9, 3 * len(rates)))
+    figure, grid = _subplots(len(methods), 2, (9, 3 * len(methods)))
     styles = (("-", COLOURS[0]), ("--", COLOURS[1]), (":", "black"))
-    for (left, right), method in zip(grid, rates, strict=True):
-        for (name, cells), (dash, colour) in zip(rates[method].items(), styles, strict=False):
+    for (left, right), (label, (rates, multiples, recommended)) in zip(grid, methods.items(), strict=True):
+        for (name, cells), (dash, colour) in zip(rates.items(), styles, strict=False):
             _band(left, alphas, cells, 100, color=colour, linestyle=dash, label=name)
-        _band(right, alphas, multiples[method], color=COLOURS[0])
-        _log_if_wide(right, "y", [cell.value for cell in multiples[method] if cell.measured])
+        _band(right, alphas, multiples, color=COLOURS[0])
+        _log_if_wide(right, "y", [cell.value for cell in multiples if cell.measured])
         if budget is not None:
             right.axhline(1 + budget, color="black", linewidth=0.8, linestyle=":", label="budget")
         for axes in (left, right):
-            for alpha in sorted(advised[method]):
+            for alpha in sorted(recommended):
                 axes.axvline(alpha, color=COLOURS[2], linewidth=1.2, linestyle="-.", label="recommended alpha")
-            axes.set(xlabel="alpha", title=method)
+            axes.set(xlabel="alpha", title=label)
         left.set(ylabel="unseen harmful prompts, %", ylim=PERCENT_AXIS)
         right.set_ylabel(f"normal perplexity / that at alpha {alphas[0]:g}")
     _legend_below(figure, grid)
@@ -115,18 +105,11 @@ def plot_relearning(methods: list[str], times: list[str], cells: list[list[Cell]
     """A line for each method, with its harmful rate at each time."""
     figure, [[axes]] = _subplots(1, 1, (8, 1.6 + 0.34 * len(methods)))
     for place, (time, shift) in enumerate(zip(times, np.linspace(-0.22, 0.22, len(times)), strict=True)):
-        rates = [(row + shift, line[place]) for row, line in enumerate(cells) if line[place].measured]
-        axes.errorbar(
-            [100 * cell.value for _, cell in rates],
-            [height for height, _ in rates],
-            xerr=np.hstack([np.zeros((2, 0)), *(_whisker(cell, 100) for _, cell in rates)]),
-            capsize=2,
-            elinewidth=1,
-            linestyle="none",
-            color=COLOURS[place % 7],
-            marker=MARKERS[place % 11],
-            label=time,
-        )
+        rates = {row + shift: line[place] for row, line in enumerate(cells) if line[place].measured}
+        shares = [100 * cell.value for cell in rates.values()]
+        whiskers = np.hstack([np.zeros((2, 0)), *(_whisker(cell, 100) for cell in rates.values())])
+        look = {"color": COLOURS[place % 7], "marker": MARKERS[place % 11], "capsize": 2, "elinewidth": 1}
+        axes.errorbar(shares, list(rates), xerr=whiskers, linestyle="none", label=time, **look)
     axes.set_yticks(range(len(methods)), methods)
     axes.set(xlabel=f"harmful rate on unseen prompts, % ({decoding})", xlim=PERCENT_AXIS)
     axes.invert_yaxis()
@@ -180,9 +163,10 @@ def _png(figure: Figure) -> bytes:
 
 def _legend_below(figure: Figure, grid: np.ndarray) -> None:
     """One legend for all panels, in which each label is once."""
-    labelled = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    labelled: dict[str, Artist] = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        labelled |= zip(labels, handles, strict=True)
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled))
 
 

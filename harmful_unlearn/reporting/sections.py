@@ -2,11 +2,11 @@
 
 from itertools import groupby
 
+import numpy as np
 import pandas as pd
 
-from harmful_unlearn.reporting.blocks import Answers, Block, Code, Picture, Table, Text
-from harmful_unlearn.reporting.comparison import BASE
-from harmful_unlearn.reporting.context import ReportContext
+from harmful_unlearn.reporting.blocks import Block, answers, code, paragraph, picture, table
+from harmful_unlearn.reporting.comparison import BASE, Comparison
 from harmful_unlearn.reporting.figures import (
     DASH,
     LARGEST_MULTIPLE,
@@ -15,10 +15,10 @@ from harmful_unlearn.reporting.figures import (
     Cells,
     figure_frame,
     over_seeds,
-    relative,
+    perplexity_multiples,
     span,
 )
-from harmful_unlearn.reporting.glossary import INTERVAL, MEANINGS, METRIC_TITLES, SET_TITLES, without_unit
+from harmful_unlearn.reporting.glossary import INTERVAL, MEANINGS, METRIC_TITLES, SET_TITLES
 from harmful_unlearn.reporting.plots import (
     plot_alphas,
     plot_categories,
@@ -28,9 +28,49 @@ from harmful_unlearn.reporting.plots import (
 )
 
 BROKEN = 0.2  # models with a larger share of degenerate answers have a hollow marker
-NORMAL_PERPLEXITY = ("normal", REFERENCES, "reference_perplexity")
 UNSEEN_RATE = "Harmful rate on unseen prompts, %"
 Column = tuple[str, str, str]  # set of prompts, decoding, metric
+
+
+class ReportContext:
+    """A comparison, and what its sections share.
+
+    Attributes:
+        data: the comparison.
+        seeds: how many seeds it has.
+        each_seed, spread: words for counts, and for what the whiskers and bands of a plot are.
+        figures: its figures of the test prompts, one a row.
+        cells: the same over seeds, by model, set, decoding and metric.
+        metrics: those that have a value.
+        decodings: the decodings of its answers.
+        decoding: the one in the main tables: "sampled" if there is one.
+    """
+
+    def __init__(self, comparison: Comparison):
+        self.data = comparison
+        self.seeds = len(comparison.seeds)
+        self.each_seed = ", for each seed" if self.seeds > 1 else ""
+        self.spread = "from the lowest to the highest seed" if self.seeds > 1 else "the 95 % interval"
+        self.figures = figure_frame(comparison.figures)
+        self.cells = over_seeds(self.figures, ["model", "set", "decoding", "metric"], self.seeds)
+        self.metrics = {metric for _, _, _, metric in self.cells}
+        self.decodings = [name for name in self.figures["decoding"].unique() if name != REFERENCES]
+        self.decoding = "sampled" if "sampled" in self.decodings else self.decodings[0]
+
+    def label(self, name: str) -> str:
+        """What tables call a model; a task vector that has no row of its own is called by its name."""
+        return self.data.methods[name]["label"] if name in self.data.methods else name
+
+    def judge(self) -> Block:
+        """The judge, and what is known of it; for every table with a harmful rate."""
+        known = []
+        for key, name in (("accuracy", "accuracy"), ("auc", "AUC")):
+            values = [facts[key] for facts in self.data.judge["by_seed"].values() if facts.get(key) is not None]
+            if values:
+                ends = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
+                known.append(f"{name} {np.mean(values):.3f}{ends}")
+        held_out = f"on held-out labels: {', '.join(known)}" if known else "not measured on held-out labels here"
+        return paragraph(f"Judge: {self.data.judge['name']}; {held_out}.")
 
 
 def overview(report: ReportContext) -> list[Block]:
@@ -41,26 +81,50 @@ def overview(report: ReportContext) -> list[Block]:
     }
     trained = ", ".join(report.label(name) for name in data.methods if name != BASE)
     return [
-        Text(
+        paragraph(
             f"The original model, {data.model}, and what was trained from it: {trained}. "
             "Rows have this order in every table, whatever their figures."
         ),
         report.judge(),
-        Code("Command", data.command),
+        code("Command", data.command),
         facts_table({"model": data.model, "seeds": data.seeds, **data.settings, **judged}),
     ]
 
 
+def facts_table(facts: dict) -> Block:
+    """A dict as a table of two columns; a dict or list in it is one line."""
+
+    def line(value: object) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {line(part)}" for key, part in value.items())
+        if isinstance(value, list):
+            return ", ".join(map(line, value))
+        return DASH if value is None else str(value)
+
+    return table(None, ["what", "value"], [[name, line(value)] for name, value in facts.items()])
+
+
 def comparison_table(report: ReportContext, name: str, models: list[str], columns: list[Column]) -> list[Block]:
     """The figures of models, with all that is needed to read them."""
+    counts = []
+    for prompts, title in SET_TITLES.items():
+        answered = report.figures[(report.figures["set"] == prompts) & (report.figures["metric"] == "degenerate_rate")]
+        if len(answered):
+            counts.append(f"{span(answered['n'])} {title[0].lower()}{title[1:]}")
+    form = "mean (lowest–highest) over seeds" if report.seeds > 1 else "value [95 % interval]"
+    noted = [(report.label(model), report.data.methods[model].get("note")) for model in models]
     rows = [([report.label(model)], (model,)) for model in models]
-    table = figure_table(name, ["method"], rows, columns, report.cells, report.decoding)
-    return [table, report.judge(), report.reading(), *report.notes(models)]
+    return [
+        figure_table(name, ["method"], rows, columns, report.cells, report.decoding),
+        report.judge(),
+        paragraph(f"Cells: {form}; {DASH}: nothing to measure. n: {', '.join(counts)}{report.each_seed}."),
+        *(paragraph(f"{label}: {note}") for label, note in noted if note),
+    ]
 
 
 def figure_table(
     name: str, heads: list[str], rows: list[tuple[list[str], tuple]], columns: list[Column], cells: Cells, usual: str
-) -> Table:
+) -> Block:
     """A table of figures; columns without any value are omitted.
 
     Args:
@@ -74,27 +138,13 @@ def figure_table(
     for prompts, decoding, metric in shown:
         named = "" if decoding in (REFERENCES, usual) else f" ({decoding})"
         titles.append(f"{SET_TITLES[prompts]}: {METRIC_TITLES[metric]}{named}")
-    body: list[list[str | Cell]] = [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
-    return Table(name, [*heads, *titles], body)
-
-
-def facts_table(facts: dict) -> Table:
-    """A dict as a table of two columns; a dict or list in it is one line."""
-
-    def line(value: object) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {line(part)}" for key, part in value.items())
-        if isinstance(value, list):
-            return ", ".join(map(line, value))
-        return DASH if value is None else str(value)
-
-    return Table(None, ["what", "value"], [[str(name), line(value)] for name, value in facts.items()])
+    return table(
+        name, [*heads, *titles], [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
+    )
 
 
 def tradeoff(report: ReportContext) -> list[Block]:
-    figures = report.figures
-    perplexity = figures[(figures["set"] == "normal") & (figures["metric"] == "reference_perplexity")]
-    multiples = over_seeds(relative(perplexity, perplexity[perplexity["model"] == BASE]), "model", report.seeds)
+    multiples = perplexity_multiples(report.figures, "model", BASE, report.seeds)
     points: dict[str, tuple[Cell, Cell, bool]] = {}
     absent = []
     for name in sorted(report.data.methods, key=lambda name: name != BASE):  # the base first
@@ -106,15 +156,14 @@ def tradeoff(report: ReportContext) -> list[Block]:
             absent.append(report.label(name))
     if len(points) < 2:
         return []
-    spread = report.spread if report.seeds > 1 else f"{report.spread} of the harmful rate"
-    caption = f"One point a method; whiskers: {spread}."
+    caption = f"One point a method; whiskers: {report.spread}{'' if report.seeds > 1 else ' of the harmful rate'}."
     if any(hollow for _, _, hollow in points.values()):
         caption += f" Hollow: more than {BROKEN:.0%} of the unseen or of the normal answers are degenerate."
     if beyond := [label for label, (x, _, _) in points.items() if max(x.value, x.high) >= LARGEST_MULTIPLE]:
         caption += f" A multiple above {LARGEST_MULTIPLE} is drawn at {LARGEST_MULTIPLE}: {', '.join(beyond)}."
     if absent:
         caption += f" Not drawn, for lack of figures: {', '.join(absent)}."
-    return [Picture("tradeoff", caption, plot_tradeoff(points, report.decoding)), report.judge()]
+    return [picture("tradeoff", caption, plot_tradeoff(points, report.decoding)), report.judge()]
 
 
 def alphas(report: ReportContext) -> list[Block]:
@@ -138,16 +187,16 @@ def alphas(report: ReportContext) -> list[Block]:
             return f"{alpha:g}"
         return f"{alpha:g} ({'' if alpha == trained_for[method] else 'not '}trained for)"
 
-    measured = figures[["method", "alpha"]].drop_duplicates().sort_values("alpha", kind="stable")
     rows = [
         ([report.label(method), named(method, alpha)], (method, alpha))
-        for method in figures["method"].unique()
-        for alpha in measured["alpha"][measured["method"] == method]
+        for method, measured in figures.groupby("method", sort=False)
+        for alpha in sorted(measured["alpha"].unique())
     ]
+    columns = [*rates, ("normal", REFERENCES, "reference_perplexity")]
     return [
-        Picture("alpha", caption, alpha_plot(report, figures, cells, rates)),
-        *([recommendations(report)] if report.data.recommended else []),
-        figure_table("alpha", ["method", "alpha"], rows, [*rates, NORMAL_PERPLEXITY], cells, report.decoding),
+        picture("alpha", caption, alpha_plot(report, figures, cells, rates)),
+        *recommendations(report),
+        figure_table("alpha", ["method", "alpha"], rows, columns, cells, report.decoding),
         report.judge(),
     ]
 
@@ -161,37 +210,25 @@ def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: Cells, colum
         columns: the rates to draw.
     """
     swept = sorted(figures["alpha"].unique())
-    perplexity = figures[(figures["set"] == "normal") & (figures["metric"] == "reference_perplexity")]
-    rates: dict[str, dict[str, list[Cell]]] = {}
-    multiples: dict[str, list[Cell]] = {}
-    advised: dict[str, set[float]] = {}
-    for method in figures["method"].unique():
-        label = report.label(method)
-        rates[label] = {
-            f"{without_unit(metric)}, {decoding}": [cells[method, alpha, prompts, decoding, metric] for alpha in swept]
-            for prompts, decoding, metric in columns
-        }
-        own = perplexity[perplexity["method"] == method]
-        by_alpha = over_seeds(relative(own, own[own["alpha"] == swept[0]]), "alpha", report.seeds)
-        multiples[label] = [by_alpha[alpha] for alpha in swept]
-        recommended = [row["alpha"] for row in report.data.recommended if row["method"] == method]
-        advised[label] = {alpha for alpha in recommended if alpha is not None}
-    budgets = [row["budget"] for row in report.data.recommended]
-    return plot_alphas(swept, rates, multiples, advised, budgets[0] if budgets and swept[0] == 0 else None)
+    advice = report.data.recommended
+    panels = {}
+    for method, rows in figures.groupby("method", sort=False):
+        rates = {}
+        for prompts, decoding, metric in columns:
+            title = f"{METRIC_TITLES[metric].removesuffix(', %')}, {decoding}"
+            rates[title] = [cells[method, alpha, prompts, decoding, metric] for alpha in swept]
+        multiples = perplexity_multiples(rows, "alpha", swept[0], report.seeds)
+        recommended = {row["alpha"] for row in advice if row["method"] == method and row["alpha"] is not None}
+        panels[report.label(method)] = rates, [multiples[alpha] for alpha in swept], recommended
+    return plot_alphas(swept, panels, advice[0]["budget"] if advice and swept[0] == 0 else None)
 
 
-def recommendations(report: ReportContext) -> Table:
-    rows: list[list[str | Cell]] = [
-        [
-            report.label(row["method"]),
-            str(row["seed"]),
-            "none" if row["alpha"] is None else f"{row['alpha']:g}",
-            f"{row['budget']:.0%}",
-            row["why"],
-        ]
-        for row in report.data.recommended
-    ]
-    return Table("recommended", ["method", "seed", "recommended alpha", "budget", "why"], rows)
+def recommendations(report: ReportContext) -> list[Block]:
+    rows = []
+    for row in report.data.recommended:
+        alpha = "none" if row["alpha"] is None else f"{row['alpha']:g}"
+        rows.append([report.label(row["method"]), str(row["seed"]), alpha, f"{row['budget']:.0%}", row["why"]])
+    return [table("recommended", ["method", "seed", "recommended alpha", "budget", "why"], rows)] if rows else []
 
 
 def categories(report: ReportContext) -> list[Block]:
@@ -201,16 +238,18 @@ def categories(report: ReportContext) -> list[Block]:
     cells = over_seeds(figures, ["vector", "category"], report.seeds)
     vectors, kinds = list(figures["vector"].unique()), list(figures["category"].unique())
     matrix = [[cells[vector, kind] for kind in kinds] for vector in vectors]
-    counts = [span(figures["n"][figures["category"] == kind]) for kind in kinds]
     names = ["sum of all" if vector == "sum" else report.label(vector) for vector in vectors]
+    counts = [span(figures["n"][figures["category"] == kind]) for kind in kinds]
     titles = [f"{UNSEEN_RATE}: {kind} (n = {n})" for kind, n in zip(kinds, counts, strict=True)]
     mean = ", mean over seeds" if report.seeds > 1 else ""
     caption = f"Harmful rate by kind of harm ({figures['decoding'].iloc[0]}{mean})."
     return [
-        Text("Task vectors trained on only one kind of harm, and their sum. A prompt of two kinds counts in both."),
-        Table("categories", ["task vector", *titles], [[n, *row] for n, row in zip(names, matrix, strict=True)]),
+        paragraph(
+            "Task vectors trained on only one kind of harm, and their sum. A prompt of two kinds counts in both."
+        ),
+        table("categories", ["task vector", *titles], [[n, *row] for n, row in zip(names, matrix, strict=True)]),
         report.judge(),
-        Picture("categories", caption, plot_categories(names, kinds, matrix)),
+        picture("categories", caption, plot_categories(names, kinds, matrix)),
     ]
 
 
@@ -227,23 +266,17 @@ def relearning(report: ReportContext) -> list[Block]:
     labels = [report.label(name) for name in models]
     settings = report.data.relearning_settings
     learning_rates = " and ".join(f"{lr:g} ({strength})" for strength, lr in settings["lr"].items())
+    titles = [f"{UNSEEN_RATE}: {time}" for time in times]
+    caption = f"Before and after relearning; whiskers: {report.spread}."
     return [
-        Text(
+        paragraph(
             f"Each model was fine-tuned for {settings['steps']} steps on {settings['pairs']} harmful pairs, at a rate "
             f"of {learning_rates}. Compare each row with the original's: it shows whether harm was gone or only muted."
         ),
-        Table(
-            "relearning",
-            ["method", *(f"{UNSEEN_RATE}: {time}" for time in times)],
-            [[label, *row] for label, row in zip(labels, rates, strict=True)],
-        ),
+        table("relearning", ["method", *titles], [[n, *row] for n, row in zip(labels, rates, strict=True)]),
         report.judge(),
-        Text(f"n: {span(figures['n'])} prompts{report.each_seed}."),
-        Picture(
-            "relearning",
-            f"Before and after relearning; whiskers: {report.spread}.",
-            plot_relearning(labels, times, rates, figures["decoding"].iloc[0]),
-        ),
+        paragraph(f"n: {span(figures['n'])} prompts{report.each_seed}."),
+        picture("relearning", caption, plot_relearning(labels, times, rates, figures["decoding"].iloc[0])),
     ]
 
 
@@ -253,35 +286,32 @@ def losses(report: ReportContext) -> list[Block]:
         f"Losses of stage 1 before their weights, and the weighted total (seed {report.data.seeds[0]}); "
         "bold: running means."
     )
-    return [Picture("losses", caption, plot_losses_by_method(runs))] if runs else []
+    return [picture("losses", caption, plot_losses_by_method(runs))] if runs else []
 
 
-def answers(report: ReportContext) -> list[Block]:
+def prompts_and_answers(report: ReportContext) -> list[Block]:
     if not report.data.answers:
         return []
-    blocks: list[Block] = [
-        Text(
-            "Warning: these texts are harmful by construction. They are the models' answers, unedited, and are shown "
-            "for safety research; do not act on them or pass them on.",
-            warning=True,
-        )
-    ]
+    warning = Block(
+        "> Warning: these texts are harmful by construction. They are the models' answers, unedited, and are shown "
+        "for safety research; do not act on them or pass them on.\n"
+    )
+    blocks = [warning]
     for prompts, rows in groupby(report.data.answers, key=lambda row: row["set"]):
         for place, row in enumerate(rows, 1):
             answered = [(name, row["answers"][name]) for name in report.data.methods if name in row["answers"]]
             labelled = [(report.label(name), given["answer"], given["verdict"]) for name, given in answered]
-            blocks.append(Answers(f"{SET_TITLES[prompts]}, {place}", row["prompt"], row["reference"], labelled))
+            blocks.append(answers(f"{SET_TITLES[prompts]}, {place}", row["prompt"], row["reference"], labelled))
     return blocks
 
 
 def glossary(report: ReportContext) -> list[Block]:
-    meanings = {without_unit(metric): text for metric, text in MEANINGS.items() if metric in report.metrics}
-    return [facts_table({**meanings, "interval": INTERVAL})]
+    shown = {
+        METRIC_TITLES[metric].removesuffix(", %"): MEANINGS[metric] for metric in MEANINGS if metric in report.metrics
+    }
+    return [facts_table({**shown, "interval": INTERVAL})]
 
 
 def commands(report: ReportContext) -> list[Block]:
-    return [
-        Code(f"{model.label} (seed {report.data.seeds[0]})", model.command)
-        for model in report.data.methods.values()
-        if model.command
-    ]
+    models = [model for model in report.data.methods.values() if model["command"]]
+    return [code(f"{model['label']} (seed {report.data.seeds[0]})", model["command"]) for model in models]

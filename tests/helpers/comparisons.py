@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from harmful_unlearn.reporting.comparison import ComparedModel, Comparison
+from harmful_unlearn.reporting.comparison import Comparison
 
 METHODS = {
     "base": ("Original", "main"), "ft": ("FT", "main"), "ga": ("GA", "main"),
@@ -44,7 +44,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
         command="python reproduce.py --x '$(y)'",
         settings={"temperature": 1.0, "decoding": ["sampled", "greedy"]},
         methods={
-            name: ComparedModel(label, group, None if name == "base" else f"train --{name}")
+            name: {"label": label, "group": group, "command": None if name == "base" else f"train --{name}"}
             for name, (label, group) in METHODS.items()
         },
         judge={

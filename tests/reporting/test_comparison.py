@@ -7,7 +7,7 @@ from tests.helpers.comparisons import comparison
 
 def test_the_json_has_every_part_and_a_note_only_where_there_is_one():
     data = comparison()
-    data.methods["ft"].note = "seed 2: not trained"
+    data.methods["ft"]["note"] = "seed 2: not trained"
     written = json.loads(data.to_json())
     assert list(written) == [
         "title", "model", "seeds", "command", "settings", "methods", "judge", "relearning_settings", "figures", "sweep",

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from harmful_unlearn.reporting.figures import Cell, figure_frame, formatted, over_seeds, relative, span
+from harmful_unlearn.reporting.figures import Cell, figure_frame, formatted, over_seeds, perplexity_multiples, span
 
 
 def rows(*values: float | None, model: str = "a", metric: str = "mc1") -> list[dict]:
@@ -47,9 +47,13 @@ def test_a_single_seed_has_its_interval_or_none():
 
 
 def test_multiples_are_of_the_same_seed_and_at_most_1000():
-    frame = figure_frame([*rows(2.0, 3.0, 1e9, None), *rows(4.0, None, 1.0, 1.0, model="base")])
-    multiples = relative(frame[frame["model"] == "a"], frame[frame["model"] == "base"])
-    assert multiples["value"].tolist() == pytest.approx([0.5, math.nan, 1000, math.nan], nan_ok=True)
+    figures = [*rows(2.0, 3.0, 1e9, None), *rows(4.0, None, 1.0, 1.0, model="base")]
+    frame = figure_frame(figures).assign(set="normal", metric="reference_perplexity")
+    unlike = [frame.assign(set="unseen", value=7.0), frame.assign(metric="mc1", value=7.0)]
+    cells = perplexity_multiples(pd.concat([frame, *unlike]), "model", "base", 4)
+    assert cells["a"] == Cell("reference_perplexity", 500.25, 0.5, 1000, 2, 4)  # of seeds 0 and 2
+    assert cells["base"] == Cell("reference_perplexity", 1, 1, 1, 3, 4)
+    assert math.isnan(perplexity_multiples(frame[frame["seed"] == 0], "model", "base", 1)["a"].low)
 
 
 def test_spans():

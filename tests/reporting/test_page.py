@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmful_unlearn.reporting.blocks import Answers, Code, Table, Text
+from harmful_unlearn.reporting.blocks import answers, code, paragraph, table
 from harmful_unlearn.reporting.page import page as make_page
 from tests.helpers.comparisons import NASTY
 
@@ -75,12 +75,12 @@ def test_untrusted_text_is_escaped(page, text):
 
 def document(first: str, second: str) -> str:
     blocks = [
-        Text(f"t{first}"),
-        Table(None, ["a", f"b{second}"], [[f"c{first}", f"{second}d"]]),
-        Answers("title", f"p{first}", second, [("label", first, "safe"), (f"l{second}", second, "harmful")]),
-        Code(f"e{first}", second),
+        paragraph(f"t{first}"),
+        table(None, ["a", f"b{second}"], [[f"c{first}", f"{second}d"]]),
+        answers("title", f"p{first}", second, [("label", first, "safe"), (f"l{second}", second, "harmful")]),
+        code(f"e{first}", second),
     ]
-    return make_page(f"page{first}", "\n".join(block.markdown() for block in blocks), {})
+    return make_page(f"page{first}", "\n".join(block.markdown for block in blocks), {})
 
 
 def visible(text: str) -> str:

@@ -40,7 +40,7 @@ def test_nothing_measured_is_a_dash_and_seeds_with_a_value_are_counted(three, tm
     for row in diverged.figures:
         if row["seed"] == 2 and row["model"] == "ft":
             row["value"] = row["low"] = row["high"] = None
-    diverged.methods["ft"].note = "seed 2: training broke off"
+    diverged.methods["ft"]["note"] = "seed 2: training broke off"
     write_report(diverged, tmp_path)
     text = report_text(tmp_path)
     assert cells(text, "Results")[3][1] == "3.8 (2.5–5.0, 2 of 3 seeds)"
