@@ -19,6 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -27,12 +28,13 @@ from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import bleurt, lm_harness
+from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import judge_name, make_judge
-from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, draw_prompts
+from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.storage.files import check_target, resolved, user_path
@@ -87,6 +89,25 @@ class MeasuringSettings(DataSettings):
         names = dict.fromkeys(self.decoding)
         return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
 
+    def protocol(self, sets: PromptSets, data: EvalData, seed: int) -> EvalProtocol:
+        """How models are measured on the test prompts."""
+        precision = loading.resolve_precision(self.precision, PartialState().device)
+        return EvalProtocol(
+            sets.test, self.decodings, self.max_new_tokens, self.batch_size, seed, data.choices, precision
+        )
+
+    def make_judge(self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path) -> Judge:
+        """The judge, which has seen none of the prompts; `folder` is for its verdicts. Raises UserError."""
+        return make_judge(
+            self.judge,
+            responses=data.responses,
+            normal=data.training_texts,
+            judged={prompt.question for part in prompts for prompt in part},
+            seed=seed,
+            cache=folder / "judge.jsonl",
+            device=PartialState().device,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(MeasuringSettings):
@@ -131,31 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"{name:<8} {len(prompts)} prompts" for name, prompts in sets.test.items()))
 
     device = PartialState().device
-    precision = loading.resolve_precision(settings.precision, device)
-    load = partial(load_model, precision=precision, device_map=settings.device_map)
+    protocol = settings.protocol(sets, data, seed)
+    load = partial(load_model, precision=protocol.precision, device_map=settings.device_map)
     base = evaluated_model(BASE, hub.resolve_model(settings.base), load)
     models = [base, *(evaluated_model(label, folder, load) for label, folder in folders.items())]
     reference = base
     if settings.ppl_model:
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
-    judge = make_judge(
-        settings.judge,
-        responses=data.responses,
-        normal=data.training_texts,
-        judged={prompt.question for prompts in sets.test.values() for prompt in prompts},
-        seed=seed,
-        cache=output / "judge.jsonl",
-        device=device,
-    )
-    protocol = EvalProtocol(
-        prompts=sets.test,
-        decodings=settings.decodings,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        seed=seed,
-        choices=data.choices,
-        precision=precision,
-    )
+    judge = settings.make_judge(data, sets.test.values(), seed, output)
     rows = measure(models, protocol, judge, reference, output)
     write_prompts(output, sets.test)
     if settings.bleurt:

@@ -13,10 +13,12 @@ by the seed. What OUTPUT holds already is not done again: after an interruption 
 """
 
 import gc
+import json
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
@@ -31,13 +33,12 @@ from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, posit
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.alpha_sweep import alpha_list
-from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.registry import make_judge
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts
 from harmful_unlearn.evals.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
-from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models import hub
 from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
 from harmful_unlearn.reporting.comparison import BASE, Comparison
 from harmful_unlearn.reporting.report import write_report
@@ -50,6 +51,7 @@ from harmful_unlearn.training.resume import FREE_FLAGS
 IGNORED_FLAGS = FREE_FLAGS - {"gradient_checkpointing", "device_map"}
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings(MeasuringSettings):
     """The flags of this command."""
@@ -58,42 +60,28 @@ class ComparisonSettings(MeasuringSettings):
     output: Path = flag("folder of everything that is made", type=user_path, required=True)
     recipe: str = flag(f"whose hyper-parameters: {', '.join(RECIPES)} (default: --model_name's)")
     seeds: list[int] = flag(
-        "of everything, one after the other (default: 8888)", type=whole_number, nargs="+", default=[8888]
-    )
+        "of everything, one after the other (default: 8888)", type=whole_number, nargs="+", default=[8888])
     runs: list[str] = flag("rows to run (default: all of the recipe)", nargs="+", metavar="RUN")
     alpha_sweep: list[float] = flag(
-        "measure task vectors at these alphas, as 0,0.25,...,2, and recommend one",
-        type=alpha_list,
-        default=[],
-        metavar="ALPHAS",
-    )
+        "measure task vectors at these alphas, as 0,0.25,...,2, and recommend one", type=alpha_list, default=[],
+        metavar="ALPHAS")
     sweep_runs: list[str] = flag("whose task vectors (default: sku task_vector)", nargs="+", metavar="RUN")
     alpha_budget: float = flag(
-        "how much normal perplexity may rise at a recommended alpha, as a share", type=positive_number, default=0.1
-    )
+        "how much normal perplexity may rise at a recommended alpha, as a share", type=positive_number, default=0.1)
     harm_category: list[str] = flag(
-        "train a task vector of only this kind of harm (may be repeated)", action="append", default=[]
-    )
+        "train a task vector of only this kind of harm (may be repeated)", action="append", default=[])
     relearn_steps: int = flag("of the relearning check; 0: omit it", type=whole_number, default=50)
     relearn_pairs: int = flag("harmful pairs that it relearns", type=positive_int, default=16)
     relearn_lr: list[float] = flag(
-        "its two learning rates (default: 3e-5 1e-4)",
-        type=positive_number,
-        nargs=2,
-        default=[3e-5, 1e-4],
-        metavar=("SOFT", "STRONG"),
-    )
+        "its two learning rates (default: 3e-5 1e-4)", type=positive_number, nargs=2, default=[3e-5, 1e-4],
+        metavar=("SOFT", "STRONG"))
     train_flags: list[str] = flag("more flags for every training, as one quoted text", type=shlex.split, default=[])
+    # fmt: on
 
     @property
     def compared_runs(self) -> dict[str, ComparisonRun]:
         """The rows of the report, by name, in the recipe's order."""
         return {name: run for name, run in runs_of(RECIPES[self.recipe]).items() if name in self.runs}
-
-    @property
-    def relearning_rates(self) -> dict[str, float]:
-        """The learning rates of the relearning check, by strength."""
-        return dict(zip(("soft", "strong"), self.relearn_lr, strict=True))
 
     @property
     def training_data(self) -> dict[str, str]:
@@ -120,26 +108,20 @@ def main(arguments: list[str] | None = None) -> None:
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
     asked = {name: getattr(settings, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")}
+    numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
+    learning_rates = dict(zip(("soft", "strong"), settings.relearn_lr, strict=True))
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",
         model=settings.model_name,
         seeds=settings.seeds,
         command=shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])]),
-        settings={
-            "recipe": settings.recipe,
-            **asked,
-            **{f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()},
-        },
+        settings={"recipe": settings.recipe, **asked, **numbers},
         methods={
             BASE: {"label": "Original", "group": "main", "command": None},
             **{name: {"label": run.title, "group": run.group} for name, run in settings.compared_runs.items()},
         },
         judge={"name": settings.judge, "by_seed": {}},
-        relearning_settings={
-            "steps": settings.relearn_steps,
-            "pairs": settings.relearn_pairs,
-            "lr": settings.relearning_rates,
-        },
+        relearning_settings={"steps": settings.relearn_steps, "pairs": settings.relearn_pairs, "lr": learning_rates},
     )
     for seed in settings.seeds:
         run_seed(settings, seed, comparison)
@@ -163,11 +145,13 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         model, row = train(own, seed, name, flags_of(recipe, run)), comparison.methods[name]
         row.setdefault("command", model.command)
         if model.failure:
-            row["note"] = "; ".join([*([row["note"]] if "note" in row else []), f"seed {seed}: {model.failure}"])
+            notes = [row["note"]] if "note" in row else []
+            row["note"] = "; ".join([*notes, f"seed {seed}: {model.failure}"])
             continue
         models[name] = model
         if is_first:
-            comparison.losses[name] = model.read_metrics()
+            steps = (model.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            comparison.losses[name] = [json.loads(step) for step in steps]
     for kind in own.harm_category:
         sku = {**recipe.shared, **recipe.sku, "harm_category": kind}
         vector = train(own, seed, f"category-{kind.replace('/', '-')}", sku)
@@ -178,9 +162,15 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
 
     print(f"\n=== seed {seed}: measuring")
     data = EvalData.read(own, [model.record for model in (*models.values(), *vectors.values())])
-    evaluation = prepare_evaluation(own, seed, data, with_categories=bool(vectors))
-    comparison.judge["by_seed"][str(seed)] = evaluation.judge.facts
-    figures, answers = evaluation.test(models, own.bleurt, asdict(settings), data)
+    sets = draw_prompts(data, own.prompt_numbers, seed)
+    judged = (sets.test, sets.validation, sets.of_category if vectors else {})
+    prompts = chain.from_iterable(part.values() for part in judged)
+    folder = own.output / f"seed-{seed}"
+    judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed)
+    base = hub.resolve_model(own.model_name)
+    evaluation = SeedEvaluation(folder, base, judge, sets, protocol, own.device_map)
+    comparison.judge["by_seed"][str(seed)] = judge.facts
+    figures, answers = evaluation.test(models, asdict(settings), data.sources)
     comparison.figures += figures
     if is_first:
         comparison.answers = answers
@@ -196,49 +186,14 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         comparison.categories += evaluation.categories(vectors)
     if own.relearn_steps and models:
         print(f"\n=== seed {seed}: relearning, {own.relearn_steps} steps on {own.relearn_pairs} harmful pairs")
-        comparison.relearning += evaluation.relearning(
-            models, figures, own.relearn_pairs, own.relearn_steps, own.relearning_rates
-        )
-
-
-def prepare_evaluation(
-    settings: ComparisonSettings, seed: int, data: EvalData, with_categories: bool
-) -> SeedEvaluation:
-    """Draw the prompts of a seed, and make its judge, which has seen none of them. Raises UserError."""
-    device, folder = PartialState().device, settings.output / f"seed-{seed}"
-    sets = draw_prompts(data, settings.prompt_numbers, seed)
-    parts = (sets.test, sets.validation, sets.of_category if with_categories else {})
-    judge = make_judge(
-        settings.judge,
-        responses=data.responses,
-        normal=data.training_texts,
-        judged={prompt.question for part in parts for prompts in part.values() for prompt in prompts},
-        seed=seed,
-        cache=folder / "judge.jsonl",
-        device=device,
-    )
-    protocol = EvalProtocol(
-        prompts=sets.test,
-        decodings=settings.decodings,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        seed=seed,
-        choices=data.choices,
-        precision=loading.resolve_precision(settings.precision, device),
-    )
-    base = hub.resolve_model(settings.model_name)
-    return SeedEvaluation(folder, base, judge, sets, protocol, settings.device_map)
+        comparison.relearning += evaluation.relearning(models, figures, **comparison.relearning_settings)
 
 
 def train(settings: ComparisonSettings, seed: int, name: str, flags: Mapping[str, object]) -> TrainedModel:
-    """Run unlearn_harm_new.py as far as its models are not there yet.
+    """Run unlearn_harm_new.py with these flags, as far as its models are not there yet.
 
     A run whose losses stop being finite, or whose data lack safe answers, has failed: that is noted in its folder, and
     it is not tried again.
-
-    Args:
-        settings: of the seed.
-        flags: of the run, by name.
 
     Raises:
         UserError: the folder holds a run with other flags, or training cannot start.
@@ -302,14 +257,12 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     negating = [name for name, run in known_runs.items() if METHODS[run.method].negates]
     runs = args.runs or list(known_runs)
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
-    for flag_name, given, choices in (("runs", runs, list(known_runs)), ("sweep_runs", sweep_runs, negating)):
+    for flag_name, given, choices in (("runs", runs, [*known_runs]), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]
         if unknown:
             parser.error(f"--{flag_name} {' '.join(unknown)}: take from {', '.join(choices)}")
-    seeds = list(dict.fromkeys(args.seeds))
-    return ComparisonSettings(
-        **{**vars(args), "recipe": recipe, "runs": runs, "sweep_runs": sweep_runs, "seeds": seeds}
-    )
+    chosen = {"recipe": recipe, "runs": runs, "sweep_runs": sweep_runs, "seeds": list(dict.fromkeys(args.seeds))}
+    return ComparisonSettings(**{**vars(args), **chosen})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Figures are those of `evaluator.figures`, with their seed and what else tells them apart.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,11 +10,11 @@ from pathlib import Path
 from accelerate import PartialState
 
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
-from harmful_unlearn.evals.bleurt import add_bleurt
+from harmful_unlearn.evals.metrics.bleurt import add_bleurt
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.prompt_sets import EvalData, PromptSets
+from harmful_unlearn.evals.prompt_sets import PromptSets
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -26,10 +25,9 @@ SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run of unlearn_harm_new.py left.
+    """What a run of unlearn_harm_new.py left in a folder: the stage 1 model and the unlearned model.
 
     Attributes:
-        folder: holds the stage 1 model ("copy") and the unlearned model ("unlearned").
         command: what made them.
         failure: why they are not there; None if they are.
     """
@@ -50,11 +48,6 @@ class TrainedModel:
     def record(self) -> RunRecord:
         """The record of stage 1."""
         return read_trainings(self.finetuned)[0]
-
-    def read_metrics(self) -> list[dict]:
-        """The metrics of each step."""
-        lines = (self.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -78,47 +71,34 @@ class SeedEvaluation:
     device_map: str | None = None
 
     def load(self, folder: Path) -> LoadedModel:
-        """The model in `folder`, loaded."""
         return load_model(folder, self.protocol.precision, self.device_map)
 
     def model(self, label: str, folder: Path) -> EvaluatedModel:
-        """The model in `folder`, to measure."""
         return evaluated_model(label, folder, self.load)
 
     @cached_property
     def base(self) -> EvaluatedModel:
         return self.model(BASE, self.base_folder)
 
-    def test(
-        self, models: dict[str, TrainedModel], bleurt: str | None, flags: dict, data: EvalData
-    ) -> tuple[list[dict], list[dict]]:
+    def test(self, models: dict[str, TrainedModel], flags: dict, sources: dict) -> tuple[list[dict], list[dict]]:
         """Measure the base and all models on the test sets, and write the results as evaluation.py does.
 
         Args:
-            bleurt: the BLEURT model; None for no BLEURT.
-            flags: of the command, for results.json.
-            data: what the prompts were drawn from.
+            flags: of the command, for results.json; "bleurt" names BLEURT's model, if there is to be one.
+            sources: of the data, for results.json.
 
         Returns:
             The figures, and a few prompts with all answers, as `Comparison.answers`.
         """
-        folder = self.folder / "evaluation"
+        folder, judge, protocol = self.folder / "evaluation", self.judge, self.protocol
         measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
-        rows = measure(measured, self.protocol, self.judge, self.base, folder)
-        if bleurt:
-            add_bleurt(rows, bleurt, folder, PartialState().device)
-        results = figures(rows, self.protocol, folder)
+        rows = measure(measured, protocol, judge, self.base, folder)
+        if flags["bleurt"]:
+            add_bleurt(rows, flags["bleurt"], folder, PartialState().device)
+        results = figures(rows, protocol, folder)
         write_prompts(folder, self.sets.test)
-        write_results(
-            folder,
-            results,
-            judge=self.judge,
-            protocol=self.protocol,
-            models=measured,
-            flags=flags,
-            sources=data.sources,
-        )
-        return self._of_seed(results), side_by_side(rows, self.protocol)
+        write_results(folder, results, judge=judge, protocol=protocol, models=measured, flags=flags, sources=sources)
+        return self._of_seed(results), side_by_side(rows, protocol)
 
     def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:
         """Measure a model's task vector at each alpha, on the validation prompts.
@@ -139,11 +119,8 @@ class SeedEvaluation:
             for alpha in sorted({*alphas, *([] if landing is None else [landing])})
         ]
         results = self._figures([self.base, *models], f"sweep-{name}", prompts=self.sets.validation)
-        base_perplexity = next(
-            row["value"]
-            for row in results
-            if (row["model"], row["set"], row["metric"]) == (BASE, "normal", "reference_perplexity")
-        )
+        wanted = (BASE, "normal", "reference_perplexity")
+        base_perplexity = next(row["value"] for row in results if (row["model"], row["set"], row["metric"]) == wanted)
         swept = [
             {**row, "method": name, "alpha": float(row["model"].removeprefix("alpha-")), "trained_for": landing}
             for row in results
@@ -165,50 +142,46 @@ class SeedEvaluation:
             vector = AlphaSweep(self.base_folder, [trained.finetuned for trained in vectors.values()], self.load)
             identity = {"sum": [model.identity for model in models]}
             models.append(EvaluatedModel("sum", identity, partial(vector.at, 1.0)))
-        results = self._figures(
-            [self.base, *models], "categories", prompts=self.sets.of_category, decodings=self.protocol.decodings[:1]
-        )
+        first = self.protocol.decodings[:1]
+        results = self._figures([self.base, *models], "categories", prompts=self.sets.of_category, decodings=first)
         rates = [row for row in results if row["metric"] == "harmful_rate"]
         return [{**row, "vector": row["model"], "category": row["set"]} for row in rates]
 
     def relearning(
-        self, models: dict[str, TrainedModel], before: list[dict], pairs: int, steps: int, rates: dict[str, float]
+        self, models: dict[str, TrainedModel], before: list[dict], steps: int, pairs: int, lr: dict[str, float]
     ) -> list[dict]:
         """Harmful rates on unseen prompts before and after the base and all models were trained on a few harmful pairs.
 
         Args:
             before: the figures of the test sets.
-            pairs, steps: how many to train on, and for how long.
-            rates: learning rates by their strength.
+            steps, pairs: how long to train, and on how many pairs.
+            lr: learning rates by their strength.
         """
         harmful = [prompt.pair for prompt in self.sets.test["seen"][:pairs]]
         settings = next(iter(models.values())).record.training["lora"]
         lora = Lora(**{**settings, "target_modules": tuple(settings["target_modules"])}) if settings else None
         seed, precision = self.protocol.seed, self.protocol.precision
 
-        def relearned(folder: Path, lr: float) -> LoadedModel:
+        def relearned(folder: Path, rate: float) -> LoadedModel:
             # Weights that are trained are float32; under an adapter they may be 16-bit.
             model, tokenizer = load_model(folder, precision if lora else "fp32", self.device_map)
             if lora:
                 model = add_lora(model, lora, str(folder))
-            return relearn(model, tokenizer, harmful, steps, lr, seed, precision), tokenizer
+            return relearn(model, tokenizer, harmful, steps, rate, seed, precision), tokenizer
 
         decoding = self.protocol.decodings[0]
-        wanted = ("unseen", decoding.name, "harmful_rate")
-        rows = [{**row, "when": "before", "strength": None} for row in before]
+        unseen = {"unseen": self.sets.test["unseen"]}
         folders = {BASE: self.base_folder, **{label: trained.unlearned for label, trained in models.items()}}
-        for strength, lr in rates.items():
-            how = {"steps": steps, "pairs": len(harmful), "lr": lr}
-            after = self._figures(
-                [
-                    EvaluatedModel(label, {**self.model(label, folder).identity, **how}, partial(relearned, folder, lr))
-                    for label, folder in folders.items()
-                ],
-                f"relearning-{strength}",
-                prompts={"unseen": self.sets.test["unseen"]},
-                decodings=[decoding],
-            )
+        rows = [{**row, "when": "before", "strength": None} for row in before]
+        for strength, rate in lr.items():
+            how = {"steps": steps, "pairs": len(harmful), "lr": rate}
+            again = [
+                EvaluatedModel(label, {**self.model(label, folder).identity, **how}, partial(relearned, folder, rate))
+                for label, folder in folders.items()
+            ]
+            after = self._figures(again, f"relearning-{strength}", prompts=unseen, decodings=[decoding])
             rows += [{**row, "when": "after", "strength": strength} for row in after]
+        wanted = ("unseen", decoding.name, "harmful_rate")
         return [row for row in rows if (row["set"], row["decoding"], row["metric"]) == wanted]
 
     def _figures(self, models: list[EvaluatedModel], name: str, **how) -> list[dict]:
