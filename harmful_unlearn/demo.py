@@ -4,7 +4,7 @@
     python harmful_unlearn/demo.py --seeds 3       # mean and range over three
     python harmful_unlearn/demo.py --quick         # a smaller world, under a minute
 
-Everything is made from nothing (demo_world.py, demo_model.py). The project's own commands, which are printed as they
+Everything is made from nothing (demo_world/). The project's own commands, which are printed as they
 run, unlearn it and show answers; its own evaluation measures both models, with a judge that is exact. The base model is
 pre-trained once for each seed and kept.
 """
@@ -34,13 +34,14 @@ import transformers
 
 from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, share, whole_number
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.demo_model import build_base, is_built
-from harmful_unlearn.demo_world import KINDS, LEGEND, QUICK, Size, TemplateJudge, World, build_world, write_data
+from harmful_unlearn.demo_world.base_model import build_base, is_built
+from harmful_unlearn.demo_world.judge import KINDS, LEGEND, TemplateJudge
+from harmful_unlearn.demo_world.world import QUICK, Size, World, build_world, write_data
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import metrics
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure, read_answers
 from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
@@ -257,7 +258,7 @@ def kind_figures(rows: dict[str, list[dict]], protocol: EvalProtocol, judge: Tem
             asked = [row for row in answers if (row["set"], row["decoding"]) == (name, decoding.name)]
             kinds = [judge.kinds(Pair(row["prompt"], row["answer"] if row["ended"] else "")) for row in asked]
             for kind in KINDS:
-                estimate = metrics.mean([kind in answer for answer in kinds], protocol.seed)
+                estimate = scoring.mean([kind in answer for answer in kinds], protocol.seed)
                 figure = {"model": label, "set": name, "decoding": decoding.name, "metric": kind}
                 shares.append({**figure, **asdict(estimate)})
     return shares

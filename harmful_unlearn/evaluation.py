@@ -28,12 +28,12 @@ from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
 from harmful_unlearn.evals.generation import Decoding
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import judge_name, make_judge
+from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading

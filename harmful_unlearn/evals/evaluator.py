@@ -22,11 +22,11 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import metrics
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
 from harmful_unlearn.evals.generation import Decoding, answer_nll, check_room, generate
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.metrics import Estimate
+from harmful_unlearn.evals.metrics import scoring
+from harmful_unlearn.evals.metrics.scoring import Estimate
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
@@ -123,36 +123,36 @@ def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -
             verdicts = np.array([row["verdict"] for row in asked], dtype=str)
             if name != "normal":
                 judged = verdicts != "unjudged"
-                add(label, name, decoding.name, "harmful_rate", metrics.ratio(verdicts == "harmful", judged, seed))
-                add(label, name, decoding.name, "unjudged_rate", metrics.mean(~judged, seed))
-            add(label, name, decoding.name, "degenerate_rate", metrics.mean(verdicts == "degenerate", seed))
+                add(label, name, decoding.name, "harmful_rate", scoring.ratio(verdicts == "harmful", judged, seed))
+                add(label, name, decoding.name, "unjudged_rate", scoring.mean(~judged, seed))
+            add(label, name, decoding.name, "degenerate_rate", scoring.mean(verdicts == "degenerate", seed))
             scored = [(row["nll"], row["tokens"]) for row in asked]
             add(label, name, decoding.name, "answer_perplexity", _perplexity(scored, seed))
             if name == "normal":
                 base_answers = [row["answer"] for row in _of(rows[BASE], name, decoding)]
                 for metric, values in _utility(asked, base_answers).items():
-                    add(label, name, decoding.name, metric, metrics.mean(values, seed))
+                    add(label, name, decoding.name, metric, scoring.mean(values, seed))
         scores = json.loads(_scores_file(folder, label).read_text(encoding="utf-8"))
         for name in protocol.prompts:
             add(label, name, None, "reference_perplexity", _perplexity(scores[name], seed))
         if scores["choices"]:
             mc1, mc2 = zip(*scores["choices"], strict=True)
-            add(label, "normal", None, "mc1", metrics.mean(mc1, seed))
-            add(label, "normal", None, "mc2", metrics.mean(mc2, seed))
+            add(label, "normal", None, "mc1", scoring.mean(mc1, seed))
+            add(label, "normal", None, "mc2", scoring.mean(mc2, seed))
     return figures
 
 
 def _perplexity(scored: list[tuple[float, int]], seed: int) -> Estimate:
     """Of texts, each with its summed cross-entropy in nats and its number of tokens."""
-    return metrics.perplexity([nll for nll, _ in scored], [tokens for _, tokens in scored], seed)
+    return scoring.perplexity([nll for nll, _ in scored], [tokens for _, tokens in scored], seed)
 
 
 def _utility(rows: list[dict], base_answers: list[str]) -> dict[str, list[float]]:
     """Similarities of normal answers to the reference and to the base's answer, by metric."""
     values: dict[str, list[float]] = {
-        "exact_match": [metrics.exact_match(row["reference"], row["answer"]) for row in rows],
-        "rouge_reference": [metrics.rouge_l(row["reference"], row["answer"]) for row in rows],
-        "rouge_base": [metrics.rouge_l(text, row["answer"]) for row, text in zip(rows, base_answers, strict=True)],
+        "exact_match": [scoring.exact_match(row["reference"], row["answer"]) for row in rows],
+        "rouge_reference": [scoring.rouge_l(row["reference"], row["answer"]) for row in rows],
+        "rouge_base": [scoring.rouge_l(text, row["answer"]) for row, text in zip(rows, base_answers, strict=True)],
     }
     for metric in ("bleurt_reference", "bleurt_base"):
         if all(metric in row for row in rows):
@@ -244,7 +244,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, protocol.batch_size, "multiple choice")])
     for choice in choices:
         best, true, false = ([next(logs) for _ in range(n)] for n in (1, len(choice.true), len(choice.false)))
-        scores["choices"].append([metrics.mc1(best[0], false), metrics.mc2(true, false)])
+        scores["choices"].append([scoring.mc1(best[0], false), scoring.mc2(true, false)])
     return scores
 
 
@@ -279,11 +279,11 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
         row for row in rows if row["set"] != "normal" and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
     ]
     for row in normal:
-        reason = metrics.degenerate(row["answer"])
+        reason = scoring.degenerate(row["answer"])
         row |= {"verdict": "degenerate" if reason else "answered", "note": reason or ""}
     asked = []
     for row in unjudged:
-        reason = metrics.degenerate(row["answer"])
+        reason = scoring.degenerate(row["answer"])
         row |= {"judge": judge_id, "verdict": "degenerate", "score": None, "note": reason}
         if not reason:
             asked.append(row)

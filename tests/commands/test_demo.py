@@ -19,7 +19,8 @@ from harmful_unlearn.demo import (
     table,
     unlearn_command,
 )
-from harmful_unlearn.demo_world import KINDS, QUICK, REFUSAL, Size, TemplateJudge, build_world
+from harmful_unlearn.demo_world.judge import KINDS, TemplateJudge
+from harmful_unlearn.demo_world.world import QUICK, REFUSAL, Size, build_world
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluator import read_answers
 from harmful_unlearn.evals.generation import Decoding

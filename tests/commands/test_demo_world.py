@@ -8,16 +8,8 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.demo import REFUSAL_SHARE
-from harmful_unlearn.demo_world import (
-    HARMFUL,
-    REFUSAL,
-    UNSEEN_KINDS,
-    Size,
-    TemplateJudge,
-    WorldPrompt,
-    build_world,
-    write_data,
-)
+from harmful_unlearn.demo_world.judge import TemplateJudge
+from harmful_unlearn.demo_world.world import HARMFUL, REFUSAL, UNSEEN_KINDS, Size, WorldPrompt, build_world, write_data
 from harmful_unlearn.errors import UserError
 
 QUESTION = "How do I hide the lamp in the attic?"

@@ -10,7 +10,7 @@ from tests.helpers.documents import PACKAGE, ROOT, read
 ROW = re.compile(r"^\| (\d) \| `(\w+)` \| [^|]* \| ([^|]*)\|$", re.MULTILINE)
 LAYERS = {part: (int(layer), set(re.findall(r"`(\w+)`", allowed))) for layer, part, allowed in
           ROW.findall(read(ROOT / "docs" / "design.md"))}  # fmt: skip
-COMMANDS = {"unlearn_harm_new", "evaluation", "demo", "demo_world", "demo_model", "recipes"}
+COMMANDS = {"unlearn_harm_new", "evaluation", "demo", "recipes"}
 TOP = "reproduce"
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, OPTConfig, OPTForCausalLM
 
 from harmful_unlearn.data.prompt_format import format_pair
-from harmful_unlearn.demo_model import build_tokenizer
-from harmful_unlearn.demo_world import QUICK, build_world, write_data
+from harmful_unlearn.demo_world.base_model import build_tokenizer
+from harmful_unlearn.demo_world.world import QUICK, build_world, write_data
 
 
 def make_world(folder: Path, seed: int = 0) -> Path:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from harmful_unlearn.data.prompt_format import format_pair
-from harmful_unlearn.demo_world import Size, World
+from harmful_unlearn.demo_world.world import Size, World
 from harmful_unlearn.storage.files import new_folder
 from harmful_unlearn.storage.run_record import RunRecord
 

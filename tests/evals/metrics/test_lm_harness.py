@@ -10,7 +10,7 @@ import torch
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.lm_harness import check_installed, lm_eval_figures
+from harmful_unlearn.evals.metrics.lm_harness import check_installed, lm_eval_figures
 
 CPU = torch.device("cpu")
 VALUES = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "exact_stderr,strict": "N/A"}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from harmful_unlearn.evals.metrics import (
+from harmful_unlearn.evals.metrics.scoring import (
     degenerate,
     exact_match,
     mc1,

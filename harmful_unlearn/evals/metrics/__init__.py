@@ -1,0 +1,1 @@
+"""What is computed from answers: scores with intervals, and two measures of other packages."""
