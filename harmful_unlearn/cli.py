@@ -122,7 +122,7 @@ class FlagParser(argparse.ArgumentParser):
             if title not in groups:
                 groups[title] = self.add_argument_group(title) if title else self
             default = options.get("default")
-            if default not in (None, (), [], False) and "(default:" not in options["help"]:
+            if default not in (None, (), []) and default is not False and "(default:" not in options["help"]:
                 options["help"] += f" (default: {default})"
             groups[title].add_argument(f"--{setting.name}", **options)
 
