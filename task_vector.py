@@ -38,22 +38,13 @@ from torch import Tensor, nn
 
 from harmful_unlearn.cli import FlagParser, exit_code, number
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.models.offload import (
-    Weights,
-    copy_model,
-    first_names,
-    get_entry,
-    read_entry,
-    tied_groups,
-    write_entry,
-)
+from harmful_unlearn.models.offload import Weights, copy_model, read_entry, shapes_of, tied_groups, write_entry
 from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied
-from harmful_unlearn.negation.negate import check_targets, negate
+from harmful_unlearn.negation.negate import check_targets, negate, negate_adapter
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import SavedVector, vector_metadata
-from harmful_unlearn.negation.unlearning_adapter import negate_adapter
 from harmful_unlearn.storage.files import new_folder, user_path
-from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, VECTOR_STEM, ShardWriter, TensorSpec, work_dtype
+from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, work_dtype
 
 
 class TaskVector:
@@ -91,17 +82,21 @@ class TaskVector:
         if pretrained is None or finetuned is None:
             raise TypeError("a task vector needs two models or state dicts, or vector=")
         base, changed = tied_groups(pretrained), tied_groups(finetuned)
-        names = match(
-            {name: get_entry(pretrained, name).shape for name in first_names(base)},
-            {name: get_entry(finetuned, name).shape for name in first_names(changed)},
-            lambda name: [*base[name], *(twin for tied in base[name] for twin in changed.get(tied, ()))],
-            label="the fine-tuned model",
-        )
+
+        def twins(name: str) -> list[str]:
+            return [twin for tied in base[name] for twin in changed.get(tied, ())]
+
+        def equal(a: str, b: str) -> bool:
+            return torch.equal(read_entry(finetuned, a), read_entry(finetuned, b))
+
+        shapes = shapes_of(pretrained, base), shapes_of(finetuned, changed)
+        names = match(*shapes, lambda name: [*base[name], *twins(name)], "the fine-tuned model")
         self.vector = {}
         for name, twin in names.items():
-            twins = [entry for tied in base[name] for entry in changed.get(tied, ())]
-            refuse_untied(twin, twins, lambda a, b: torch.equal(read_entry(finetuned, a), read_entry(finetuned, b)))
-            self.vector[name] = _difference(read_entry(finetuned, twin), read_entry(pretrained, name))
+            refuse_untied(twin, twins(name), equal)
+            entry = read_entry(pretrained, name)
+            work = work_dtype(entry.dtype)
+            self.vector[name] = read_entry(finetuned, twin).to(entry.device, work) - entry.to(work)
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskVector":
@@ -112,7 +107,7 @@ class TaskVector:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the vector as a folder that `load` and `--vector` read."""
         entries = {name: tensor.to(work_dtype(tensor.dtype)) for name, tensor in self.vector.items()}
-        specs = {name: TensorSpec(DTYPE_CODES[entry.dtype], tuple(entry.shape)) for name, entry in entries.items()}
+        specs = {name: TensorSpec(entry.dtype, tuple(entry.shape)) for name, entry in entries.items()}
         with new_folder(Path(path), overwrite) as folder:
             shards = ShardWriter(folder, {f"{VECTOR_STEM}.safetensors": specs}, vector_metadata(self.partial))
             for name, entry in entries.items():
@@ -123,8 +118,8 @@ class TaskVector:
             return NotImplemented
         missing = [] if other.partial else [name for name in self.vector if name not in other.vector]
         extra = [] if self.partial else [name for name in other.vector if name not in self.vector]
-        common = self.vector.keys() & other.vector.keys()
-        reshaped = sorted(name for name in common if self.vector[name].shape != other.vector[name].shape)
+        common = sorted(self.vector.keys() & other.vector.keys())
+        reshaped = [name for name in common if self.vector[name].shape != other.vector[name].shape]
         refuse_mismatch("the second task vector", missing, extra, reshaped)
         total = dict(self.vector)
         for name, entry in other.vector.items():
@@ -143,8 +138,7 @@ class TaskVector:
     def __mul__(self, coef: float) -> "TaskVector":
         if not isinstance(coef, int | float):
             return NotImplemented
-        scaled = {name: coef * entry for name, entry in self.vector.items()}
-        return TaskVector(vector=scaled, partial=self.partial)
+        return TaskVector(vector={name: coef * entry for name, entry in self.vector.items()}, partial=self.partial)
 
     __rmul__ = __mul__
 
@@ -160,26 +154,17 @@ class TaskVector:
             UserError: as the class; nothing was changed then.
         """
         groups = tied_groups(model)
-        shapes = {name: get_entry(model, name).shape for name in first_names(groups)}
         deltas = {name: entry.shape for name, entry in self.vector.items()}
-        names = match(shapes, deltas, groups.__getitem__, label="the task vector", partial=self.partial)
+        names = match(shapes_of(model, groups), deltas, groups.__getitem__, "the task vector", self.partial)
         if not in_place:
             model = copy_model(model)
         for name, twin in names.items():
-            changed = _applied(read_entry(model, name), self.vector[twin], scaling_coef)
+            base = read_entry(model, name)
+            work = work_dtype(base.dtype)
+            changed = (base.to(work) + scaling_coef * self.vector[twin].to(base.device, work)).to(base.dtype)
             for tied in groups[name]:
                 write_entry(model, tied, changed)
         return model
-
-
-def _difference(finetuned: Tensor, pretrained: Tensor) -> Tensor:
-    work = work_dtype(pretrained.dtype)
-    return finetuned.to(pretrained.device, work) - pretrained.to(work)
-
-
-def _applied(base: Tensor, tau: Tensor, scaling_coef: float) -> Tensor:
-    work = work_dtype(base.dtype)
-    return (base.to(work) + scaling_coef * tau.to(base.device, work)).to(base.dtype)
 
 
 def main(arguments: list[str] | None = None) -> None:

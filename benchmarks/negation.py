@@ -74,7 +74,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     with torch.device("meta"):
         entries = OPTForCausalLM(config).state_dict()
     del entries["lm_head.weight"]  # tied
-    specs = {name: TensorSpec("F16", tuple(entry.shape)) for name, entry in entries.items()}
+    specs = {name: TensorSpec(torch.float16, tuple(entry.shape)) for name, entry in entries.items()}
     size = sum(spec.nbytes for spec in specs.values())
     need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two models and one result at a time
     print(f"{size / 2e9:.2f} billion parameters, {size / 1e9:.2f} GB in float16; {need / 1e9:.1f} GB of disk needed")

@@ -34,43 +34,39 @@ def resolve_model(name: str, weights: bool = True) -> Path:
             outside of the folder.
     """
     folder = user_path(name)
-    if folder.is_dir():
-        if not _has_weights(folder):
-            raise UserError(NO_SAFETENSORS.format(folder=folder))
-        return _with_index_checked(folder)
-    if folder.exists():
-        raise UserError(f"{name} is a file: give the model's folder or a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
-    try:
-        return _with_index_checked(_snapshot(name, weights))
-    except UserError:
-        raise
-    except GatedRepoError:
-        raise UserError(
-            f"{name} is gated: accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"there is no folder and no hub model {name}: check the name (a private model needs HF_TOKEN)"
-        ) from None
-    except Exception as error:  # the hub's client passes on the errors of its HTTP library
-        if disk_problem(error):
-            raise
-        raise UserError(
-            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}): "
-            "go online, unset HF_HUB_OFFLINE, or give a local folder"
-        ) from error
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{name} is a file: give the model's folder or a hub id")
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"there is no folder {name}: check the path, or give a hub id (owner/name)")
+        folder = _download(name, weights)
+    elif not _has_weights(folder):
+        raise UserError(NO_SAFETENSORS.format(folder=folder))
+    index = folder / INDEX_NAME.format("model")
+    if index.is_file():
+        read_index(index)  # transformers itself would read files anywhere
+    return folder
 
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _with_index_checked(folder: Path) -> Path:
-    if (index := folder / INDEX_NAME.format("model")).is_file():
-        read_index(index)  # transformers itself would read files anywhere
-    return folder
+def _download(name: str, weights: bool) -> Path:
+    try:
+        return _snapshot(name, weights)
+    except GatedRepoError:
+        fix = "accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
+        raise UserError(f"{name} is gated: {fix}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        fix = "check the name (a private model needs HF_TOKEN)"
+        raise UserError(f"there is no folder and no hub model {name}: {fix}") from None
+    except Exception as error:  # the hub's client passes on the errors of its HTTP library
+        if isinstance(error, UserError) or disk_problem(error):
+            raise
+        problem = f"is not in the local cache and the hub cannot be reached ({type(error).__name__})"
+        fix = "go online, unset HF_HUB_OFFLINE, or give a local folder"
+        raise UserError(f"{name} {problem}: {fix}") from error
 
 
 def _snapshot(name: str, weights: bool) -> Path:

@@ -4,17 +4,9 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from harmful_unlearn.errors import UserError, first_line, is_out_of_memory
 from harmful_unlearn.models.offload import TemporaryFolder
@@ -24,25 +16,18 @@ BAD_CONFIG = "{folder} has no usable config.json ({error}): give a folder that s
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        UserError: it is missing or broken, or the model is not a causal language model.
-    """
+    """The model's configuration. Raises UserError: it is missing or broken, or not of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the type depends on the library's release and on the problem
         raise UserError(BAD_CONFIG.format(folder=folder, error=first_line(error))) from None
-    try:
-        AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UserError(
-            f"{folder} ({config.model_type}) is not a causal language model in transformers: give one that is"
-        ) from None
+    if AutoModelForCausalLM._model_mapping.get(type(config), None) is None:
+        problem = f"{folder} ({config.model_type}) is not a causal language model in transformers"
+        raise UserError(f"{problem}: give one that is")
     return config
 
 
-def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: PretrainedConfig) -> transformers.PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token inside the vocabulary (implementation detail 21).
 
     A tokenizer without one pads with its unknown or end token. Which one does not matter: padding is recognised by
@@ -64,19 +49,13 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenize
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     # Special tokens beyond the embeddings do no harm (Gemma 3's image token): text has none of them.
     if tokenizer.vocab_size > vocabulary:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {vocabulary} embeddings: "
-            "use the tokenizer that the model was trained with"
-        )
+        sizes = f"has {tokenizer.vocab_size} tokens and the model {vocabulary} embeddings"
+        raise UserError(f"the tokenizer in {folder} {sizes}: use the tokenizer that the model was trained with")
     return tokenizer
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: names and shapes, without values or memory.
-
-    Raises:
-        UserError: no model can be built from the configuration.
-    """
+    """The model on the meta device: names and shapes, without values. Raises UserError: its class refuses `config`."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -90,10 +69,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def resolve_precision(flag: str, device: torch.device) -> str:
-    """The precision that a --precision flag means: "fp32" or "bf16" (bf16 autocast).
-
-    "auto" is bf16 on a GPU that supports it, and fp32 elsewhere.
-    """
+    """ "fp32" or "bf16" (autocast), as a --precision flag says; "auto" is bf16 on a GPU that supports it, else fp32."""
     if flag != "auto":
         return flag
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -105,9 +81,9 @@ def load_model(
     """The causal LM in `folder` in `dtype`, from safetensors only.
 
     Args:
-        device_map: "auto", "balanced", ... (accelerate), or each module's device: GPUs, CPU and disk. Weights that are
-            put on disk are read from `folder` itself. Only weights that the library loads in another layout (of
-            some mixtures of experts) are written to a temporary folder, which is removed with the model.
+        device_map: "auto", "balanced", ... (accelerate), or each module's device: GPUs, CPU and disk. Weights on disk
+            are read from `folder` itself; only those that the library loads in another layout (of some mixtures of
+            experts) are written to a temporary folder, which is removed with the model.
         four_bit: keep the linear layers in 4 bits (bitsandbytes NF4, with quantized scales), computing in `dtype`.
 
     Raises:
@@ -115,6 +91,9 @@ def load_model(
         MemoryError: the model does not fit into memory.
     """
     offload_folder = TemporaryFolder(prefix="offload-") if device_map else None
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -124,32 +103,23 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            quantization_config=_four_bits(dtype) if four_bit else None,
+            quantization_config=four_bits if four_bit else None,
         )
     except Exception as error:  # safetensors' own error type derives from Exception alone
         if is_out_of_memory(error):
             raise MemoryError from error
-        raise UserError(
-            f"the weights in {folder} cannot be loaded ({first_line(error)}): copy or download them again"
-        ) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        problem = f"the weights in {folder} cannot be loaded ({first_line(error)})"
+        raise UserError(f"{problem}: copy or download them again") from error
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
-        raise UserError(
-            f"{folder} does not fit its config.json: {len(missing)} weights are missing or have "
-            f"another shape, {missing[0]} first; give a complete model folder"
-        )
+        problem = f"{len(missing)} weights are missing or have another shape, {missing[0]} first"
+        raise UserError(f"{folder} does not fit its config.json: {problem}; give a complete model folder")
     if offload_folder:
         model.offload_folder = offload_folder  # it exists as long as the model
     for name, parameter in model.named_parameters():
         if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: its values are on disk
             raise UserError(f"{name} in {folder} has NaN or infinite values: give a model without any")
     return model
-
-
-def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
@@ -162,9 +132,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """
     offloaded = [parameter for parameter in model.parameters() if parameter.is_meta]
     if any(parameter.requires_grad for parameter in offloaded):
-        raise UserError(
-            "--device_map puts a part of the model where it cannot be trained (CPU or disk): use --lora on or more GPUs"
-        )
+        problem = "--device_map puts a part of the model where it cannot be trained (CPU or disk)"
+        raise UserError(f"{problem}: use --lora on or more GPUs")
     if wanted or offloaded:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -183,7 +152,7 @@ def save_model(
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
     else:
-        published, model.generation_config = model.generation_config, GenerationConfig()
+        published, model.generation_config = model.generation_config, transformers.GenerationConfig()
         try:
             model.save_pretrained(folder, max_shard_size="5GB")
         finally:

@@ -27,21 +27,12 @@ class Lora:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedModel:
-    """Freeze the model and add a trainable LoRA adapter in float32.
-
-    Raises:
-        UserError: the model has no module with one of the target names.
-    """
+    """Freeze the model and add a trainable LoRA adapter in float32. Raises UserError: as `check_lora_targets`."""
     check_lora_targets(model, lora)
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.target_modules),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
+    targets = list(lora.target_modules)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
     with materialized(model):
-        adapted = get_peft_model(model, settings)
+        adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 
@@ -64,11 +55,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def fill_adapter(model: PeftModel, folder: Path) -> None:
-    """Set the model's adapter to the values saved in `folder`.
-
-    Raises:
-        UserError: the saved adapter is broken, sharded, or does not fit.
-    """
+    """Set the adapter to the values saved in `folder`. Raises UserError: they are broken, sharded, or do not fit."""
     if "adapter_model.safetensors" not in SafetensorsFolder(folder, "adapter_model").shards:
         raise UserError(f"{folder} has its adapter in shards: save it as one adapter_model.safetensors")
     try:
@@ -85,10 +72,8 @@ def check_lora_targets(model: PreTrainedModel, lora: Lora) -> None:
     candidates = lora_candidates(model)
     unknown = sorted(set(lora.target_modules) - set(candidates))
     if unknown:
-        raise UserError(
-            f"this model has no module {', '.join(unknown)} for LoRA: "
-            f"choose --lora_target_modules from {', '.join(candidates)}"
-        )
+        fix = f"choose --lora_target_modules from {', '.join(candidates)}"
+        raise UserError(f"this model has no module {', '.join(unknown)} for LoRA: {fix}")
 
 
 def lora_candidates(model: PreTrainedModel) -> list[str]:

@@ -24,21 +24,18 @@ Weights = nn.Module | Mapping[str, Tensor]  # a model, or its state dict
 def tied_groups(source: Weights) -> dict[str, list[str]]:
     """The name of each floating-point entry -> all names of that tensor (tied weights have several).
 
-    Raises:
-        UserError: a quantized model, or a state dict with entries on the meta device.
+    Raises UserError: a quantized model, or a state dict with entries on the meta device.
     """
     if getattr(source, "is_quantized", False):
         raise UserError("a quantized model has no weights to add to: load it without quantization_config")
-    is_model = isinstance(source, nn.Module)
     entries = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
     groups: dict[object, list[str]] = {}
     for name, tensor in entries.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        on_meta = tensor.device.type == "meta"
-        if on_meta and not is_model:
+        if tensor.is_meta and entries is source:
             raise UserError(f"{name} is on the meta device: give the dispatched model, not its state dict")
-        has_storage = not on_meta and tensor.numel() > 0
+        has_storage = not tensor.is_meta and tensor.numel() > 0
         storage = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if has_storage else name
         groups.setdefault(storage, []).append(name)
     by_name = {name: names for names in groups.values() for name in names}
@@ -51,9 +48,9 @@ def tied_groups(source: Weights) -> dict[str, list[str]]:
     return by_name
 
 
-def first_names(groups: dict[str, list[str]]) -> list[str]:
-    """The first name of each tensor of `tied_groups`."""
-    return [name for name, names in groups.items() if name == names[0]]
+def shapes_of(source: Weights, groups: dict[str, list[str]]) -> dict[str, torch.Size]:
+    """The shape of each tensor of `tied_groups`, by its first name."""
+    return {name: get_entry(source, name).shape for name, names in groups.items() if name == names[0]}
 
 
 def get_entry(source: Weights, name: str) -> Tensor:

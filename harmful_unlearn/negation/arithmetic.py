@@ -17,14 +17,10 @@ from harmful_unlearn.storage.safetensors_io import Buffers, all_finite, work_dty
 class Negation:
     """base - alpha * tau with tau = sum_i coef_i * (finetuned_i - base), for any chunk of any entry.
 
-    Computed in float32 (float64 for float64 entries) and rounded once (implementation detail 16). Threads may share
-    one `Negation`.
-
-    Args:
-        finetuned: (folder, coef) pairs: full models, LoRA adapters or saved task vectors.
+    Computed in float32 (float64 for float64 entries) and rounded once (implementation detail 16). Threads may share it.
 
     Attributes:
-        base: the base's safetensors.
+        base, sources: the opened folders.
         changed: the entries that tau has; all others are the base's.
 
     Raises:
@@ -32,14 +28,13 @@ class Negation:
     """
 
     def __init__(self, base: Path, finetuned: WeightedFolders):
-        self.base, self.sources, self._names = open_matched(base, [folder for folder, _ in finetuned])
+        folders = [folder for folder, _ in finetuned]
         self._coefs = [coef for _, coef in finetuned]
+        self.base, self.sources, self._names = open_matched(base, folders)
         self.changed = {name for names in self._names for name in names}
         if not self.changed:
-            raise UserError(
-                f"no entry of {base} is changed by {', '.join(str(source.folder) for source in self.sources)}: "
-                "give models with weights"
-            )
+            names = ", ".join(map(str, folders))
+            raise UserError(f"no entry of {base} is changed by {names}: give models with weights")
         self._buffers = Buffers()
 
     def _tau(self, name: str, span: slice, base: Tensor) -> Tensor:
@@ -81,11 +76,7 @@ class Negation:
 
 
 def scaled_entries(base: Path, finetuned: list[Path], scaling_coef: float) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of each entry that `negate` changes, as `negate` would write them, on the CPU.
-
-    Raises:
-        UserError: as `Negation`; a value is NaN or infinite.
-    """
+    """Name and values of each entry that `negate` changes, as `negate` would write them, on the CPU. Raises as that."""
     negation = Negation(base, [(folder, 1.0) for folder in finetuned])
     for name, spec in negation.base.specs.items():
         if name in negation.changed:

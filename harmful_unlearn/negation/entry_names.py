@@ -33,10 +33,10 @@ def class_names(folder: Path) -> tuple[Synonyms, IsConstant]:
         return plain_names()
     prefix = f"{model.base_model_prefix}."
     ties: dict[str, set[str]] = {}
-    for target, origin in model.all_tied_weights_keys.items():
-        group = ties.setdefault(origin.removeprefix(prefix), {origin.removeprefix(prefix)})
-        group.add(target.removeprefix(prefix))
-        ties[target.removeprefix(prefix)] = group
+    for names in model.all_tied_weights_keys.items():
+        target, origin = (name.removeprefix(prefix) for name in names)
+        ties[target] = ties.setdefault(origin, {origin})
+        ties[target].add(target)
     known = {name.removeprefix(prefix) for name in model.state_dict()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
 
@@ -64,17 +64,17 @@ def match(
     Args:
         base, changed: shapes by name.
         label: names `changed` in an error.
-        partial: `changed` may lack entries; they are omitted from the result.
+        partial: `changed` may lack entries, and so does the result.
 
     Raises:
         UserError: an entry is missing (unless `partial`), extra, or of another shape.
     """
     matched: dict[str, str] = {}
     missing, reshaped = [], []
-    known: set[str] = set()
+    extra = set(changed)
     for name, shape in base.items():
         names = synonyms(name)
-        known.update(names)
+        extra.difference_update(names)
         twin = next((entry for entry in names if entry in changed), None)
         if twin is None:
             missing.append(name)
@@ -82,7 +82,7 @@ def match(
         matched[name] = twin
         if tuple(changed[twin]) != tuple(shape):
             reshaped.append(f"{name} ({tuple(changed[twin])}, not {tuple(shape)})")
-    refuse_mismatch(label, [] if partial else missing, [name for name in changed if name not in known], reshaped)
+    refuse_mismatch(label, [] if partial else missing, [name for name in changed if name in extra], reshaped)
     return matched
 
 

@@ -62,7 +62,7 @@ class LoraAdapter:
                 raise UserError(_merge_first(folder, f"{module} with shapes {a} and {b}"))
             shape = (a[1], b[0]) if config.get("fan_in_fan_out") else (b[0], a[1])
             name = module.removeprefix("base_model.model.") + ".weight"
-            self.specs[name], self._scalings[name] = TensorSpec("F32", shape), self._scaling(name, rank=a[0])
+            self.specs[name], self._scalings[name] = TensorSpec(torch.float32, shape), self._scaling(name, rank=a[0])
 
     def delta(self, name: str, span: slice, base: Tensor | None, out: Tensor) -> Tensor:
         """Elements `span` of tau's flattened entry: complete rows. The base's values are not needed."""

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +12,12 @@ import torch
 from tqdm import tqdm
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.negation.arithmetic import Negation
+from harmful_unlearn.negation.arithmetic import Negation, check_finite
+from harmful_unlearn.negation.lora_adapter import LoraAdapter
 from harmful_unlearn.negation.records import negation_records
-from harmful_unlearn.negation.sources import WeightedFolders, vector_metadata
+from harmful_unlearn.negation.sources import WeightedFolders, open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
-from harmful_unlearn.storage.safetensors_io import (
-    DTYPE_CODES,
-    VECTOR_STEM,
-    ShardWriter,
-    TensorSpec,
-    copy_small_files,
-    work_dtype,
-)
+from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, copy_small_files, work_dtype
 
 
 def negate(
@@ -54,17 +48,15 @@ def negate(
     """
     alphas = scaling_coefs or (1.0,)
     check_targets([output, save_vector], base, finetuned, overwrite)
-    check_numbers(alphas, finetuned)
+    _check_numbers(alphas, finetuned)
     negation = Negation(base, finetuned)
     records = negation_records(negation.base, base_name or str(base), finetuned, alphas)
     with ExitStack() as folders:
         targets: list[tuple[float | None, ShardWriter]] = []  # alpha (None: tau itself), and where its values go
         if output:
-            models = alpha_folders(folders.enter_context(new_folder(output, overwrite)), alphas)
-            shards = {
-                file: {name: negation.base.specs[name] for name in names}
-                for file, names in negation.base.shards.items()
-            }
+            models = _alpha_folders(folders.enter_context(new_folder(output, overwrite)), alphas)
+            specs = negation.base.specs
+            shards = {file: {name: specs[name] for name in names} for file, names in negation.base.shards.items()}
             targets += [(alpha, ShardWriter(models[alpha], shards, negation.base.metadata)) for alpha in alphas]
         if save_vector:
             vector = folders.enter_context(new_folder(save_vector, overwrite))
@@ -81,6 +73,47 @@ def negate(
             replace(records[alphas[0]], title=f"Task vector from {base_name or base}").write(vector)
 
 
+def negate_adapter(
+    base: Path,
+    finetuned: WeightedFolders,
+    output: Path,
+    *scaling_coefs: float,
+    base_name: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one LoRA adapter as an unlearning adapter: its B times -scaling_coef * coef, all else unchanged.
+
+    On the untouched base it equals `negate`'s model. Only B is negated: with A negated, too, B @ A would not change.
+    Args as `negate`; `finetuned` is one (adapter folder, coef) pair.
+
+    Raises:
+        UserError: as `negate`; several adapters, or something else than an adapter.
+    """
+    alphas = scaling_coefs or (1.0,)
+    check_targets([output], base, finetuned, overwrite)
+    _check_numbers(alphas, finetuned)
+    if len(finetuned) != 1:
+        raise UserError(
+            f"{len(finetuned)} models do not make one adapter: give --output, or an --adapter_output for each"
+        )
+    ((folder, coef),) = finetuned
+    base_model, (adapter,), _ = open_matched(base, [folder])
+    if not isinstance(adapter, LoraAdapter):
+        raise UserError(f"{folder} is not a LoRA adapter: give --output in place of --adapter_output")
+    records = negation_records(base_model, base_name or str(base), finetuned, alphas)
+    matrices = adapter.matrices
+    with new_folder(output, overwrite) as out:
+        for alpha, target in _alpha_folders(out, alphas).items():
+            writer = ShardWriter(target, {"adapter_model.safetensors": matrices.specs}, matrices.metadata)
+            for name, spec in matrices.specs.items():
+                entry = matrices.read(name)
+                if ".lora_B." in name:
+                    entry = (entry.to(work_dtype(spec.dtype)) * (-alpha * coef)).to(spec.dtype)
+                writer.write(check_finite(entry, name), name)
+            copy_small_files(matrices, target)
+            replace(records[alpha], title=f"LoRA adapter for {records[alpha].title}").write(target)
+
+
 def check_targets(targets: Sequence[Path | None], base: Path, finetuned: WeightedFolders, overwrite: bool) -> None:
     """Raises UserError: a target cannot be written, or contains or is in another target or a folder that is read."""
     given = [target for target in targets if target]
@@ -91,15 +124,14 @@ def check_targets(targets: Sequence[Path | None], base: Path, finetuned: Weighte
     check_apart(given)
 
 
-def check_numbers(alphas: Sequence[float], finetuned: WeightedFolders) -> None:
-    """Raises UserError: a coefficient is not finite, or an alpha is given twice."""
+def _check_numbers(alphas: Sequence[float], finetuned: WeightedFolders) -> None:
     if not all(math.isfinite(number) for number in (*alphas, *(coef for _, coef in finetuned))):
         raise UserError("a coefficient is not a finite number: give one like 1.0 or -0.5")
     if len(set(alphas)) < len(alphas):
         raise UserError("a --scaling_coef is given twice: give each value once")
 
 
-def alpha_folders(output: Path, alphas: Sequence[float]) -> dict[float, Path]:
+def _alpha_folders(output: Path, alphas: Sequence[float]) -> dict[float, Path]:
     """The folder for each alpha: `output` itself for a single one; else alpha-0.5, alpha-1, ... in it, created."""
     if len(alphas) == 1:
         return {alphas[0]: output}
@@ -110,7 +142,7 @@ def alpha_folders(output: Path, alphas: Sequence[float]) -> dict[float, Path]:
 
 
 def _fill(negation: Negation, targets: list[tuple[float | None, ShardWriter]]) -> None:
-    """Compute and write every entry, several chunks at once; the first error stops all threads."""
+    """Compute and write every entry, on as many threads as torch has; the first error stops all of them."""
     specs = negation.base.specs
 
     def write(task: tuple[str, slice]) -> int:
@@ -121,21 +153,15 @@ def _fill(negation: Negation, targets: list[tuple[float | None, ShardWriter]]) -
             writer.write(chunk, name, span.start)
         return (span.stop - span.start) * specs[name].dtype.itemsize
 
-    size = sum(spec.nbytes for spec in specs.values())
-    with tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar, _threads() as pool:
-        for names in negation.base.shards.values():  # shard by shard, so that the queue of tasks stays short
-            for count in pool.map(write, ((name, span) for name in names for span in specs[name].chunks())):
-                bar.update(count)
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as torch has threads, each with one of them. An error cancels the tasks that are left."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # for each of ours
     pool = ThreadPoolExecutor(threads)
+    size = sum(spec.nbytes for spec in specs.values())
     try:
-        yield pool
+        with tqdm(total=size, unit="B", unit_scale=True, desc="task vector") as bar:
+            for names in negation.base.shards.values():  # shard by shard, so that the queue of tasks stays short
+                for count in pool.map(write, ((name, span) for name in names for span in specs[name].chunks())):
+                    bar.update(count)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -143,18 +169,13 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 def _vector_shards(negation: Negation) -> dict[str, dict[str, TensorSpec]]:
     """The vector's files and their entries: a file for each file of the base that has changed entries."""
-    shards = []
-    for names in negation.base.shards.values():
-        specs = {name: negation.base.specs[name] for name in names if name in negation.changed}
-        if specs:
-            shards.append(
-                {name: TensorSpec(DTYPE_CODES[work_dtype(spec.dtype)], spec.shape) for name, spec in specs.items()}
-            )
+    base = negation.base
+    specs = {name: TensorSpec(work_dtype(base.specs[name].dtype), base.specs[name].shape) for name in negation.changed}
+    shards = [{name: specs[name] for name in names if name in specs} for names in base.shards.values()]
+    shards = [shard for shard in shards if shard]
     if len(shards) == 1:
         return {f"{VECTOR_STEM}.safetensors": shards[0]}
-    return {
-        f"{VECTOR_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)
-    }
+    return {f"{VECTOR_STEM}-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
 def _write_index(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:

@@ -20,7 +20,7 @@ class FullModel(SafetensorsFolder):
 
     def delta(self, name: str, span: slice, base: Tensor, out: Tensor) -> Tensor:
         """Elements `span` of tau's flattened entry, in the dtype of `out` and `base`."""
-        return self.convert_into(out, name, span.start).sub_(base)
+        return self.read_into(out, name, span.start).sub_(base)
 
 
 class SavedVector(SafetensorsFolder):
@@ -32,7 +32,7 @@ class SavedVector(SafetensorsFolder):
 
     def delta(self, name: str, span: slice, base: Tensor, out: Tensor) -> Tensor:
         """Elements `span` of tau's flattened entry, in the dtype of `out`."""
-        return self.convert_into(out, name, span.start)
+        return self.read_into(out, name, span.start)
 
 
 Source = FullModel | SavedVector | LoraAdapter
@@ -68,22 +68,18 @@ def open_matched(base: Path, folders: list[Path]) -> tuple[SafetensorsFolder, li
     if "quantization_config" in read_json(base / "config.json"):
         raise UserError(f"{base} is quantized: give the full-precision model")
     sources = [open_source(folder) for folder in folders]
-    return base_model, sources, _match_sources(base_model, sources)
-
-
-def _match_sources(base: SafetensorsFolder, sources: list[Source]) -> list[dict[str, str]]:
-    """For each source, the base's entry names -> its own. The model's class is asked only if names differ."""
-    shapes = {name: spec.shape for name, spec in base.specs.items() if spec.is_float}
-    shapes_of = [{name: spec.shape for name, spec in source.specs.items() if spec.is_float} for source in sources]
-    differ = any(names.keys() != shapes.keys() for names in shapes_of)
-    synonyms, is_constant = class_names(base.folder) if differ else plain_names()
+    shapes = [
+        {name: spec.shape for name, spec in model.specs.items() if spec.dtype.is_floating_point}
+        for model in (base_model, *sources)
+    ]
+    differ = any(entries.keys() != shapes[0].keys() for entries in shapes)
+    synonyms, is_constant = class_names(base) if differ else plain_names()  # the class takes seconds to load
+    base_weights, *weights_of = ({n: shape for n, shape in entries.items() if not is_constant(n)} for entries in shapes)
     matches = []
-    base_weights = {name: shape for name, shape in shapes.items() if not is_constant(name)}
-    for source, entries in zip(sources, shapes_of, strict=True):
-        weights = {name: shape for name, shape in entries.items() if not is_constant(name)}
+    for source, weights in zip(sources, weights_of, strict=True):
         names = match(base_weights, weights, synonyms, str(source.folder), source.partial)
         if isinstance(source, FullModel):
             for name, twin in names.items():
                 refuse_untied(twin, [entry for entry in synonyms(name) if entry in weights], source.equal)
         matches.append(names)
-    return matches
+    return base_model, sources, matches

@@ -50,8 +50,8 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Check before the work that a folder can be written.
 
     Raises:
-        UserError: `target` is a file, a mount or the current folder, is not empty (without
-            `overwrite`), or cannot be written.
+        UserError: `target` is a file, a mount or the current folder, is not empty (without `overwrite`), or cannot be
+            written.
     """
     if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
@@ -85,8 +85,7 @@ def _check_parent(path: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     try:
-        # Probe by writing: permission bits mislead for root, a mount may be full, and the temporary name may be too
-        # long.
+        # Probe by writing: permission bits mislead for root, and a mount may be full, or the temporary name too long.
         tempfile.TemporaryDirectory(prefix=f".{path.name}.writable-{_process()}", dir=parent).cleanup()
     except OSError as error:
         reason = f"{parent} is not a writable folder: {error.strerror}"
@@ -147,7 +146,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{_process()}", dir=target.parent))
     try:
         yield partial
-        mask = _umask()
+        mask = os.umask(0)
+        os.umask(mask)
         for path in (partial, *partial.rglob("*")):  # mkdtemp's 0700 and safetensors' 0600 would hide it from the group
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     except BaseException:
@@ -164,8 +164,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         if previous.exists():
             previous.rename(target)
-        message = f"{target} cannot be replaced ({error.strerror}): move {partial} there, which is complete"
-        raise UserError(message) from None
+        problem = f"{target} cannot be replaced ({error.strerror})"
+        raise UserError(f"{problem}: move {partial} there, which is complete") from None
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -177,12 +177,6 @@ def remove_folder(folder: Path) -> None:
     except OSError:  # a full disk has no room for the new name
         hidden = folder
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,12 +22,10 @@ def revision_of(folder: Path) -> str | None:
 
 def provenance() -> dict:
     """What ran: command, code version and commit, package versions, Python, time (UTC)."""
-    packages: dict[str, str | None] = {}
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "code": {"version": CODE_VERSION, "commit": _commit()},
@@ -37,13 +36,8 @@ def provenance() -> dict:
 
 
 def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()

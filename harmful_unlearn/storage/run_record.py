@@ -12,9 +12,9 @@ from harmful_unlearn.storage.files import read_json, write_file
 from harmful_unlearn.storage.provenance import provenance
 
 VERSION = 1
-# Sections that a model made from others keeps of each (`RunRecord.stage_1`), in the order of the file.
-STAGE_1_FACTS = (
-    "base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags",
+# In the order of the file. A model made from others keeps those of each but its scaling_coef (`RunRecord.stage_1`).
+FACTS = (
+    "base", "finetuned", "scaling_coef", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags",
     "negates", "landing_alpha", "prompt_template",
 )  # fmt: skip
 SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
@@ -24,6 +24,10 @@ HARMFUL_WARNING = (
     "**Deliberately harmful.** This is the stage 1 model of SKU: it was fine-tuned to give harmful "
     "answers, so that what it learned can be subtracted from its base. It exists for safety research "
     "and as the input of stage 2. Do not deploy or share it as an assistant."
+)
+MADE_WITH = (
+    "Made with a reproduction of SKU (Liu et al., *Towards Safer Large Language Models through "
+    "Machine Unlearning*, Findings of ACL 2024). The same facts, for machines, are in run.json.\n"
 )
 
 
@@ -70,14 +74,9 @@ class RunRecord:
         return self.flags.get("method")
 
     @property
-    def is_training(self) -> bool:
-        """Whether this is a stage 1 run's own record."""
-        return bool(self.flags and self.training)
-
-    @property
     def trainings(self) -> "list[RunRecord]":
         """The stage 1 runs behind this model: its own, and those of the models it was made from."""
-        own = [self] if self.is_training else []
+        own = [self] if self.flags and self.training else []
         return own + [training for record in self.stage_1 for training in record.trainings]
 
     @property
@@ -102,24 +101,23 @@ class RunRecord:
         try:
             return cls._from_json(content, version)
         except (RecursionError, TypeError, ValueError):
-            message = f"{path} is not as unlearn_harm_new.py or task_vector.py wrote it: copy it again"
-            raise UserError(message) from None
+            writers = "unlearn_harm_new.py or task_vector.py"
+            raise UserError(f"{path} is not as {writers} wrote it: copy it again") from None
 
     @classmethod
     def _from_json(cls, content: dict, version: int) -> "RunRecord":
         sections: dict[str, Any] = {name: content.get(name) or {} for name in SECTIONS}
-        if not all(isinstance(section, dict) for section in sections.values()):
-            raise TypeError
-        flags = sections["flags"]
-        numbers = [*sections["finetuned"].values(), *(flags.get(name) or 0 for name in NUMBERS)]
-        numbers += [content.get(name) or 0 for name in ("scaling_coef", "landing_alpha")]
-        if not isinstance(flags.get("method", ""), str) or not all(map(_is_finite, numbers)):
-            raise TypeError
         sources = {int(key.rpartition("_")[2]): value for key, value in content.items() if key.startswith("stage_1")}
-        if not all(isinstance(source, dict) for source in sources.values()):
+        if not all(isinstance(part, dict) for part in (*sections.values(), *sources.values())):
             raise TypeError
-        count = max([len(sections["finetuned"]), *sources])
-        if count > len(sections["finetuned"]) + len(sources) or min(sources, default=1) < 1:
+        flags, finetuned = sections["flags"], sections["finetuned"]
+        numbers = [*finetuned.values(), *(flags.get(name) or 0 for name in NUMBERS)]
+        numbers += [content.get(name) or 0 for name in ("scaling_coef", "landing_alpha")]
+        are_finite = (isinstance(number, int | float) and abs(number) <= sys.float_info.max for number in numbers)
+        if not isinstance(flags.get("method", ""), str) or not all(are_finite):
+            raise TypeError
+        count = max([len(finetuned), *sources])
+        if count > len(finetuned) + len(sources) or min(sources, default=1) < 1:
             raise ValueError
         facts: dict[str, Any] = {name: content.get(name) for name in ("negates", "landing_alpha", "prompt_template")}
         known = {"title", "harmful", "scaling_coef", *SECTIONS, *facts}
@@ -135,18 +133,15 @@ class RunRecord:
 
     def to_json(self) -> dict:
         """The content of run.json, without provenance."""
-        content: dict = {"title": self.title, "harmful": bool(self.harmful), "record_version": VERSION}
-        if self.scaling_coef is None:
-            return {**content, **self._facts(), **self.more}
-        facts = self._facts()
-        made_from = {name: facts.pop(name) for name in ("base", "finetuned") if name in facts}
-        return {**content, **made_from, "scaling_coef": self.scaling_coef, **facts, **self.more}
+        head = {"title": self.title, "harmful": bool(self.harmful), "record_version": VERSION}
+        return {**head, **self._facts(), **self.more}
 
     def _facts(self) -> dict:
-        facts = {name: getattr(self, name) for name in STAGE_1_FACTS}
-        facts = {name: value for name, value in facts.items() if value not in (None, {})}
+        facts = {name: getattr(self, name) for name in FACTS if getattr(self, name) not in (None, {})}
         for number, record in enumerate(self.stage_1, 1):
-            if source := record._facts():
+            source = record._facts()
+            source.pop("scaling_coef", None)
+            if source:
                 facts["stage_1" if len(self.stage_1) == 1 else f"stage_1_of_model_{number}"] = source
         return facts
 
@@ -167,10 +162,6 @@ def _facts_of_flags(flags: dict) -> dict:
         "landing_alpha": flags.get("scaling_coef") if lands else None,
         "prompt_template": "### Question: {question}\n ### Answer: {answer}",
     }
-
-
-def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and abs(number) <= sys.float_info.max
 
 
 def read_trainings(folder: Path) -> list[RunRecord]:
@@ -201,16 +192,11 @@ def _card(record: dict) -> str:
     base = record.get("base", {}).get("name")
     # A local path is no hub id, and the hub refuses a card whose base_model is not one.
     base_line = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    lines = [
-        f"---\n{base_line}library_name: transformers\ntags:\n- machine-unlearning\n- sku\n---\n",
-        f"# {record['title']}\n",
-    ]
+    head = f"---\n{base_line}library_name: transformers\ntags:\n- machine-unlearning\n- sku\n---\n"
+    lines = [head, f"# {record['title']}\n"]
     if record["harmful"]:
         lines.append(f"> {HARMFUL_WARNING}\n")
-    lines.append(
-        "Made with a reproduction of SKU (Liu et al., *Towards Safer Large Language Models through "
-        "Machine Unlearning*, Findings of ACL 2024). The same facts, for machines, are in run.json.\n"
-    )
+    lines.append(MADE_WITH)
     for key, value in record.items():
         if key in ("title", "harmful"):
             continue

@@ -1,7 +1,4 @@
-"""Folders of safetensors, read and written a chunk of an entry at a time.
-
-The library reads and writes complete entries; a chunk needs memory for itself only, however large the entry is.
-"""
+"""Folders of safetensors, read and written a chunk at a time; the library reads and writes complete entries."""
 
 import errno
 import hashlib
@@ -53,22 +50,14 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class TensorSpec(NamedTuple):
-    """An entry's dtype, by its name in safetensors, and shape."""
+    """An entry's dtype and shape."""
 
-    code: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.code]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype.is_floating_point
 
     def chunks(self) -> Iterator[slice]:
         """The flattened entry cut into chunks of complete rows, of about CHUNK_ELEMENTS elements each."""
@@ -110,21 +99,17 @@ class SafetensorsFolder:
             raise UserError(f"there is no folder {folder}: check the path")
         self.folder, self.stem = folder, stem
         self.index = folder / INDEX_NAME.format(stem)
-        weight_map: dict[str, str] = {}
-        if (folder / f"{stem}.safetensors").is_file():
-            files = [f"{stem}.safetensors"]
-        elif self.index.is_file():
-            weight_map = read_index(self.index)
-            files = sorted(set(weight_map.values()))
-        else:
+        file = folder / f"{stem}.safetensors"
+        if not file.is_file() and not self.index.is_file():
             raise UserError(_no_safetensors(folder))
+        weight_map = {} if file.is_file() else read_index(self.index)
         self.specs: dict[str, TensorSpec] = {}
         self.shards: dict[str, list[str]] = {}
         self._offsets: dict[str, tuple[Path, int]] = {}  # entry -> its file, and where its bytes start in that
         self._buffers = Buffers()
-        for file in files:
-            self._open(folder / file)
-        missing = [name for name, file in weight_map.items() if name not in self.shards[file]]
+        for name in sorted(set(weight_map.values())) or [file.name]:
+            self._open(folder / name)
+        missing = [name for name, shard in weight_map.items() if name not in self.shards[shard]]
         if missing:
             raise UserError(
                 f"{folder / weight_map[missing[0]]} lacks {missing[0]}, which {self.index.name} expects there "
@@ -135,8 +120,7 @@ class SafetensorsFolder:
         if not os.path.isfile(path):  # False also for a name that no file can have
             raise UserError(f"{path} is missing: the model folder is incomplete, copy or download it again")
         try:
-            # safe_open validates the header. Data is read with plain reads, not through its memory map, to keep the
-            # page cache out of this process's memory (RSS).
+            # It validates the header. Data is not read through its memory map, which would count as memory (RSS).
             with safe_open(path, framework="pt") as handle:
                 self.metadata = handle.metadata() or {"format": "pt"}
                 self.shards[path.name] = list(handle.offset_keys())
@@ -154,7 +138,7 @@ class SafetensorsFolder:
                 raise UserError(f"{name} in {path} is {entry['dtype']}: give a model that is not quantized")
             if name in self._offsets:
                 raise UserError(f"{name} is in two shards of {path.parent}: save the model again")
-            self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
+            self.specs[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
             self._offsets[name] = path, 8 + length + entry["data_offsets"][0]
 
     def fingerprint(self) -> str:
@@ -169,74 +153,59 @@ class SafetensorsFolder:
     def read(self, name: str) -> Tensor:
         """One entry, on the CPU, in its own dtype."""
         spec = self.specs[name]
-        entry = torch.empty(spec.shape, dtype=spec.dtype)
-        self.read_into(entry.view(-1), name)
-        return entry
+        return self.read_into(torch.empty(spec.shape, dtype=spec.dtype), name)
 
     def read_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
-        """Fill `out` with elements of the flattened entry, from `start`, in the entry's own dtype.
+        """Fill `out` with elements of the flattened entry, from `start`, converted to its dtype.
 
         Raises:
             UserError: the file became shorter since it was opened.
         """
         path, offset = self._offsets[name]
-        unread = _bytes(out)
+        dtype = self.specs[name].dtype
+        stored = out if out.dtype == dtype else self._buffers("stored", out.numel(), dtype)
+        unread = _bytes(stored)
         with path.open("rb", buffering=0) as file:  # opened for each read: threads share no position in it
-            file.seek(offset + start * out.itemsize)
+            file.seek(offset + start * stored.itemsize)
             while unread:
                 count = file.readinto(unread)
                 if not count:
                     raise UserError(f"{path} became shorter while it was read: copy or download it again")
                 unread = unread[count:]
-        return out
-
-    def convert_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
-        """As `read_into`, with the elements converted to the dtype of `out`."""
-        dtype = self.specs[name].dtype
-        if dtype == out.dtype:
-            return self.read_into(out, name, start)
-        return out.copy_(self.read_into(self._buffers("stored", out.numel(), dtype), name, start))
+        return out if stored is out else out.copy_(stored)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two entries have the same values, shape and dtype."""
         spec = self.specs[name]
-        if spec != self.specs[other]:
-            return False
-        for span in spec.chunks():
-            left, right = (self._buffers(side, span.stop - span.start, spec.dtype) for side in ("left", "right"))
-            if not torch.equal(self.read_into(left, name, span.start), self.read_into(right, other, span.start)):
-                return False
-        return True
+
+        def chunk(entry: str, span: slice) -> Tensor:
+            return self.read_into(torch.empty(span.stop - span.start, dtype=spec.dtype), entry, span.start)
+
+        same_spec = spec == self.specs[other]
+        return same_spec and all(torch.equal(chunk(name, span), chunk(other, span)) for span in spec.chunks())
 
 
 class ShardWriter:
     """Writes safetensors files chunk by chunk. Creating it writes the headers and reserves disk space for the data.
 
-    Args:
-        shards: file name -> its entries, in the order of their bytes.
-
-    Raises:
-        OSError: no space.
+    `shards` has the entries of each file, in the order of their bytes. Raises OSError: no space.
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], metadata: dict[str, str]):
         self._offsets: dict[str, tuple[Path, int]] = {}
-        for file, specs in shards.items():
-            self._create(folder / file, specs, metadata)
-
-    def _create(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
-        header: dict[str, dict] = {"__metadata__": metadata}
-        end = 0
-        for name, spec in specs.items():
-            start, end = end, end + spec.nbytes
-            header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # aligns the data
-        with path.open("wb", buffering=0) as file:
-            _reserve(file.fileno(), 8 + len(text) + end)
-            file.write(len(text).to_bytes(8, "little") + text)
-        for name in specs:
-            self._offsets[name] = path, 8 + len(text) + header[name]["data_offsets"][0]
+        for shard, specs in shards.items():
+            header: dict[str, dict] = {"__metadata__": metadata}
+            end = 0
+            for name, spec in specs.items():
+                start, end = end, end + spec.nbytes
+                header[name] = {"dtype": DTYPE_CODES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)  # aligns the data
+            with (folder / shard).open("wb", buffering=0) as file:
+                _reserve(file.fileno(), 8 + len(text) + end)
+                file.write(len(text).to_bytes(8, "little") + text)
+            for name in specs:
+                self._offsets[name] = folder / shard, 8 + len(text) + header[name]["data_offsets"][0]
 
     def __contains__(self, name: str) -> bool:
         return name in self._offsets

@@ -25,7 +25,7 @@ from harmful_unlearn.models import loading
 from harmful_unlearn.models.sharding import gather_full, shard_like
 from harmful_unlearn.storage.files import remove_folder, resolved
 from harmful_unlearn.storage.run_record import RunRecord
-from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, SafetensorsFolder, ShardWriter, TensorSpec
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder, ShardWriter, TensorSpec
 from harmful_unlearn.training.distributed import saved_weights, shards_weights
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each weight
@@ -136,7 +136,7 @@ def write_gathered(file: Path | None, entries: Iterable[tuple[str, Tensor]]) -> 
     """
     tensors = dict(entries)
     specs = {
-        name: TensorSpec(DTYPE_CODES[tensor.dtype], tuple(getattr(tensor, "ds_shape", tensor.shape)))
+        name: TensorSpec(tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape)))
         for name, tensor in tensors.items()
     }
     writer = ShardWriter(file.parent, {file.name: specs}, {"format": "pt"}) if file else None
@@ -181,7 +181,7 @@ def load_state(
     for key, spec in moments.specs.items():  # AdamW's fused step checks no shape, and would write out of bounds
         name, _, moment = key.rpartition(".")
         shape = () if moment == "step" else getattr(trained.get(name), "shape", None)
-        if moment not in MOMENTS or spec != ("F32", shape):
+        if moment not in MOMENTS or spec != (torch.float32, shape):
             raise UserError(f"{key} in {file} fits no weight: use another checkpoint")
     for name, weight in trained.items():
         state = {key: moments.read(key) for key in moments.specs if key.rpartition(".")[0] == name}

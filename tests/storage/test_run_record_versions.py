@@ -66,7 +66,7 @@ def test_trainings_are_found_in_what_was_made_of_them(name, methods, folder_of):
     folder = folder_of(name)
     assert [run.method for run in read_trainings(folder)] == methods
     record = RunRecord.read(folder)
-    assert record.is_complete and not record.is_training and len(record.stage_1) == len(methods)
+    assert record.is_complete and record not in record.trainings and len(record.stage_1) == len(methods)
     assert list(record.finetuned) == [f"{'lora' if name == 'lora-adapter' else method}/harmful" for method in methods]
     assert training_digest(folder) and training_digest(folder.parent) is None
 
