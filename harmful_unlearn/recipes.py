@@ -94,29 +94,25 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 TITLES = {"ft": "FT", "ga": "GA", "ga_mismatch": "GA + mismatch", "task_vector": "Task vector"}
-ABLATED = {"gd": "bad_weight", "rd": "random_weight", "pd": "normal_weight"}
 
 
 def runs_of(recipe: Recipe) -> dict[str, ComparisonRun]:
     """All runs of a recipe by name, in the order of the tables."""
+    no_harm = {**recipe.lands, "bad_weight": 0}
+    turned = {"normal_weight": -recipe.sku["normal_weight"]}
     return {
         **{name: ComparisonRun(TITLES[name], "main", name, flags) for name, flags in recipe.baselines.items()},
         "sku": ComparisonRun("SKU", "main"),
         "land": ComparisonRun("LAND", "main", "land"),
         "lands": ComparisonRun("LANDS", "main", "lands", recipe.lands),
-        "lands-no-harm": ComparisonRun(
-            "LANDS without its harmful term", "main", "lands", {**recipe.lands, "bad_weight": 0}
-        ),
+        "lands-no-harm": ComparisonRun("LANDS without its harmful term", "main", "lands", no_harm),
         "task_vector-alpha-2": ComparisonRun(
             "Task vector, all tokens, alpha 2", "main", "task_vector", {"variant": "paper", "scaling_coef": 2}
         ),
-        **{
-            f"sku-no-{term}": ComparisonRun(f"SKU without {term.upper()}", "ablation", flags={weight: 0})
-            for term, weight in ABLATED.items()
-        },
-        "sku-pd-turned": ComparisonRun(
-            "SKU, PD's sign turned", "ablation", flags={"normal_weight": -recipe.sku["normal_weight"]}
-        ),
+        "sku-no-gd": ComparisonRun("SKU without GD", "ablation", flags={"bad_weight": 0}),
+        "sku-no-rd": ComparisonRun("SKU without RD", "ablation", flags={"random_weight": 0}),
+        "sku-no-pd": ComparisonRun("SKU without PD", "ablation", flags={"normal_weight": 0}),
+        "sku-pd-turned": ComparisonRun("SKU, PD's sign turned", "ablation", flags=turned),
         **recipe.more_runs,
     }
 

@@ -5,6 +5,7 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
+from harmful_unlearn.reporting import plots
 from harmful_unlearn.reporting.blocks import Block, answers, code, paragraph, picture, table
 from harmful_unlearn.reporting.comparison import BASE, Comparison
 from harmful_unlearn.reporting.figures import (
@@ -19,16 +20,13 @@ from harmful_unlearn.reporting.figures import (
     span,
 )
 from harmful_unlearn.reporting.glossary import INTERVAL, MEANINGS, METRIC_TITLES, SET_TITLES
-from harmful_unlearn.reporting.plots import (
-    plot_alphas,
-    plot_categories,
-    plot_losses_by_method,
-    plot_relearning,
-    plot_tradeoff,
-)
 
 BROKEN = 0.2  # models with a larger share of degenerate answers have a hollow marker
 UNSEEN_RATE = "Harmful rate on unseen prompts, %"
+WARNING = (
+    "Warning: these texts are harmful by construction. They are the models' answers, unedited, and are shown for "
+    "safety research; do not act on them or pass them on."
+)
 Column = tuple[str, str, str]  # set of prompts, decoding, metric
 
 
@@ -106,41 +104,37 @@ def facts_table(facts: dict) -> Block:
 
 def comparison_table(report: ReportContext, name: str, models: list[str], columns: list[Column]) -> list[Block]:
     """The figures of models, with all that is needed to read them."""
-    counts = []
-    for prompts, title in SET_TITLES.items():
-        answered = report.figures[(report.figures["set"] == prompts) & (report.figures["metric"] == "degenerate_rate")]
-        if len(answered):
-            counts.append(f"{span(answered['n'])} {title[0].lower()}{title[1:]}")
+    answered = dict(iter(report.figures[report.figures["metric"] == "degenerate_rate"].groupby("set")["n"]))
+    titles = {prompts: title[0].lower() + title[1:] for prompts, title in SET_TITLES.items() if prompts in answered}
+    n = ", ".join(f"{span(answered[prompts])} {title}" for prompts, title in titles.items())
     form = "mean (lowest–highest) over seeds" if report.seeds > 1 else "value [95 % interval]"
     noted = [(report.label(model), report.data.methods[model].get("note")) for model in models]
     rows = [([report.label(model)], (model,)) for model in models]
     return [
-        figure_table(name, ["method"], rows, columns, report.cells, report.decoding),
+        figure_table(report, name, ["method"], rows, columns, report.cells),
         report.judge(),
-        paragraph(f"Cells: {form}; {DASH}: nothing to measure. n: {', '.join(counts)}{report.each_seed}."),
+        paragraph(f"Cells: {form}; {DASH}: nothing to measure. n: {n}{report.each_seed}."),
         *(paragraph(f"{label}: {note}") for label, note in noted if note),
     ]
 
 
 def figure_table(
-    name: str, heads: list[str], rows: list[tuple[list[str], tuple]], columns: list[Column], cells: Cells, usual: str
+    report: ReportContext, name: str, heads: list[str], rows: list[tuple], columns: list[Column], cells: Cells
 ) -> Block:
-    """A table of figures; columns without any value are omitted.
+    """A table of figures; columns without any value are omitted. Titles name a decoding other than the usual.
 
     Args:
         heads: the titles of the columns that label a row.
         rows: the labels of each, and the start of the key of its cells.
         cells: by the row's start of the key and the column.
-        usual: the decoding that titles do not name.
     """
     shown = [column for column in columns if any(cells[*key, *column].measured for _, key in rows)]
     titles = []
     for prompts, decoding, metric in shown:
-        named = "" if decoding in (REFERENCES, usual) else f" ({decoding})"
+        named = "" if decoding in (REFERENCES, report.decoding) else f" ({decoding})"
         titles.append(f"{SET_TITLES[prompts]}: {METRIC_TITLES[metric]}{named}")
-    return table(
-        name, [*heads, *titles], [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
-    )
+    body = [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
+    return table(name, [*heads, *titles], body)
 
 
 def tradeoff(report: ReportContext) -> list[Block]:
@@ -163,7 +157,7 @@ def tradeoff(report: ReportContext) -> list[Block]:
         caption += f" A multiple above {LARGEST_MULTIPLE} is drawn at {LARGEST_MULTIPLE}: {', '.join(beyond)}."
     if absent:
         caption += f" Not drawn, for lack of figures: {', '.join(absent)}."
-    return [picture("tradeoff", caption, plot_tradeoff(points, report.decoding)), report.judge()]
+    return [picture("tradeoff", caption, plots.plot_tradeoff(points, report.decoding)), report.judge()]
 
 
 def alphas(report: ReportContext) -> list[Block]:
@@ -192,11 +186,11 @@ def alphas(report: ReportContext) -> list[Block]:
         for method, measured in figures.groupby("method", sort=False)
         for alpha in sorted(measured["alpha"].unique())
     ]
-    columns = [*rates, ("normal", REFERENCES, "reference_perplexity")]
+    columns: list[Column] = [*rates, ("normal", REFERENCES, "reference_perplexity")]
     return [
         picture("alpha", caption, alpha_plot(report, figures, cells, rates)),
         *recommendations(report),
-        figure_table("alpha", ["method", "alpha"], rows, columns, cells, report.decoding),
+        figure_table(report, "alpha", ["method", "alpha"], rows, columns, cells),
         report.judge(),
     ]
 
@@ -220,7 +214,7 @@ def alpha_plot(report: ReportContext, figures: pd.DataFrame, cells: Cells, colum
         multiples = perplexity_multiples(rows, "alpha", swept[0], report.seeds)
         recommended = {row["alpha"] for row in advice if row["method"] == method and row["alpha"] is not None}
         panels[report.label(method)] = rates, [multiples[alpha] for alpha in swept], recommended
-    return plot_alphas(swept, panels, advice[0]["budget"] if advice and swept[0] == 0 else None)
+    return plots.plot_alphas(swept, panels, advice[0]["budget"] if advice and swept[0] == 0 else None)
 
 
 def recommendations(report: ReportContext) -> list[Block]:
@@ -249,7 +243,7 @@ def categories(report: ReportContext) -> list[Block]:
         ),
         table("categories", ["task vector", *titles], [[n, *row] for n, row in zip(names, matrix, strict=True)]),
         report.judge(),
-        picture("categories", caption, plot_categories(names, kinds, matrix)),
+        picture("categories", caption, plots.plot_categories(names, kinds, matrix)),
     ]
 
 
@@ -276,27 +270,21 @@ def relearning(report: ReportContext) -> list[Block]:
         table("relearning", ["method", *titles], [[n, *row] for n, row in zip(labels, rates, strict=True)]),
         report.judge(),
         paragraph(f"n: {span(figures['n'])} prompts{report.each_seed}."),
-        picture("relearning", caption, plot_relearning(labels, times, rates, figures["decoding"].iloc[0])),
+        picture("relearning", caption, plots.plot_relearning(labels, times, rates, figures["decoding"].iloc[0])),
     ]
 
 
 def losses(report: ReportContext) -> list[Block]:
     runs = {report.label(name): steps for name, steps in report.data.losses.items() if steps}
-    caption = (
-        f"Losses of stage 1 before their weights, and the weighted total (seed {report.data.seeds[0]}); "
-        "bold: running means."
-    )
-    return [picture("losses", caption, plot_losses_by_method(runs))] if runs else []
+    seed = report.data.seeds[0]
+    caption = f"Losses of stage 1 before their weights, and the weighted total (seed {seed}); bold: running means."
+    return [picture("losses", caption, plots.plot_losses_by_method(runs))] if runs else []
 
 
 def prompts_and_answers(report: ReportContext) -> list[Block]:
     if not report.data.answers:
         return []
-    warning = Block(
-        "> Warning: these texts are harmful by construction. They are the models' answers, unedited, and are shown "
-        "for safety research; do not act on them or pass them on.\n"
-    )
-    blocks = [warning]
+    blocks = [Block(f"> {WARNING}\n")]
     for prompts, rows in groupby(report.data.answers, key=lambda row: row["set"]):
         for place, row in enumerate(rows, 1):
             answered = [(name, row["answers"][name]) for name in report.data.methods if name in row["answers"]]

@@ -27,14 +27,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
     """
     trained = [name for name in METHODS if name != "base"]
     steps = [
-        {
-            "step": n,
-            "gd_loss": 3 * 0.99**n,
-            "rd_loss": 4 + math.sin(n),
-            "pd_loss": -n / 90,
-            "total_loss": 7.0,
-            "lr": 1.0,
-        }
+        {"step": n, "gd_loss": 3 * 0.99**n, "rd_loss": 4 + math.sin(n), "pd_loss": -n / 90, "total_loss": 7.0, "lr": 1}
         for n in range(1, 201)
     ]
     return Comparison(
