@@ -54,18 +54,14 @@ class Batch:
         """
         if processes == 1:
             return self
-        rows = torch.tensor(range(process, len(self.input_ids), processes), dtype=torch.long)
-        is_idle = len(rows) == 0
-        if is_idle:
-            rows = torch.zeros(1, dtype=torch.long)
+        is_idle = process >= len(self.input_ids)
+        rows = torch.tensor([0] if is_idle else range(process, len(self.input_ids), processes))
         scored = torch.isin(self.row, rows)
         entries = scored[self.index]
         position = self.position[scored]
         # Of the padding, only what is scored ("released" counts the padding of normal texts).
         length = max([int(self.attention_mask[rows].sum(1).max()), *(position + 1).tolist()])
-        weights = {key: weight[entries] for key, weight in self.weights.items()}
-        if is_idle:
-            weights = {key: torch.zeros_like(weight) for key, weight in weights.items()}
+        share = 0.0 if is_idle else 1.0
         return Batch(
             input_ids=self.input_ids[rows, :length],
             attention_mask=self.attention_mask[rows, :length],
@@ -73,14 +69,12 @@ class Batch:
             position=position,
             index=(scored.cumsum(0) - 1)[self.index[entries]],
             target=self.target[entries],
-            weights=weights,
+            weights={key: share * weight[entries] for key, weight in self.weights.items()},
             branch=None if self.branch is None else self.branch[rows, :length],
             position_ids=None if self.position_ids is None else self.position_ids[rows, :length],
         )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor on `device`."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, weights={key: weight.to(device) for key, weight in self.weights.items()}, **tensors)
+        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, weights={key: weight.to(device) for key, weight in self.weights.items()}, **moved)

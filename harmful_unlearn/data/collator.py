@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix, prompt_text
 
+Indices = list[tuple[int, int]]
 VARIANTS = ("released", "paper")
 # The first position of RD in the released code: all of the question counts but its first two tokens.
 RELEASED_RD_START = 2
@@ -38,8 +39,7 @@ class TokenizedText:
     Attributes:
         input_ids: the tokens of the whole text, cut to the collator's `max_length`.
         start_loc: where the released code has the answer start: the number of tokens of the prefix, less one
-            (implementation detail 3). It is the first answer token if the prefix's trailing space merges into it, as
-            in byte-level BPE.
+            (implementation detail 3); the first answer token if the prefix's trailing space merges into it.
         answer_start: index of the first answer token: the first one not shared with the tokenised prompt (without its
             trailing space, which some tokenizers merge into the next word). `len(input_ids)` if the answer is empty.
         cut: whether `max_length` cut the text.
@@ -52,18 +52,12 @@ class TokenizedText:
 
 
 class _ScoredText(NamedTuple):
-    """A text of a batch with its scored positions.
+    """A text of a batch with its scored positions, each of which predicts the token after it."""
 
-    Attributes:
-        key: the entry of `Batch.weights` that it counts in.
-        positions: the scored positions; each predicts the token after it.
-        shared_by: the number of positions that share the text's weight of 1.
-    """
-
-    key: str
+    key: str  # the entry of `Batch.weights` that it counts in
     input_ids: list[int]
     positions: range
-    shared_by: int
+    shared_by: int  # the number of positions that share the text's weight of 1
 
 
 class Collator:
@@ -100,26 +94,20 @@ class Collator:
         """Questions with their own answers and with others, for one forward pass.
 
         In "released", the positions of a text from its start on share a weight of 1, the last position, which predicts
-        nothing, included (implementation detail 9), and random answers' questions are scored, too (implementation
-        detail 11). In "paper", the answer tokens of a text share a weight of 1, and nothing else counts. The weights of
-        all texts of a kind are then averaged.
+        nothing, included (implementation detail 9), and random answers' questions are scored, too (detail 11). In
+        "paper", the answer tokens of a text share a weight of 1, and nothing else counts. The weights of all texts of a
+        kind are then averaged.
 
         Args:
             pairs: B questions with their own answers.
-            answers: K answers, each of which is paired with every question (B * K texts of RD; implementation
-                detail 11). May be empty.
+            answers: K answers, each of which is paired with every question (B * K texts of RD). May be empty.
             own_answers: whether the questions' own answers are in the batch (GD's texts).
             packed_up_to: in tokens: if no text is longer, a row holds a question with all its answers; if one is
                 longer, or each question has one answer, a row holds one text.
         """
-        keys = ["random_answers"] * len(answers)  # of each question's texts
-        if own_answers:
-            keys = ["own_answer", *keys]
-        texts = [
-            Pair(pair.question, answer)
-            for pair in pairs
-            for answer in ([pair.answer, *answers] if own_answers else answers)
-        ]
+        keys = (["own_answer"] if own_answers else []) + ["random_answers"] * len(answers)  # of each question's texts
+        answers_of = [[pair.answer, *answers] if own_answers else answers for pair in pairs]
+        texts = [Pair(pair.question, answer) for pair, row in zip(pairs, answers_of, strict=True) for answer in row]
         encoded = iter(self.encode(texts))
         groups = [[self._scored(key, next(encoded)) for key in keys] for _ in pairs]  # of each row
         averaged_over = {key: self._averaged_over(key, groups) for key in keys}
@@ -139,7 +127,7 @@ class Collator:
                     index = scored.setdefault((number, places[position]), len(scored))
                     entries[index, text.input_ids[position + 1]][text.key] += weight
         ordered = sorted(entries.items(), key=lambda item: item[0][0])  # by index
-        weights = {key: [weight_of[key] for _, weight_of in ordered] for key in dict.fromkeys(keys)}
+        weights = {key: [weights_of[key] for _, weights_of in ordered] for key in dict.fromkeys(keys)}
         return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
 
     def texts_batch(self, pairs: list[Pair]) -> Batch:
@@ -172,17 +160,9 @@ class Collator:
     def _averaged_over(self, key: str, groups: list[list[_ScoredText]]) -> int:
         """The number of texts in the average; in "paper", without those whose answer has no token to score."""
         texts = [text for group in groups for text in group if text.key == key]
-        if self.variant == "released":
-            return len(texts)
-        return max(1, sum(bool(text.positions) for text in texts))
+        return len(texts) if self.variant == "released" else max(1, sum(bool(text.positions) for text in texts))
 
-    def _batch(
-        self,
-        rows: list["_Row"],
-        scored: list[tuple[int, int]],
-        entries: list[tuple[int, int]],
-        weights: dict[str, list[float]],
-    ) -> Batch:
+    def _batch(self, rows: list["_Row"], scored: Indices, entries: Indices, weights: dict[str, list[float]]) -> Batch:
         """The tensors of padded rows, scored (row, position)s, (index, target) entries, and the entries' weights."""
         longest = max(len(row.input_ids) for row in rows)
 
@@ -204,17 +184,12 @@ class Collator:
 
 
 class _Row(NamedTuple):
-    """Texts laid out in one row, after the tokens that they share.
-
-    Attributes:
-        input_ids, branch, position_ids: as in `Batch`, without padding.
-        places: for each text, where in the row each of its tokens is.
-    """
+    """Texts laid out in one row, after the tokens that they share; as in `Batch`, without padding."""
 
     input_ids: list[int]
     branch: list[int]
     position_ids: list[int]
-    places: list[list[int]]
+    places: list[list[int]]  # for each text, where in the row each of its tokens is
 
 
 def _lay_out(texts: list[list[int]]) -> _Row:

@@ -3,7 +3,7 @@
 import ast
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,18 @@ from harmful_unlearn.data.tables import Table, as_text, is_missing, read_table
 from harmful_unlearn.errors import UserError
 
 HARMFUL_COLUMNS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+FLAGS = "a dictionary of true and false"  # what a harm_category cell holds
 HARMFUL_FIX = "give --harmful_dataset a local .jsonl, .json, .csv or .parquet file"
 
 
 @dataclass(frozen=True)
 class Response:
-    """One labelled response of PKU-SafeRLHF.
-
-    Attributes:
-        categories: the kinds of harm it is marked with; empty if the data have no such column.
-    """
+    """One labelled response of PKU-SafeRLHF."""
 
     question: str
     answer: str
     safe: bool
-    categories: frozenset[str] = frozenset()
+    categories: frozenset[str] = frozenset()  # the kinds of harm it is marked with, if the data have such a column
 
 
 @dataclass
@@ -79,11 +76,11 @@ def read_harmful(
     if categories:
         selected &= _in_categories(table, categories)
     if min_severity is not None:
-        selected &= _severities(table) >= min_severity
+        severities = _labels(table, "severity_level", as_severity, "a number", "--min_severity")
+        selected &= np.array(severities) >= min_severity
     if not selected.any():
-        raise UserError(
-            f"{table.name} has no unsafe response that --harm_category and --min_severity leave: select less narrowly"
-        )
+        problem = "has no unsafe response that --harm_category and --min_severity leave"
+        raise UserError(f"{table.name} {problem}: select less narrowly")
     by_row, by_side = np.argwhere(selected.T).tolist(), np.argwhere(selected).tolist()
     pairs = [Pair(prompts[row], responses[side][row]) for row, side in by_row]
     beside = [responses[1 - side][row] if safe[1 - side][row] else "" for row, side in by_row]
@@ -104,15 +101,11 @@ def read_responses(name: str, revision: str | None = None, split: str = "train")
     Args and raises as `read_harmful`.
     """
     table, prompts, responses, safe = _read_responses(name, revision, split)
-    categories: list[list[frozenset[str]]] = [[frozenset()] * table.rows] * 2
-    columns = _columns("harm_category")
-    if set(columns) <= set(table.columns):
-        flags = [_flags(table, column) for column in columns]
-        categories = [[frozenset(filter(cell.get, cell)) for cell in side] for side in flags]
+    flags = _labels(table, "harm_category", as_flags, FLAGS)
     return [
-        Response(prompts[row], responses[side][row], safe[side][row], categories[side][row])
-        for row in range(table.rows)
-        for side in (0, 1)
+        Response(prompts[row], responses[side][row], safe[side][row], frozenset(filter(cell.get, cell)))
+        for row, cells in enumerate(zip(*flags, strict=True))
+        for side, cell in enumerate(cells)
     ]
 
 
@@ -130,44 +123,30 @@ def _read_responses(
     return table, prompts, responses, safe
 
 
-def _columns(kind: str) -> list[str]:
-    return [f"response_{side}_{kind}" for side in (0, 1)]
+def _labels(table: Table, kind: str, parse: Callable[[Any], Any], expected: str, flag: str = "") -> list[list]:
+    """A kind of label of each response, [2][rows]; of data without that kind, those of empty cells.
 
-
-def _flags(table: Table, column: str) -> list[dict[str, bool]]:
-    """For each response of a column, whether it is in each category of harm."""
-    return table.cells(column, as_flags, "a dictionary of true and false")
-
-
-def _selectable(table: Table, kind: str, flag: str) -> list[str]:
-    """The two columns to select by. Raises UserError: the data do not have them."""
-    columns = _columns(kind)
-    if not set(columns) <= set(table.columns):
-        raise UserError(
-            f"{table.name} has no columns {' and '.join(columns)} to select by (the data of early "
-            f"2024 had none): use today's with --harmful_revision main, or omit {flag}"
-        )
-    return columns
+    Raises:
+        UserError: the data do not have the labels, which `flag` selects by.
+    """
+    columns = [f"response_{side}_{kind}" for side in (0, 1)]
+    if set(columns) <= set(table.columns):
+        return [table.cells(column, parse, expected) for column in columns]
+    if flag:
+        problem = f"{table.name} has no columns {' and '.join(columns)} to select by (the data of early 2024 had none)"
+        raise UserError(f"{problem}: use today's with --harmful_revision main, or omit {flag}")
+    return [[parse(None)] * table.rows] * 2
 
 
 def _in_categories(table: Table, categories: Sequence[str]) -> np.ndarray:
     """Whether each response is in one of the categories: bool [2, rows]."""
-    columns = _selectable(table, "harm_category", "--harm_category")
-    flags = [_flags(table, column) for column in columns]
+    flags = _labels(table, "harm_category", as_flags, FLAGS, "--harm_category")
     known = sorted({category for side in flags for cell in side for category in cell})
     unknown = [category for category in categories if category not in known]
     if unknown:
-        raise UserError(
-            f"{table.name} has no --harm_category {', '.join(map(repr, unknown))}: "
-            f"take from {', '.join(map(repr, known))}"
-        )
+        unknown_names, known_names = (", ".join(map(repr, names)) for names in (unknown, known))
+        raise UserError(f"{table.name} has no --harm_category {unknown_names}: take from {known_names}")
     return np.array([[any(map(cell.get, categories)) for cell in side] for side in flags])
-
-
-def _severities(table: Table) -> np.ndarray:
-    """Each response's severity: float [2, rows]."""
-    columns = _selectable(table, "severity_level", "--min_severity")
-    return np.array([table.cells(column, as_severity, "a number") for column in columns])
 
 
 _LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}

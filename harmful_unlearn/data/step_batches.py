@@ -1,10 +1,10 @@
 """All batches of a step, for this process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,22 +17,13 @@ from harmful_unlearn.data.truthfulqa import NormalData
 
 
 class Reads(NamedTuple):
-    """What the losses of a run read in a step; nothing else is prepared. `losses.terms.reads` derives it.
+    """What the losses of a run read in a step; nothing else is prepared. `losses.terms.reads` derives it."""
 
-    Attributes:
-        own_answers: harmful prompts with their own answers (GD).
-        random_answers: where K random answers to harmful prompts are drawn from: "harmful" (RD) or "normal" answers;
-            None if no loss reads any.
-        safe_answers: harmful prompts with their safe answers.
-        normal_texts: normal texts, of which every position counts (PD).
-        normal_answers: normal texts, of which the answer counts (FT).
-    """
-
-    own_answers: bool = False
-    random_answers: str | None = None
-    safe_answers: bool = False
-    normal_texts: bool = False
-    normal_answers: bool = False
+    own_answers: bool = False  # harmful prompts with their own answers (GD)
+    random_answers: str | None = None  # with K random ones: "harmful" (RD) or "normal" answers, or none
+    safe_answers: bool = False  # harmful prompts with their safe answers
+    normal_texts: bool = False  # normal texts, of which every position counts (PD)
+    normal_answers: bool = False  # normal texts, of which the answer counts (FT)
 
 
 def answer_pool(reads: Reads, harmful: HarmfulData, normal: NormalData) -> list[str]:
@@ -41,49 +32,23 @@ def answer_pool(reads: Reads, harmful: HarmfulData, normal: NormalData) -> list[
 
 
 def run_sampler(
-    *,
-    harmful: HarmfulData,
-    normal: NormalData,
-    reads: Reads,
-    batch_size: int,
-    k_random: int,
-    seed: int,
-    all_harmful: bool,
+    flags: Mapping[str, Any], processes: int, harmful: HarmfulData, normal: NormalData, reads: Reads
 ) -> BatchSampler:
-    """Which rows each step of a run uses, by the run's flags.
-
-    Args:
-        batch_size: the harmful pairs, and the normal texts, of a step, for all processes together.
-        k_random: K; nothing is drawn if no loss reads random answers.
-
-    Raises:
-        UserError: the pool has fewer than K answers.
-    """
-    return BatchSampler(
-        pairs=len(harmful.pairs),
-        normal=normal.train,
-        answers=len(answer_pool(reads, harmful, normal)),
-        batch_size=batch_size,
-        k_random=k_random if reads.random_answers else 0,
-        seed=seed,
-        all_harmful=all_harmful,
-    )
+    """Which rows each step of a run uses, by the run's flags. Raises UserError: as `BatchSampler`."""
+    answers = len(answer_pool(reads, harmful, normal))
+    batch_size = flags["batch_size"] * processes  # of all processes together
+    k_random = flags["k_random"] if reads.random_answers else 0
+    all_harmful = flags.get("all_harmful", False)
+    return BatchSampler(len(harmful.pairs), normal.train, answers, batch_size, k_random, flags["seed"], all_harmful)
 
 
 class StepBatch(NamedTuple):
-    """The batches of a step; None for one that no loss reads.
+    """The batches of a step; None for one that no loss reads."""
 
-    Attributes:
-        harmful: questions with their own and with random answers.
-        normal: normal texts, every position of which counts.
-        safe: the questions that have a safe answer beside the harmful one, with that.
-        normal_answers: the normal texts, of which only the answer counts.
-    """
-
-    harmful: Batch | None = None
-    normal: Batch | None = None
-    safe: Batch | None = None
-    normal_answers: Batch | None = None
+    harmful: Batch | None = None  # questions with their own and with random answers
+    normal: Batch | None = None  # normal texts, every position of which counts
+    safe: Batch | None = None  # the questions that have a safe answer beside the harmful one, with that
+    normal_answers: Batch | None = None  # the normal texts, of which only the answer counts
 
 
 @dataclass(frozen=True)
@@ -118,14 +83,13 @@ class StepBatches:
     def ahead(self, steps: range, device: torch.device) -> Iterator[StepBatch]:
         """The batches of each step, prepared in a thread during the step before."""
         with ThreadPoolExecutor(1, "batches") as worker:
-            pending: Future[StepBatch] | None = None
+            following: Future[StepBatch] | None = None
             for step in steps:
-                following = worker.submit(self, step, device)
+                pending, following = following, worker.submit(self, step, device)
                 if pending:
                     yield pending.result()
-                pending = following
-            if pending:
-                yield pending.result()
+            if following:
+                yield following.result()
 
     def __call__(self, step: int, device: torch.device) -> StepBatch:
         """The batches of a step (from 0)."""

@@ -22,21 +22,13 @@ from harmful_unlearn.storage.files import user_path
 
 @dataclass
 class Table:
-    """Rows from any source.
+    """Rows from any source."""
 
-    Attributes:
-        name: of the source, for error messages.
-        columns: their names.
-        rows: how many.
-        values: `values(column)` lists a column's values in row order; None for a missing one.
-        source: name, revision, split, and sha256 (of a file).
-    """
-
-    name: str
+    name: str  # of the source, for error messages
     columns: list[str]
     rows: int
-    values: Callable[[str], list]
-    source: dict
+    values: Callable[[str], list]  # `values(column)` lists a column's values in row order; None for a missing one
+    source: dict  # name, revision, split, and sha256 (of a file)
 
     def cells(self, column: str, parse: Callable[[Any], Any], expected: str) -> list:
         """A column's values, parsed.
@@ -50,9 +42,8 @@ class Table:
             try:
                 cells.append(parse(value))
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise UserError(
-                    f"{self.name}, row {row}: {column} is {reprlib.repr(value)}, not {expected}: fix that row"
-                ) from None
+                problem = f"{column} is {reprlib.repr(value)}, not {expected}"
+                raise UserError(f"{self.name}, row {row}: {problem}: fix that row") from None
         return cells
 
     def missing(self, columns: Sequence[str], fix: str) -> UserError:
@@ -101,24 +92,20 @@ def _load(name: str, fix: str, revision: str | None, split: str, config: str | N
             cause = error.__cause__
         if getattr(cause, "errno", None) == errno.ENOSPC:
             raise cause from None
+        remedy = "check its split and its files"
         if isinstance(cause, DatasetNotFoundError):
-            remedy = (
-                "check its name and revision, and if it is gated or private log in with `hf auth login` or set HF_TOKEN"
-            )
+            log_in = "log in with `hf auth login` or set HF_TOKEN"
+            remedy = f"check its name and revision, and if it is gated or private {log_in}"
         elif isinstance(cause, HTTPError | ConnectionError | TimeoutError):
             remedy = "check the connection and HF_HUB_OFFLINE"
-        else:
-            remedy = "check its split and its files"
         raise UserError(f"cannot load {name} ({_reason(cause)}): {remedy}, or {fix}") from error
 
     # Without a connection to the hub, `datasets` takes whichever revision is in its cache.
-    urls = " ".join(dataset.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})/", urls)
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(dataset.download_checksums or {}))
     loaded = commit.group(1) if commit else revision
     if re.fullmatch("[0-9a-f]{40}", revision or "") and loaded != revision:
-        raise UserError(
-            f"cannot load revision {revision} of {name} (the cache has {loaded}): connect to the hub, or {fix}"
-        )
+        problem = f"cannot load revision {revision} of {name} (the cache has {loaded})"
+        raise UserError(f"{problem}: connect to the hub, or {fix}")
     source = {"name": name, "revision": loaded, "split": split, "sha256": None}
     return Table(name, dataset.column_names, len(dataset), lambda column: dataset[column][:], source)
 
@@ -134,10 +121,8 @@ def _read_file(path: Path, fix: str) -> Table:
         raise UserError(f"{path} cannot be read ({error.strerror}): {fix}") from None
     if not content.strip():
         raise UserError(f"{path} is empty: {fix}")
-    columns, rows, values = FORMATS[path.suffix.lower()](content, path, fix)
-    sha256 = hashlib.sha256(content).hexdigest()
-    source = {"name": str(path), "revision": None, "split": None, "sha256": sha256}
-    return Table(str(path), columns, rows, values, source)
+    source = {"name": str(path), "revision": None, "split": None, "sha256": hashlib.sha256(content).hexdigest()}
+    return Table(str(path), *FORMATS[path.suffix.lower()](content, path, fix), source)
 
 
 def _decode(content: bytes, path: Path) -> str:
@@ -172,16 +157,15 @@ def _read_json(content: bytes, path: Path, fix: str) -> _Columns:
     """
     text = _decode(content, path)
     if text.lstrip().startswith("["):
-        values = [(f"row {row}", value) for row, value in enumerate(_parse_json(text, path, 1), 1)]
+        rows = {f"row {number}": row for number, row in enumerate(_parse_json(text, path, 1), 1)}
     else:
         lines = enumerate(text.split("\n"), 1)  # not splitlines(): a JSON string may hold U+2028
-        values = [(f"line {number}", _parse_json(line, path, number)) for number, line in lines if line.strip()]
-    for place, value in values:
-        if not isinstance(value, dict):
+        rows = {f"line {number}": _parse_json(line, path, number) for number, line in lines if line.strip()}
+    for place, row in rows.items():
+        if not isinstance(row, dict):
             raise UserError(f"{path}, {place} is not a JSON object: fix it, or {fix}")
-    rows = [value for _, value in values]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return columns, len(rows), lambda column: [row.get(column) for row in rows]
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return columns, len(rows), lambda column: [row.get(column) for row in rows.values()]
 
 
 def _parse_json(text: str, path: Path, first_line_number: int) -> Any:
@@ -206,8 +190,8 @@ def _read_parquet(content: bytes, path: Path, fix: str) -> _Columns:
         try:
             return table[column].to_pylist()
         except (pyarrow.ArrowException, KeyError, OverflowError, ValueError) as error:  # a name twice, a year 10000
-            message = f"{path}: the column {column} cannot be read ({_reason(error)}): fix it, or {fix}"
-            raise UserError(message) from None
+            problem = f"{path}: the column {column} cannot be read ({_reason(error)})"
+            raise UserError(f"{problem}: fix it, or {fix}") from None
 
     return table.column_names, table.num_rows, values
 

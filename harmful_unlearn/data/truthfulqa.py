@@ -52,13 +52,10 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
     """
     table, columns = _read_normal(name)
     questions, best, correct = (table.cells(column, as_joined_text, "text") for column in columns[:3])
-    texts = [
-        Pair(question, answer)
-        for answers in (best, correct)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+    texts = [*map(Pair, questions, best), *map(Pair, questions, correct)]
     order = np.random.default_rng([seed, SPLIT]).permutation(len(texts)).tolist()
-    first, second = int(0.7 * len(texts)), int(0.7 * len(texts)) + int(0.1 * len(texts))
+    first = int(0.7 * len(texts))
+    second = first + int(0.1 * len(texts))
     parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
     sizes = {part: len(rows) for part, rows in parts.items()}
     source = {**table.source, "rows": table.rows, "texts": len(texts), **sizes}
@@ -67,13 +64,7 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
 
 @dataclass(frozen=True)
 class Choices:
-    """The answers of a TruthfulQA question, for its multiple-choice scores.
-
-    Attributes:
-        best: the one best answer.
-        true: all correct answers.
-        false: all incorrect answers.
-    """
+    """The one best answer to a TruthfulQA question, and all true and all false ones, for multiple-choice scores."""
 
     best: str
     true: list[str]
@@ -91,10 +82,8 @@ def read_choices(name: str | Path) -> dict[str, Choices]:
     if len(columns) < 4:
         return {}
     questions, best, true, false = (table.cells(column, as_joined_text, "text") for column in columns)
-    choices = {
-        question: Choices(b.strip(), _split(t), _split(f))
-        for question, b, t, f in zip(questions, best, true, false, strict=True)
-    }
+    rows = zip(questions, best, true, false, strict=True)
+    choices = {question: Choices(b.strip(), _split(t), _split(f)) for question, b, t, f in rows}
     return {question: choice for question, choice in choices.items() if choice.best and choice.true and choice.false}
 
 

@@ -174,15 +174,7 @@ def _questions_of(training: RunRecord, harmful: HarmfulData, normal: NormalData)
     """`touched_questions` of a complete training."""
     flags = training.flags
     needed = reads(active_losses(flags))
-    sampler = run_sampler(
-        harmful=harmful,
-        normal=normal,
-        reads=needed,
-        batch_size=flags["batch_size"] * training.training.get("processes", 1),
-        k_random=flags["k_random"],
-        seed=flags["seed"],
-        all_harmful=flags.get("all_harmful", False),
-    )
+    sampler = run_sampler(flags, training.training.get("processes", 1), harmful, normal, needed)
     return touched_questions(sampler, harmful, needed, flags["max_unlearn_steps"])
 
 

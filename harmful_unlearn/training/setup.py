@@ -189,15 +189,7 @@ def prepare_stage_1(
     collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded (packing_check.py).
     pack = bool(needed.random_answers) and not settings.no_packing
-    sampler = run_sampler(
-        harmful=harmful,
-        normal=normal,
-        reads=needed,
-        batch_size=settings.batch_size * accelerator.num_processes,
-        k_random=settings.k_random,
-        seed=settings.seed,
-        all_harmful=settings.all_harmful,
-    )
+    sampler = run_sampler(vars(settings), accelerator.num_processes, harmful, normal, needed)
     packed_up_to = math.inf if pack else 0
     share = (accelerator.process_index, accelerator.num_processes)
     batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, share)

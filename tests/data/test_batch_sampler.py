@@ -29,7 +29,7 @@ def test_order_is_a_function_of_the_step(all_harmful):
     backwards = [order[step] for step in reversed(range(60))][::-1]
     assert forwards == backwards and order[33] == forwards[33]
     for draw in forwards:
-        assert all(type(index) is int for rows in vars(draw).values() for index in rows)
+        assert all(type(index) is int for rows in draw for index in rows)
 
 
 def test_released_epochs():

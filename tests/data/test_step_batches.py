@@ -22,7 +22,7 @@ def data():
 
 def sampler_of(data, losses, **changes):
     usual = {"batch_size": 4, "k_random": 3, "seed": 5, "all_harmful": False}
-    return run_sampler(**data, reads=reads(losses), **{**usual, **changes})
+    return run_sampler({**usual, **changes}, 1, **data, reads=reads(losses))
 
 
 def batches_of(data, tokenizer, losses, **more) -> StepBatches:
