@@ -150,45 +150,27 @@ class FlagParser(argparse.ArgumentParser):
         return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-def _parse(text: str, kind: type, is_valid: Callable[[float], bool], expected: str) -> Any:
-    """`text` as a number of type `kind`. Raises ArgumentTypeError: it is not one, or not a valid one."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not is_valid(value):
-        raise argparse.ArgumentTypeError(f"give {expected}, not {text!r}")
-    return value
+def _number_type(kind: type, is_valid: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
+    """A `type` of flags that are numbers. It raises ArgumentTypeError for any other text."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"give {expected}, not {text!r}")
+        return value
+
+    return parse
 
 
-def number(text: str) -> float:
-    """A finite number."""
-    return _parse(text, float, math.isfinite, "a finite number")
-
-
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    return _parse(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def not_negative(text: str) -> float:
-    """A number from 0."""
-    return _parse(text, float, lambda value: 0 <= value < math.inf, "a number from 0")
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    return _parse(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def whole_number(text: str) -> int:
-    """A whole number from 0."""
-    return _parse(text, int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
-
-
-def positive_int(text: str) -> int:
-    """A whole number from 1."""
-    return _parse(text, int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
+number = _number_type(float, math.isfinite, "a finite number")
+positive_number = _number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _number_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
+share = _number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+whole_number = _number_type(int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
+positive_int = _number_type(int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
 
 
 def device_map(text: str) -> str:
