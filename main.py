@@ -10,10 +10,10 @@ If the unlearned model does not exist yet, it is made from the harmful model of 
 be an unlearning adapter (task_vector.py --adapter_output).
 """
 
-import argparse
 import shutil
 import sys
 import textwrap
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,7 +23,16 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from harmful_unlearn.cli import FlagParser, device_map, exit_code, number, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import (
+    FlagParser,
+    device_map,
+    exit_code,
+    flag,
+    number,
+    positive_int,
+    positive_number,
+    whole_number,
+)
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.generation import Decoding, configure
@@ -51,34 +60,55 @@ NORMAL_PROMPTS = [
 ]
 
 
+@dataclass(frozen=True)
+class SpotCheckSettings:
+    """The flags of this command."""
+
+    base: str = flag("hub id or folder", default=BASE)
+    unlearned: Path = flag("folder", type=user_path, default=UNLEARNED)
+    harmful_model: Path = flag(
+        "harmful model of stage 1, to make the unlearned one from", type=user_path, default=HARMFUL_MODEL
+    )
+    scaling_coef: float = flag("alpha, if the unlearned model is made", type=number, default=1.0)
+    harmful_prompt: list[str] = flag("a prompt of yours (may be repeated)", action="append", default=[])
+    normal_prompt: list[str] = flag("a harmless one (may be repeated)", action="append", default=[])
+    greedy: bool = flag("the likeliest token each time, in place of sampling", action="store_true")
+    temperature: float = flag("of sampling", type=positive_number, default=0.9)
+    max_length: int = flag("tokens of prompt and answer", type=positive_int, default=100)
+    seed: int = flag("of sampling", type=whole_number, default=32)
+    device_map: str | None = flag("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print both models' answers to every prompt. Raises UserError."""
-    args = parse_flags(arguments)
+    settings = parse_flags(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = hub.resolve_model(args.base)
-    prompts = [("harmful", prompt) for prompt in args.harmful_prompt]
-    prompts += [("normal", prompt) for prompt in args.normal_prompt]
+    base = hub.resolve_model(settings.base)
+    prompts = [("harmful", prompt) for prompt in settings.harmful_prompt]
+    prompts += [("normal", prompt) for prompt in settings.normal_prompt]
     texts = [prompt for _, prompt in prompts]
-    encode(base, texts, args.max_length)
-    if not args.unlearned.is_dir():
-        if not args.harmful_model.is_dir():
+    encode(base, texts, settings.max_length)
+    if not settings.unlearned.is_dir():
+        if not settings.harmful_model.is_dir():
             raise UserError(
-                f"there is no unlearned model in {args.unlearned} and no harmful model in "
-                f"{args.harmful_model}: run harmful_unlearn/unlearn_harm_new.py, or give --unlearned or --harmful_model"
+                f"there is no model in {settings.unlearned}, and no harmful model in {settings.harmful_model}: "
+                "run harmful_unlearn/unlearn_harm_new.py, or give --unlearned or --harmful_model"
             )
-        harmful = [(args.harmful_model, 1.0)]
-        check_landing(harmful, [args.scaling_coef])
-        print(f"making {args.unlearned} from {args.harmful_model} (scaling_coef {args.scaling_coef:g})")
-        negate(base, harmful, args.unlearned, args.scaling_coef, base_name=args.base)
-    unlearned = hub.resolve_model(str(args.unlearned))
+        harmful = [(settings.harmful_model, 1.0)]
+        check_landing(harmful, [settings.scaling_coef])
+        print(f"making {settings.unlearned} from {settings.harmful_model} (scaling_coef {settings.scaling_coef:g})")
+        negate(base, harmful, settings.unlearned, settings.scaling_coef, base_name=settings.base)
+    unlearned = hub.resolve_model(str(settings.unlearned))
     adapter = unlearned if (unlearned / "adapter_config.json").is_file() else None
     if adapter:
         open_matched(base, [adapter])  # PEFT would load a pickle, and skip entries that do not fit the base
     # One model after another, so that only one is in memory.
-    columns = [answer_all(base, texts, args), answer_all(base if adapter else unlearned, texts, args, adapter)]
-    how = "greedy" if args.greedy else f"sampled at temperature {args.temperature:g}, seed {args.seed}"
-    print(f"base: {args.base}\nunlearned: {args.unlearned}\nanswers: {how}, at most {args.max_length} tokens")
+    columns = [answer_all(base, texts, settings), answer_all(base if adapter else unlearned, texts, settings, adapter)]
+    how = "greedy" if settings.greedy else f"sampled at temperature {settings.temperature:g}, seed {settings.seed}"
+    print(
+        f"base: {settings.base}\nunlearned: {settings.unlearned}\nanswers: {how}, at most {settings.max_length} tokens"
+    )
     for (kind, prompt), *answers in zip(prompts, *columns, strict=True):
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
@@ -100,7 +130,7 @@ def encode(folder: Path, prompts: list[str], max_length: int) -> tuple[PreTraine
     return tokenizer, rows
 
 
-def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapter: Path | None = None) -> list[str]:
+def answer_all(folder: Path, prompts: list[str], settings: SpotCheckSettings, adapter: Path | None = None) -> list[str]:
     """The answers of the model in `folder`.
 
     Of the model's own generation settings only its special tokens are used, so that both models are asked in the same
@@ -112,17 +142,17 @@ def answer_all(folder: Path, prompts: list[str], args: argparse.Namespace, adapt
     Raises:
         UserError: as `encode`; the weights cannot be loaded.
     """
-    tokenizer, rows = encode(folder, prompts, args.max_length)
+    tokenizer, rows = encode(folder, prompts, settings.max_length)
     device = PartialState().device
     precision = loading.resolve_precision("auto", device)
-    model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, args.device_map)
+    model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, settings.device_map)
     if adapter:
         model = load_adapter(model, adapter)
-    if not args.device_map:
+    if not settings.device_map:
         model.to(device)
-    decoding = Decoding() if args.greedy else Decoding(args.temperature)
-    configure(model, tokenizer, decoding, max_length=args.max_length)
-    set_seed(args.seed)
+    decoding = Decoding() if settings.greedy else Decoding(settings.temperature)
+    configure(model, tokenizer, decoding, max_length=settings.max_length)
+    set_seed(settings.seed)
     answers = []
     for row in rows:
         row.to(execution_device(model))
@@ -142,36 +172,15 @@ def side_by_side(base: str, unlearned: str) -> str:
     return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
 
 
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
     """The flags; their defaults are the constants above."""
     title, _, usage = __doc__.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
-    parser.add_argument("--base", default=BASE, help="hub id or folder (default: %(default)s)")
-    parser.add_argument("--unlearned", type=user_path, default=UNLEARNED, help="folder (default: %(default)s)")
-    parser.add_argument(
-        "--harmful_model",
-        type=user_path,
-        default=HARMFUL_MODEL,
-        help="harmful model of stage 1, to make the unlearned one from (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--scaling_coef", type=number, default=1.0, help="alpha, if the unlearned model is made (default: 1)"
-    )
-    parser.add_argument("--harmful_prompt", action="append", default=[], help="a prompt of yours (may be repeated)")
-    parser.add_argument("--normal_prompt", action="append", default=[], help="a harmless one (may be repeated)")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, in place of sampling")
-    parser.add_argument("--temperature", type=positive_number, default=0.9, help="of sampling (default: %(default)s)")
-    parser.add_argument(
-        "--max_length", type=positive_int, default=100, help="tokens of prompt and answer (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=whole_number, default=32, help="of sampling (default: %(default)s)")
-    parser.add_argument(
-        "--device_map", type=device_map, help="spread a model over devices (accelerate): auto, balanced, ..."
-    )
-    args = parser.parse_args(arguments)
-    if not (args.harmful_prompt or args.normal_prompt):
-        args.harmful_prompt, args.normal_prompt = HARMFUL_PROMPTS, NORMAL_PROMPTS
-    return args
+    parser.add_settings(SpotCheckSettings)
+    flags = vars(parser.parse_args(arguments))
+    if not (flags["harmful_prompt"] or flags["normal_prompt"]):
+        flags |= {"harmful_prompt": HARMFUL_PROMPTS, "normal_prompt": NORMAL_PROMPTS}
+    return SpotCheckSettings(**flags)
 
 
 if __name__ == "__main__":

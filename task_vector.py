@@ -31,12 +31,14 @@ task_vector.safetensors.index.json, in float32 (float64 for float64 entries).
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmful_unlearn.cli import FlagParser, exit_code, number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.offload import Weights, copy_model, read_entry, shapes_of, tied_groups, write_entry
 from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied
@@ -167,49 +169,51 @@ class TaskVector:
         return model
 
 
+@dataclass(frozen=True)
+class TaskVectorSettings:
+    """The flags of this command."""
+
+    base: str = flag("the model that was fine-tuned: folder or hub id", required=True)
+    finetuned: list[str] | None = flag("fine-tuned models or LoRA adapters: folders or hub ids", nargs="+")
+    vector: list[Path] | None = flag("saved task vectors, in place of --finetuned", nargs="+", type=user_path)
+    coefs: list[float] | None = flag("one per model or vector (default: all 1)", nargs="+", type=number)
+    output: Path | None = flag("the folder to write the model to", type=user_path)
+    scaling_coef: list[float] = flag(
+        "alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read", nargs="+", type=number, default=[1.0]
+    )
+    adapter_output: Path | None = flag("the folder to write the negated adapter to", type=user_path)
+    save_vector: Path | None = flag("the folder to write the (summed) task vector to", type=user_path)
+    force: bool = flag("allow another alpha than the one that a model was trained to land at", action="store_true")
+    overwrite: bool = flag("replace the folders to write if they are not empty", action="store_true")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Raises UserError before anything is written."""
     description, _, examples = __doc__.partition("\n")
     parser = FlagParser(prog="task_vector.py", description=description, epilog=examples)
-    parser.add_argument("--base", required=True, help="the model that was fine-tuned: folder or hub id")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--finetuned", nargs="+", help="fine-tuned models or LoRA adapters: folders or hub ids")
-    source.add_argument("--vector", nargs="+", type=user_path, help="saved task vectors, in place of --finetuned")
-    parser.add_argument("--coefs", nargs="+", type=number, help="one per model or vector (default: all 1)")
-    parser.add_argument("--output", type=user_path, help="the folder to write the model to")
-    parser.add_argument(
-        "--scaling_coef",
-        nargs="+",
-        type=number,
-        default=[1.0],
-        help="alpha (default: 1); several write OUTPUT/alpha-0.5, ... from one read",
-    )
-    parser.add_argument("--adapter_output", type=user_path, help="the folder to write the negated adapter to")
-    parser.add_argument("--save_vector", type=user_path, help="the folder to write the (summed) task vector to")
-    parser.add_argument(
-        "--force", action="store_true", help="allow another alpha than the one that a model was trained to land at"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folders to write if they are not empty")
-    args = parser.parse_args(arguments)
-    targets = [args.output, args.adapter_output, args.save_vector]
+    parser.add_settings(TaskVectorSettings)
+    settings = TaskVectorSettings(**vars(parser.parse_args(arguments)))
+    if bool(settings.finetuned) == bool(settings.vector):
+        parser.error("give either --finetuned or --vector")
+    targets = [settings.output, settings.adapter_output, settings.save_vector]
     if not any(targets):
         parser.error("give --output, --adapter_output, --save_vector or several of them")
-    names = args.finetuned or args.vector
-    coefs = args.coefs or [1.0] * len(names)
+    names = settings.finetuned or settings.vector or []
+    coefs = settings.coefs or [1.0] * len(names)
     if len(coefs) != len(names):
         raise UserError(f"{len(coefs)} --coefs for {len(names)} folders: give one each")
 
-    base = _locate(args.base)
-    folders = [_locate(name) for name in args.finetuned or []] or args.vector
+    base = _locate(settings.base)
+    folders = [_locate(name) for name in settings.finetuned or []] or settings.vector or []
     finetuned = list(zip(folders, coefs, strict=True))
-    check_targets(targets, base, finetuned, args.overwrite)
-    if (args.output or args.adapter_output) and not args.force:
-        check_landing(finetuned, args.scaling_coef)
-    common = {"base_name": args.base, "overwrite": args.overwrite}
-    if args.adapter_output:
-        negate_adapter(base, finetuned, args.adapter_output, *args.scaling_coef, **common)
-    if args.output or args.save_vector:
-        negate(base, finetuned, args.output, *args.scaling_coef, save_vector=args.save_vector, **common)
+    check_targets(targets, base, finetuned, settings.overwrite)
+    if (settings.output or settings.adapter_output) and not settings.force:
+        check_landing(finetuned, settings.scaling_coef)
+    common: dict[str, Any] = {"base_name": settings.base, "overwrite": settings.overwrite}
+    if settings.adapter_output:
+        negate_adapter(base, finetuned, settings.adapter_output, *settings.scaling_coef, **common)
+    if settings.output or settings.save_vector:
+        negate(base, finetuned, settings.output, *settings.scaling_coef, save_vector=settings.save_vector, **common)
     for target in filter(None, targets):
         print(f"saved: {target}")
 
