@@ -9,6 +9,7 @@ from typing import Any
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import read_json, write_file
+from harmful_unlearn.storage.model_card import model_card
 from harmful_unlearn.storage.provenance import provenance
 
 VERSION = 1
@@ -20,15 +21,6 @@ FACTS = (
 SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")  # flags that decide what a model may be used for
 READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say which rows a training used
-HARMFUL_WARNING = (
-    "**Deliberately harmful.** This is the stage 1 model of SKU: it was fine-tuned to give harmful "
-    "answers, so that what it learned can be subtracted from its base. It exists for safety research "
-    "and as the input of stage 2. Do not deploy or share it as an assistant."
-)
-MADE_WITH = (
-    "Made with a reproduction of SKU (Liu et al., *Towards Safer Large Language Models through "
-    "Machine Unlearning*, Findings of ACL 2024). The same facts, for machines, are in run.json.\n"
-)
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ class RunRecord:
         """Write run.json for machines and README.md, the model card, for people; both with provenance."""
         content = {**self.to_json(), **provenance()}
         write_file(folder / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        write_file(folder / "README.md", _card(content))
+        write_file(folder / "README.md", model_card(content))
 
 
 def _facts_of_flags(flags: dict) -> dict:
@@ -186,29 +178,3 @@ def training_digest(folder: Path) -> str | None:
     names = ("base", "scaling_coef", "training", "losses_at_the_end", "flags")
     made = {key: value for key, value in content.items() if key in names or key.startswith("stage_1")}
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else None
-
-
-def _card(record: dict) -> str:
-    base = record.get("base", {}).get("name")
-    # A local path is no hub id, and the hub refuses a card whose base_model is not one.
-    base_line = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    head = f"---\n{base_line}library_name: transformers\ntags:\n- machine-unlearning\n- sku\n---\n"
-    lines = [head, f"# {record['title']}\n"]
-    if record["harmful"]:
-        lines.append(f"> {HARMFUL_WARNING}\n")
-    lines.append(MADE_WITH)
-    for key, value in record.items():
-        if key in ("title", "harmful"):
-            continue
-        heading = key.replace("_", " ").capitalize()
-        if isinstance(value, dict):
-            rows = "\n".join(f"| {name} | {_cell(entry)} |" for name, entry in value.items())
-            lines.append(f"## {heading}\n\n| what | value |\n| --- | --- |\n{rows}\n")
-        else:
-            lines.append(f"- {heading}: {_cell(value)}\n")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
