@@ -27,7 +27,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, user_path
-from harmful_unlearn.storage.safetensors_io import CHUNK_ELEMENTS, ShardWriter, TensorSpec
 
 # Both models in memory, in the dtype of their files; the vector in float32.
 IN_MEMORY = """
@@ -55,7 +54,7 @@ def main() -> None:
     """Run the benchmark. Raises UserError: too little disk space, no /proc, a task that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, default=1.3, help="parameters (default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=6, help="files of each model (default: %(default)s)")
+    parser.add_argument("--shards", type=int, default=6, help="files of each model, about (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="how often each task is run (default: %(default)s)")
     parser.add_argument("--folder", type=user_path, help="where to write the models (default: a temporary folder)")
     parser.add_argument("--mergekit", default="mergekit-yaml", help="mergekit's command, if not on PATH")
@@ -72,16 +71,14 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     """Write the models, run every task, print the table."""
     config = opt_config(args.billions)
     with torch.device("meta"):
-        entries = OPTForCausalLM(config).state_dict()
-    del entries["lm_head.weight"]  # tied
-    specs = {name: TensorSpec(torch.float16, tuple(entry.shape)) for name, entry in entries.items()}
-    size = sum(spec.nbytes for spec in specs.values())
+        parameters = sum(parameter.numel() for parameter in OPTForCausalLM(config).parameters())
+    size = 2 * parameters  # bytes in float16
     need, free = int(3.1 * size), shutil.disk_usage(folder).free  # two models and one result at a time
     print(f"{size / 2e9:.2f} billion parameters, {size / 1e9:.2f} GB in float16; {need / 1e9:.1f} GB of disk needed")
     if free < need:
         raise UserError(f"{free / 1e9:.1f} GB are free in {folder.parent}: give a --folder with {need / 1e9:.1f} GB")
     base, tuned, out = folder / "base", folder / "tuned", folder / "out"
-    make_pair(base, tuned, config, split(specs, args.shards))
+    make_pair(base, tuned, config, size // args.shards)
     python = [sys.executable, "-c"]
     command = [sys.executable, str(ROOT / "task_vector.py"), "--base", str(base), "--finetuned", str(tuned)]
     paths = [str(base), str(tuned), str(out)]
@@ -118,47 +115,19 @@ def opt_config(billions: float) -> OPTConfig:
     """OPT-1.3B's configuration, with the number of layers that gives the size."""
     layer = 12 * 2048**2 / 1e9
     layers = max(round((billions - 50272 * 2048 / 1e9) / layer), 1)
-    return OPTConfig(
-        hidden_size=2048,
-        num_hidden_layers=layers,
-        ffn_dim=8192,
-        num_attention_heads=32,
-        word_embed_proj_dim=2048,
-        dtype="float16",
-        architectures=["OPTForCausalLM"],
-    )
+    sizes = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
+    return OPTConfig(num_hidden_layers=layers, **sizes)
 
 
-def split(specs: dict[str, TensorSpec], number: int) -> dict[str, dict[str, TensorSpec]]:
-    """The entries in order, in `number` files of about the same size."""
-    total, seen = sum(spec.nbytes for spec in specs.values()), 0
-    shards: dict[str, dict[str, TensorSpec]] = {}
-    for name, spec in specs.items():
-        file = f"model-{min(seen * number // total, number - 1) + 1:05d}-of-{number:05d}.safetensors"
-        shards.setdefault(file, {})[name] = spec
-        seen += spec.nbytes
-    return shards
-
-
-def make_pair(base: Path, tuned: Path, config: OPTConfig, shards: dict[str, dict[str, TensorSpec]]) -> None:
-    """Random weights of standard deviation 0.02, and the same plus noise of 0.001, written chunk by chunk."""
-    generator = torch.Generator().manual_seed(0)
-    index = {
-        "metadata": {"total_size": sum(spec.nbytes for specs in shards.values() for spec in specs.values())},
-        "weight_map": {name: file for file, specs in shards.items() for name in specs},
-    }
-    for folder in (base, tuned):
-        folder.mkdir()
-        config.save_pretrained(folder)
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    base_writer, tuned_writer = (ShardWriter(folder, shards, {"format": "pt"}) for folder in (base, tuned))
-    noise = torch.randn(CHUNK_ELEMENTS, generator=generator)
-    for specs in shards.values():
-        for name, spec in specs.items():
-            for span in spec.chunks():
-                weights = 0.02 * torch.randn(span.stop - span.start, generator=generator)
-                base_writer.write(weights.half(), name, span.start)
-                tuned_writer.write((weights + 0.001 * noise[: len(weights)]).half(), name, span.start)
+def make_pair(base: Path, tuned: Path, config: OPTConfig, shard_size: int) -> None:
+    """A random model, and the same plus noise of standard deviation 0.001, in files of up to `shard_size` bytes."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).half()
+    model.save_pretrained(base, max_shard_size=shard_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.001 * torch.randn(parameter.shape))
+    model.save_pretrained(tuned, max_shard_size=shard_size)
 
 
 def mergekit_recipe(folder: Path, base: Path, tuned: Path) -> Path:

@@ -39,8 +39,7 @@ def download(url: str, timeout: float) -> bytes:
     except urllib.error.HTTPError as error:
         raise UserError(f"{url} answers {error.code} {error.reason}: {fix}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"{url} cannot be fetched ({reason}): {fix}") from error
+        raise UserError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}): {fix}") from error
     if len(body) > MAX_BYTES:
         raise UserError(f"{url} sends more than {MAX_BYTES} bytes, which is not TruthfulQA.csv: {fix}")
     if announced and len(body) < int(announced):
@@ -59,10 +58,10 @@ def fetch(url: str, target: Path, timeout: float) -> int:
     partial = target.with_name(".TruthfulQA.partial.csv")
     try:
         partial.write_bytes(body)
-        rows = read_normal(partial, seed=0).source["rows"]
+        rows = questions_in(partial)
+        if not rows:
+            raise UserError(f"{url} did not send TruthfulQA.csv: give another --url")
         partial.replace(target)
-    except UserError as error:
-        raise UserError(f"{url} did not send TruthfulQA.csv: give another --url") from error
     except PermissionError as error:
         raise UserError(f"{target.parent} is not writable: change its permissions, then run again") from error
     finally:
@@ -70,13 +69,12 @@ def fetch(url: str, target: Path, timeout: float) -> int:
     return rows
 
 
-def is_good(target: Path) -> bool:
-    """Whether there is a TruthfulQA.csv at `target` that SKU can read."""
+def questions_in(path: Path) -> int:
+    """The number of questions in a TruthfulQA.csv; 0 if there is none that SKU can read."""
     try:
-        read_normal(target, seed=0)
+        return read_normal(path, seed=0).source["rows"]
     except UserError:
-        return False
-    return True
+        return 0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,11 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="fetch it even if a good file is there")
     flags = parser.parse_args(arguments)
     target = HERE / "TruthfulQA.csv"
-    if not flags.force and is_good(target):
+    if not flags.force and questions_in(target):
         print(f"{target} is there already (--force fetches it again)")
         return
-    rows = fetch(flags.url, target, flags.timeout)
-    print(f"{target}: {rows} questions")
+    print(f"{target}: {fetch(flags.url, target, flags.timeout)} questions")
 
 
 if __name__ == "__main__":
