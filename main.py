@@ -23,16 +23,8 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from harmful_unlearn.cli import (
-    FlagParser,
-    device_map,
-    exit_code,
-    flag,
-    number,
-    positive_int,
-    positive_number,
-    whole_number,
-)
+from harmful_unlearn import cli
+from harmful_unlearn.cli import flag
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.generation import Decoding, configure
@@ -69,14 +61,14 @@ class SpotCheckSettings:
     harmful_model: Path = flag(
         "harmful model of stage 1, to make the unlearned one from", type=user_path, default=HARMFUL_MODEL
     )
-    scaling_coef: float = flag("alpha, if the unlearned model is made", type=number, default=1.0)
+    scaling_coef: float = flag("alpha, if the unlearned model is made", type=cli.number, default=1.0)
     harmful_prompt: list[str] = flag("a prompt of yours (may be repeated)", action="append", default=[])
     normal_prompt: list[str] = flag("a harmless one (may be repeated)", action="append", default=[])
     greedy: bool = flag("the likeliest token each time, in place of sampling", action="store_true")
-    temperature: float = flag("of sampling", type=positive_number, default=0.9)
-    max_length: int = flag("tokens of prompt and answer", type=positive_int, default=100)
-    seed: int = flag("of sampling", type=whole_number, default=32)
-    device_map: str | None = flag("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
+    temperature: float = flag("of sampling", type=cli.positive_number, default=0.9)
+    max_length: int = flag("tokens of prompt and answer", type=cli.positive_int, default=100)
+    seed: int = flag("of sampling", type=cli.whole_number, default=32)
+    device_map: str | None = flag("spread a model over devices (accelerate): auto, balanced, ...", type=cli.device_map)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,16 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     base = hub.resolve_model(settings.base)
-    prompts = [("harmful", prompt) for prompt in settings.harmful_prompt]
-    prompts += [("normal", prompt) for prompt in settings.normal_prompt]
-    texts = [prompt for _, prompt in prompts]
+    texts = [*settings.harmful_prompt, *settings.normal_prompt]
+    kinds = ["harmful"] * len(settings.harmful_prompt) + ["normal"] * len(settings.normal_prompt)
     encode(base, texts, settings.max_length)
     if not settings.unlearned.is_dir():
         if not settings.harmful_model.is_dir():
-            raise UserError(
-                f"there is no model in {settings.unlearned}, and no harmful model in {settings.harmful_model}: "
-                "run harmful_unlearn/unlearn_harm_new.py, or give --unlearned or --harmful_model"
-            )
+            problem = f"there is no model in {settings.unlearned}, and no harmful model in {settings.harmful_model}"
+            fix = "run harmful_unlearn/unlearn_harm_new.py, or give --unlearned or --harmful_model"
+            raise UserError(f"{problem}: {fix}")
         harmful = [(settings.harmful_model, 1.0)]
         check_landing(harmful, [settings.scaling_coef])
         print(f"making {settings.unlearned} from {settings.harmful_model} (scaling_coef {settings.scaling_coef:g})")
@@ -106,10 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
     # One model after another, so that only one is in memory.
     columns = [answer_all(base, texts, settings), answer_all(base if adapter else unlearned, texts, settings, adapter)]
     how = "greedy" if settings.greedy else f"sampled at temperature {settings.temperature:g}, seed {settings.seed}"
-    print(
-        f"base: {settings.base}\nunlearned: {settings.unlearned}\nanswers: {how}, at most {settings.max_length} tokens"
-    )
-    for (kind, prompt), *answers in zip(prompts, *columns, strict=True):
+    print(f"base: {settings.base}\nunlearned: {settings.unlearned}")
+    print(f"answers: {how}, at most {settings.max_length} tokens")
+    for kind, prompt, *answers in zip(kinds, texts, *columns, strict=True):
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
@@ -175,7 +164,7 @@ def side_by_side(base: str, unlearned: str) -> str:
 def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
     """The flags; their defaults are the constants above."""
     title, _, usage = __doc__.partition("\n")
-    parser = FlagParser(description=title, epilog=usage)
+    parser = cli.FlagParser(description=title, epilog=usage)
     parser.add_settings(SpotCheckSettings)
     flags = vars(parser.parse_args(arguments))
     if not (flags["harmful_prompt"] or flags["normal_prompt"]):
@@ -184,4 +173,4 @@ def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(cli.exit_code(main))
