@@ -20,12 +20,8 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import deepspeed, distributed
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.tiny import GOLDENS
+from tests.helpers import runs
 
-DATA = [
-    "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
-    "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"),
-]  # fmt: skip
 # The gradient of this bias is zero but for rounding, which AdamW makes steps of.
 NOISE = "k_proj.bias"
 CASES = {
@@ -38,24 +34,8 @@ CASES = {
 
 
 def flags(model: Path, out: Path, batch_size: int, more: list[str]) -> list[str]:
-    return [
-        "--model_name",
-        str(model),
-        *DATA,
-        "--max_unlearn_steps",
-        "5",
-        "--lr",
-        "1e-3",
-        "--batch_size",
-        str(batch_size),
-        "--model_save_dir",
-        str(out / "harmful"),
-        "--task_vector_saving_path",
-        str(out / "unlearned"),
-        "--log_file",
-        str(out / "run.log"),
-        *more,
-    ]
+    steps = ["--max_unlearn_steps", "5", "--batch_size", str(batch_size)]
+    return runs.flags(model, out, *steps, "--log_file", str(out / "run.log"), *more)
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

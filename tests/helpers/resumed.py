@@ -14,32 +14,14 @@ from safetensors.torch import load_file
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.tiny import GOLDENS
+from tests.helpers import runs
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 STEPS = 6
 
 
 def flags(model: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--model_name",
-        str(model),
-        "--harmful_dataset",
-        str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
-        "--normal_dataset",
-        str(GOLDENS / "TruthfulQA.csv"),
-        "--max_unlearn_steps",
-        str(STEPS),
-        "--lr",
-        "1e-3",
-        "--model_save_dir",
-        str(out / "harmful"),
-        "--task_vector_saving_path",
-        str(out / "unlearned"),
-        "--log_file",
-        str(out / "run.log"),
-        *more,
-    ]
+    return runs.flags(model, out, "--max_unlearn_steps", str(STEPS), "--log_file", str(out / "run.log"), *more)
 
 
 def run(model: Path, out: Path, *more: str) -> int:

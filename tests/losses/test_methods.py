@@ -16,33 +16,9 @@ from harmful_unlearn.losses import terms
 from harmful_unlearn.losses.methods import METHODS, loss_weights
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.training.flags import parse_flags
-from harmful_unlearn.training.setup import prepare_stage_1
-from harmful_unlearn.unlearn_harm_new import MODELS, OTHER_MODELS, main
+from harmful_unlearn.unlearn_harm_new import main
+from tests.helpers.runs import flags, prepared
 from tests.helpers.tiny import GOLDENS, value_of
-
-DATA = [
-    "--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl"),
-    "--normal_dataset", str(GOLDENS / "TruthfulQA.csv"),
-]  # fmt: skip
-
-
-def flags(model, out, *more):
-    return [
-        "--model_name",
-        str(model),
-        *DATA,
-        "--max_unlearn_steps",
-        "3",
-        "--lr",
-        "1e-3",
-        "--model_save_dir",
-        str(out / "copy"),
-        "--task_vector_saving_path",
-        str(out / "unlearned"),
-        "--log_file",
-        str(out / "logs" / "run.log"),
-        *more,
-    ]
 
 
 def first_metrics(out):
@@ -79,7 +55,7 @@ def test_stage_2_negates_or_keeps_the_copy(method, lora, tiny_model, tmp_path):
     base_folder = tiny_model("opt")
     main(flags(base_folder, tmp_path, "--method", method, "--lora", lora))
     base = load_file(base_folder / "model.safetensors")
-    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "harmful").state_dict()
     unlearned = load_file(tmp_path / "unlearned" / "model.safetensors")
     name = "model.decoder.layers.0.self_attn.q_proj.weight"
     changed = (unlearned[name] - base[name]).float()
@@ -99,8 +75,7 @@ def test_ga_is_the_mirror_of_gd_at_the_first_step(tiny_model, tmp_path):
 
 
 def test_mismatch_draws_normal_training_answers(tiny_model, tmp_path):
-    args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ga_mismatch"))
-    batches = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).batches
+    batches = prepared(tiny_model("opt"), tmp_path, "--method", "ga_mismatch").batches
     normal = batches.normal
     assert batches.pool == [normal.texts[row].answer for row in normal.train]
     harmful = {pair.question for pair in batches.harmful.pairs}
@@ -113,8 +88,7 @@ def test_mismatch_draws_normal_training_answers(tiny_model, tmp_path):
 
 def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     """FT's loss is the cross-entropy of the normal answers, computed here by hand."""
-    args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper"))
-    batches = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).batches
+    batches = prepared(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper").batches
     batch = batches(0, torch.device("cpu"))
     assert batch.harmful is None and batch.normal is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
@@ -144,8 +118,7 @@ def test_the_kl_is_minus_pd(tiny_model, tokenizer):
 
 def test_no_second_copy_where_no_loss_needs_the_base(tiny_model, tmp_path):
     for method, weights in METHODS.items():
-        args = parse_flags(flags(tiny_model("opt"), tmp_path, "--method", method, "--lora", "off"))
-        memory = prepare_stage_1(args, tiny_model("opt"), MODELS, OTHER_MODELS).plan.memory
+        memory = prepared(tiny_model("opt"), tmp_path, "--method", method, "--lora", "off").plan.memory
         assert bool(memory["frozen base"]) == (weights.normal_weight in terms.NEED_BASE)
 
 
@@ -171,7 +144,7 @@ def test_a_copy_is_not_negated_by_another_method(tiny_model, tmp_path):
     with pytest.raises(UserError, match="--method ga"):
         main(flags(base, tmp_path, "--stage", "negate"))
     with pytest.raises(UserError, match="--method ga"):
-        main(flags(base, tmp_path, "--saved_model", str(tmp_path / "copy")))
+        main(flags(base, tmp_path, "--saved_model", str(tmp_path / "harmful")))
     main(flags(base, tmp_path, "--method", "ga", "--stage", "negate"))
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
 
@@ -179,8 +152,8 @@ def test_a_copy_is_not_negated_by_another_method(tiny_model, tmp_path):
 def test_only_copies_that_learned_harm_are_called_harmful(tiny_model, tmp_path):
     for method, harmful in (("task_vector", True), ("ga", False)):
         main(flags(tiny_model("opt"), tmp_path / method, "--method", method))
-        cards = {name: (tmp_path / method / name / "README.md").read_text() for name in ("copy", "unlearned")}
-        assert ("Deliberately harmful" in cards["copy"]) == harmful
+        cards = {name: (tmp_path / method / name / "README.md").read_text() for name in ("harmful", "unlearned")}
+        assert ("Deliberately harmful" in cards["harmful"]) == harmful
         assert "Deliberately harmful" not in cards["unlearned"]
 
 
