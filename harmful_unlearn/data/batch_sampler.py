@@ -29,26 +29,17 @@ class BatchSampler:
     later pairs (implementation details 2, 6 and 7). K answers are drawn without replacement, once per step
     (implementation detail 11).
 
-    Attributes:
-        pairs: number of harmful pairs.
-        normal: the normal training texts (`NormalData.train`).
-        answers: size of the pool of answers.
-        batch_size: B, the number of harmful pairs and that of normal texts.
-        k_random: K.
-        seed: of the shuffling and of the draws.
-        all_harmful: go through all harmful pairs and all normal texts; each of the two starts again at its own end.
-
     Raises:
         UserError: the pool has fewer than K answers.
     """
 
-    pairs: int
-    normal: Sequence[int]
-    answers: int
-    batch_size: int
-    k_random: int
-    seed: int
-    all_harmful: bool = False
+    pairs: int  # the number of harmful pairs
+    normal: Sequence[int]  # the normal training texts (`NormalData.train`)
+    answers: int  # the size of the pool of answers
+    batch_size: int  # B, the number of harmful pairs and that of normal texts
+    k_random: int  # K
+    seed: int  # of the shuffling and of the draws
+    all_harmful: bool = False  # go through all pairs and all normal texts, each starting again at its own end
 
     def __post_init__(self) -> None:
         if self.k_random > self.answers:

@@ -94,9 +94,9 @@ class Collator:
         """Questions with their own answers and with others, for one forward pass.
 
         In "released", the positions of a text from its start on share a weight of 1, the last position, which predicts
-        nothing, included (implementation detail 9), and random answers' questions are scored, too (detail 11). In
-        "paper", the answer tokens of a text share a weight of 1, and nothing else counts. The weights of all texts of a
-        kind are then averaged.
+        nothing, included, and random answers' questions are scored, too (implementation details 9 and 11). In "paper",
+        the answer tokens of a text share a weight of 1, and nothing else counts. The weights of all texts of a kind are
+        then averaged; in "paper" without texts whose answer has no token to score.
 
         Args:
             pairs: B questions with their own answers.
@@ -105,15 +105,15 @@ class Collator:
             packed_up_to: in tokens: if no text is longer, a row holds a question with all its answers; if one is
                 longer, or each question has one answer, a row holds one text.
         """
-        keys = (["own_answer"] if own_answers else []) + ["random_answers"] * len(answers)  # of each question's texts
+        keys = (["own_answer"] if own_answers else []) + ["random_answers"] * len(answers)  # of a question's texts
         answers_of = [[pair.answer, *answers] if own_answers else answers for pair in pairs]
         texts = [Pair(pair.question, answer) for pair, row in zip(pairs, answers_of, strict=True) for answer in row]
         encoded = iter(self.encode(texts))
         groups = [[self._scored(key, next(encoded)) for key in keys] for _ in pairs]  # of each row
-        averaged_over = {key: self._averaged_over(key, groups) for key in keys}
-        longest = max(len(text.input_ids) for group in groups for text in group)
-        if longest > packed_up_to or len(keys) == 1:
-            flat = sorted((text for group in groups for text in group), key=lambda text: text.key)  # own answers first
+        flat = sorted((text for group in groups for text in group), key=lambda text: text.key)  # own answers first
+        averaged = [text.key for text in flat if text.positions or self.variant == "released"]  # others score nothing
+        averaged_over = {key: max(averaged.count(key), 1) for key in keys}
+        if max(len(text.input_ids) for text in flat) > packed_up_to or len(keys) == 1:
             groups = [[text] for text in flat]
         rows = [_lay_out([text.input_ids for text in group]) for group in groups]
 
@@ -156,11 +156,6 @@ class Collator:
         else:
             first, shared_by = text.answer_start - 1, length - text.answer_start
         return _ScoredText(key, text.input_ids, range(first, length - 1), max(shared_by, 1))
-
-    def _averaged_over(self, key: str, groups: list[list[_ScoredText]]) -> int:
-        """The number of texts in the average; in "paper", without those whose answer has no token to score."""
-        texts = [text for group in groups for text in group if text.key == key]
-        return len(texts) if self.variant == "released" else max(1, sum(bool(text.positions) for text in texts))
 
     def _batch(self, rows: list["_Row"], scored: Indices, entries: Indices, weights: dict[str, list[float]]) -> Batch:
         """The tensors of padded rows, scored (row, position)s, (index, target) entries, and the entries' weights."""

@@ -30,23 +30,14 @@ class Response:
 
 @dataclass
 class HarmfulData:
-    """Harmful pairs, for GD, and the pool of harmful answers, for RD.
+    """Harmful pairs, for GD, and the pool of harmful answers, for RD (implementation details 2 and 5)."""
 
-    Attributes:
-        pairs: for each row in order, response_0 if unsafe, then response_1 if unsafe (implementation detail 2).
-        answers: every unsafe response_0 in row order, then every unsafe response_1 (implementation detail 5).
-        answer_questions: the question that each of `answers` came with.
-        safe_answers: for each pair, the other response of its row if that is safe and not empty; else None.
-        rows: rows read, before the selection.
-        source: name, revision, split, sha256 (of a file), rows, pairs, selection.
-    """
-
-    pairs: list[Pair]
-    answers: list[str]
-    answer_questions: list[str]
-    safe_answers: list[str | None]
-    rows: int
-    source: dict
+    pairs: list[Pair]  # for each row in order, response_0 if unsafe, then response_1 if unsafe
+    answers: list[str]  # every unsafe response_0 in row order, then every unsafe response_1
+    answer_questions: list[str]  # the question that each of `answers` came with
+    safe_answers: list[str | None]  # for each pair, the other response of its row if that is safe and not empty
+    rows: int  # read, before the selection
+    source: dict  # name, revision, split, sha256 (of a file), rows, pairs, selection
 
 
 def read_harmful(
@@ -96,10 +87,7 @@ def read_harmful(
 
 
 def read_responses(name: str, revision: str | None = None, split: str = "train") -> list[Response]:
-    """All responses, safe and unsafe, of the same data, with their labels; two a row, in row order.
-
-    Args and raises as `read_harmful`.
-    """
+    """All responses, safe and unsafe, with their labels; two a row, in row order. Args and raises as `read_harmful`."""
     table, prompts, responses, safe = _read_responses(name, revision, split)
     flags = _labels(table, "harm_category", as_flags, FLAGS)
     return [
@@ -124,10 +112,9 @@ def _read_responses(
 
 
 def _labels(table: Table, kind: str, parse: Callable[[Any], Any], expected: str, flag: str = "") -> list[list]:
-    """A kind of label of each response, [2][rows]; of data without that kind, those of empty cells.
+    """A kind of label of each response, [2][rows]; if the data have none, those of empty cells.
 
-    Raises:
-        UserError: the data do not have the labels, which `flag` selects by.
+    Raises UserError: they have none, and `flag` selects by them.
     """
     columns = [f"response_{side}_{kind}" for side in (0, 1)]
     if set(columns) <= set(table.columns):

@@ -53,21 +53,15 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The batches of each step, a pure function of the step.
-
-    Attributes:
-        packed_up_to: in tokens: a step whose texts are no longer has one row for each harmful question
-            (`Collator.answers_batch`). 0: always one row for each text.
-        share: (process, processes): each batch holds the rows of this process (`Batch.share`).
-    """
+    """The batches of each step, a pure function of the step."""
 
     collator: Collator
     sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
     reads: Reads
-    packed_up_to: float = 0
-    share: tuple[int, int] = (0, 1)
+    packed_up_to: float = 0  # tokens: as in `Collator.answers_batch`
+    share: tuple[int, int] = (0, 1)  # (process, processes): each batch holds the rows of this process (`Batch.share`)
 
     @cached_property
     def pool(self) -> list[str]:

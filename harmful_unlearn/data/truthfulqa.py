@@ -21,19 +21,13 @@ NORMAL_FIX = (
 
 @dataclass
 class NormalData:
-    """Normal texts, for PD, and their random split of 70 / 10 / 20 % (implementation detail 6).
+    """Normal texts, for PD, and their random split of 70 / 10 / 20 % (implementation detail 6)."""
 
-    Attributes:
-        texts: each question with its best answer, then each question with all its correct answers as one text.
-        train, validation, test: indices into `texts`.
-        source: name, revision, split, sha256 (of a file), rows, texts, train, validation, test.
-    """
-
-    texts: list[Pair]
-    train: list[int]
+    texts: list[Pair]  # each question with its best answer, then each with all its correct answers as one text
+    train: list[int]  # indices into `texts`, as are the other two
     validation: list[int]
     test: list[int]
-    source: dict
+    source: dict  # name, revision, split, sha256 (of a file), rows, texts, train, validation, test
 
 
 def read_normal(name: str | Path, seed: int) -> NormalData:

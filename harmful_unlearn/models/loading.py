@@ -125,10 +125,8 @@ def load_model(
 def enable_gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """Recompute activations in the backward pass if `wanted`, or if a part of the model is offloaded.
 
-    Without that, autograd would keep every offloaded weight that a forward pass loads until the backward pass.
-
-    Raises:
-        UserError: an offloaded weight would be trained.
+    Without that, autograd would keep every offloaded weight that a forward pass loads until the backward pass. Raises
+    UserError: an offloaded weight would be trained.
     """
     offloaded = [parameter for parameter in model.parameters() if parameter.is_meta]
     if any(parameter.requires_grad for parameter in offloaded):

@@ -16,11 +16,8 @@ class ReferenceModel:
     With LoRA it is the trained model with its adapter switched off, so there is no second copy of the weights.
 
     Args:
-        model: the trained model if it has an adapter, else a second model, which will be frozen.
+        model: the trained model if it has an adapter (`shared` is then true), else a second model, to be frozen.
         autocast: compute in bf16, for a second model in float32.
-
-    Attributes:
-        shared: whether the weights are those of the trained model.
     """
 
     def __init__(self, model: PreTrainedModel, autocast: bool = False):

@@ -13,12 +13,9 @@ from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
 
 def check_landing(finetuned: WeightedFolders, alphas: Sequence[float]) -> None:
-    """Refuse to negate a model by another alpha than the one whose landing point it was trained at.
+    """Raises UserError: a model is negated by another alpha than the one whose landing point it was trained at.
 
     An alpha of -1 is allowed: it gives the harmful model itself.
-
-    Raises:
-        UserError: an alpha differs.
     """
     for folder, coef in finetuned:
         for record, inner in _parts(folder):
@@ -27,11 +24,10 @@ def check_landing(finetuned: WeightedFolders, alphas: Sequence[float]) -> None:
                 continue
             refused = [alpha * coef * inner for alpha in alphas if alpha * coef * inner not in (landing, -1.0)]
             if refused:
-                raise UserError(
-                    f"{folder} was trained to land at --scaling_coef {landing:g}, and nothing shows that normal text "
-                    f"is preserved at {refused[0]:g}: give {landing / coef / inner:g}, or explore with "
-                    "task_vector.py --force"
-                )
+                trained = f"{folder} was trained to land at --scaling_coef {landing:g}"
+                problem = f"nothing shows that normal text is preserved at {refused[0]:g}"
+                fix = f"give {landing / coef / inner:g}, or explore with task_vector.py --force"
+                raise UserError(f"{trained}, and {problem}: {fix}")
 
 
 def negation_records(

@@ -56,10 +56,9 @@ def open_source(folder: Path) -> Source:
 
 
 def open_matched(base: Path, folders: list[Path]) -> tuple[SafetensorsFolder, list[Source], list[dict[str, str]]]:
-    """Open the base and what was made from it, and match their entries. Only headers are read, and tied entries.
+    """The base, a source for each folder, and for each source the base's entry names -> its own.
 
-    Returns:
-        The base, a source for each folder, and for each source the base's entry names -> its own.
+    Only headers are read, and tied entries.
 
     Raises:
         UserError: something is missing, broken, quantized, or does not fit the base.

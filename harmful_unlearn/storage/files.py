@@ -49,9 +49,7 @@ def resolved(path: Path) -> Path:
 def check_target(target: Path, overwrite: bool) -> None:
     """Check before the work that a folder can be written.
 
-    Raises:
-        UserError: `target` is a file, a mount or the current folder, is not empty (without `overwrite`), or cannot be
-            written.
+    Raises UserError: it is a file, a mount, the current folder, not empty (without `overwrite`), or not writable.
     """
     if _exists(target) and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
@@ -132,11 +130,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` to write into, renamed to `target` at the end of the block.
 
     Whatever stops the block, `target` is either as it was or new and complete. The previous folder (with `overwrite`)
-    is removed only after the new one has its name. If the renaming itself fails, the new files stay in the temporary
-    folder, which the error names.
-
-    Raises:
-        UserError: as `check_target`, or the renaming failed.
+    is removed only after the new one has its name. Raises UserError: as `check_target`, or the renaming failed; the
+    new files are then in the temporary folder, which the error names.
     """
     check_target(target, overwrite)
     target = resolved(target)

@@ -18,6 +18,7 @@ FACTS = (
     "base", "finetuned", "scaling_coef", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags",
     "negates", "landing_alpha", "prompt_template",
 )  # fmt: skip
+VALUES = ("harmful", "scaling_coef", "negates", "landing_alpha", "prompt_template")
 SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")  # flags that decide what a model may be used for
 READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say which rows a training used
@@ -25,40 +26,25 @@ READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say whi
 
 @dataclass(frozen=True)
 class RunRecord:
-    """How a model's folder was made. A folder without run.json has an empty record.
-
-    Attributes:
-        title: one line.
-        harmful: whether the model was trained to be harmful; the card then warns. None if unknown.
-        base: name, revision and fingerprint of the base theta_o.
-        finetuned: for a model made in stage 2, its sources (folder -> coefficient).
-        scaling_coef: for a model made in stage 2, alpha.
-        harmful_data, normal_data: for a stage 1 run, the source of its data (name, revision, sha256, rows, ...).
-        training: for a stage 1 run, what its flags resolved to (steps, processes, LoRA, precision, ...).
-        losses_at_the_end: for a stage 1 run, each loss in the last step (nats).
-        flags: for a stage 1 run, every flag.
-        negates: for a stage 1 run, whether stage 2 subtracts what it learned (False for GA, FT, ...).
-        landing_alpha: for a stage 1 run, the only alpha it was trained to be negated by; None for any alpha.
-        prompt_template: for a stage 1 run, the text that questions and answers were put into.
-        stage_1: the records of the models in `finetuned`, in that order.
-        more: everything else, for the card.
-    """
+    """How a model's folder was made. A folder without run.json has an empty record."""
 
     title: str = ""
-    harmful: bool | None = None
-    base: dict = field(default_factory=dict)
-    finetuned: dict[str, float] = field(default_factory=dict)
-    scaling_coef: float | None = None
-    harmful_data: dict = field(default_factory=dict)
+    harmful: bool | None = None  # whether the model was trained to be harmful; the card then warns. None if unknown
+    base: dict = field(default_factory=dict)  # name, revision and fingerprint of the base theta_o
+    # Of a model made in stage 2:
+    finetuned: dict[str, float] = field(default_factory=dict)  # its sources: folder -> coefficient
+    scaling_coef: float | None = None  # alpha
+    stage_1: "tuple[RunRecord, ...]" = ()  # the records of the models in `finetuned`, in that order
+    # Of a stage 1 run:
+    harmful_data: dict = field(default_factory=dict)  # where they are from: name, revision, sha256, rows, ...
     normal_data: dict = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
-    losses_at_the_end: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)  # what its flags resolved to: steps, processes, LoRA, precision, ...
+    losses_at_the_end: dict = field(default_factory=dict)  # each loss in the last step (nats)
     flags: dict = field(default_factory=dict)
-    negates: bool | None = None
-    landing_alpha: float | None = None
-    prompt_template: str | None = None
-    stage_1: "tuple[RunRecord, ...]" = ()
-    more: dict = field(default_factory=dict)
+    negates: bool | None = None  # whether stage 2 subtracts what it learned (False for GA, FT, ...)
+    landing_alpha: float | None = None  # the only alpha it was trained to be negated by; None for any alpha
+    prompt_template: str | None = None  # the text that questions and answers were put into
+    more: dict = field(default_factory=dict)  # everything else, for the card
 
     @property
     def method(self) -> str | None:
@@ -78,11 +64,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
-        """The record in run.json of `folder`.
-
-        Raises:
-            UserError: it is broken, not written by this project, or written by a newer version.
-        """
+        """The record in run.json of `folder`. Raises UserError: it is broken, foreign, or of a newer version."""
         path = folder / "run.json"
         if not path.is_file():
             return cls()
@@ -111,14 +93,11 @@ class RunRecord:
         count = max([len(finetuned), *sources])
         if count > len(finetuned) + len(sources) or min(sources, default=1) < 1:
             raise ValueError
-        facts: dict[str, Any] = {name: content.get(name) for name in ("negates", "landing_alpha", "prompt_template")}
-        known = {"title", "harmful", "scaling_coef", *SECTIONS, *facts}
+        values = {**sections, **{name: content.get(name) for name in VALUES}}
+        known = {"title", *values}
         return cls(
             title=str(content.get("title", "")),
-            harmful=content.get("harmful"),
-            scaling_coef=content.get("scaling_coef"),
-            **sections,
-            **(facts if version else _facts_of_flags(flags)),
+            **(values if version else values | _facts_of_flags(flags)),
             stage_1=tuple(cls._from_json(sources.get(number, {}), version) for number in range(1, count + 1)),
             more={key: value for key, value in content.items() if key not in known and not key.startswith("stage_1")},
         )
@@ -157,11 +136,7 @@ def _facts_of_flags(flags: dict) -> dict:
 
 
 def read_trainings(folder: Path) -> list[RunRecord]:
-    """The stage 1 runs behind the model in `folder`; none without run.json.
-
-    Raises:
-        UserError: as `RunRecord.read`; a run does not say which rows it used.
-    """
+    """The stage 1 runs behind the model in `folder`, if any. Raises UserError: one does not say which rows it used."""
     trainings = RunRecord.read(folder).trainings
     missing = [name for run in trainings for name in READ_FLAGS if not isinstance(run.flags.get(name), str | int)]
     if missing:

@@ -156,11 +156,7 @@ class SafetensorsFolder:
         return self.read_into(torch.empty(spec.shape, dtype=spec.dtype), name)
 
     def read_into(self, out: Tensor, name: str, start: int = 0) -> Tensor:
-        """Fill `out` with elements of the flattened entry, from `start`, converted to its dtype.
-
-        Raises:
-            UserError: the file became shorter since it was opened.
-        """
+        """Fill `out` with elements of an entry, from `start`, in its dtype. Raises UserError: the file is too short."""
         path, offset = self._offsets[name]
         dtype = self.specs[name].dtype
         stored = out if out.dtype == dtype else self._buffers("stored", out.numel(), dtype)
