@@ -52,17 +52,16 @@ from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, Ten
 class TaskVector:
     """tau = finetuned - pretrained, over all floating-point entries (implementation detail 16).
 
+    unlearned = (-TaskVector(base, harmful)).apply_to(base, scaling_coef=1.0)
+
+    Tied weights are one entry, under their first name. Differences are float32 (float64 for float64 entries), so
+    that a 16-bit model is rounded once, when the vector is applied.
+
     Args:
         pretrained, finetuned: models or state dicts with the same entries. A device_map may have spread the models
             over devices and disk; each difference is computed where pretrained's entry is.
         vector: tau itself, by entry name, in place of the two models.
         partial: entries that `vector` lacks are zero, as for an adapter.
-
-    Tied weights are one entry, under their first name. Differences are float32 (float64 for float64 entries), so
-    that a 16-bit model is rounded once, when the vector is applied.
-
-    Example:
-        unlearned = (-TaskVector(base, harmful)).apply_to(base, scaling_coef=1.0)
 
     Raises:
         UserError: an entry is missing, extra, or of another shape; a quantized model.

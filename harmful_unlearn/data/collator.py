@@ -34,21 +34,16 @@ RELEASED_RD_START = 2
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """One text as token ids.
+    """One text as token ids."""
 
-    Attributes:
-        input_ids: the tokens of the whole text, cut to the collator's `max_length`.
-        start_loc: where the released code has the answer start: the number of tokens of the prefix, less one
-            (implementation detail 3); the first answer token if the prefix's trailing space merges into it.
-        answer_start: index of the first answer token: the first one not shared with the tokenised prompt (without its
-            trailing space, which some tokenizers merge into the next word). `len(input_ids)` if the answer is empty.
-        cut: whether `max_length` cut the text.
-    """
-
-    input_ids: list[int]
+    input_ids: list[int]  # of the complete text, cut to the collator's `max_length`
+    # Where the released code has the answer start: the number of tokens of the prefix, less one (implementation
+    # detail 3). It is the first answer token if the prefix's trailing space merges into that, as in byte-level BPE.
     start_loc: int
+    # Where it starts: at the first token not shared with the tokenised prompt (without its trailing space, which some
+    # tokenizers merge into the next word). `len(input_ids)` if the answer is empty.
     answer_start: int
-    cut: bool
+    cut: bool  # whether `max_length` cut the text
 
 
 class _ScoredText(NamedTuple):
@@ -60,19 +55,13 @@ class _ScoredText(NamedTuple):
     shared_by: int  # the number of positions that share the text's weight of 1
 
 
+@dataclass(frozen=True)
 class Collator:
-    """Turns pairs into batches for one tokenizer and one variant.
+    """Turns pairs into batches for one tokenizer and one variant."""
 
-    Args:
-        tokenizer: adds its own BOS; its padding and truncation are not used.
-        variant: "released" or "paper" (docs/implementation-details.md).
-        max_length: in tokens; longer texts are cut on the right, that is, in the answer.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, variant: str, max_length: int):
-        self.tokenizer = tokenizer
-        self.variant = variant
-        self.max_length = max_length
+    tokenizer: PreTrainedTokenizerBase  # adds its own BOS; its padding and truncation are not used
+    variant: str  # "released" or "paper" (docs/implementation-details.md)
+    max_length: int  # tokens; longer texts are cut on the right, that is, in the answer
 
     def encode(self, pairs: list[Pair]) -> list[TokenizedText]:
         """Tokenise pairs, and find where each answer starts (implementation details 1 to 4)."""

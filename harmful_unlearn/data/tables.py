@@ -10,7 +10,6 @@ import io
 import json
 import re
 import reprlib
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ def _read_file(path: Path, fix: str) -> Table:
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path} is not in a known format: {fix}")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file: {fix}")  # reading a device or a pipe may never end
         content = path.read_bytes()
     except OSError as error:
