@@ -60,16 +60,13 @@ def negate(
             targets += [(alpha, ShardWriter(models[alpha], shards, negation.base.metadata)) for alpha in alphas]
         if save_vector:
             vector = folders.enter_context(new_folder(save_vector, overwrite))
-            vector_shards = _vector_shards(negation)
-            metadata = vector_metadata(partial=all(source.partial for source in negation.sources))
-            targets.append((None, ShardWriter(vector, vector_shards, metadata)))
+            targets.append((None, _vector_writer(vector, negation)))
         _fill(negation, targets)
         if output:
             for alpha in alphas:
                 copy_small_files(negation.base, models[alpha])
                 records[alpha].write(models[alpha])
         if save_vector:
-            _write_index(vector, vector_shards)
             replace(records[alphas[0]], title=f"Task vector from {base_name or base}").write(vector)
 
 
@@ -167,20 +164,17 @@ def _fill(negation: Negation, targets: list[tuple[float | None, ShardWriter]]) -
         torch.set_num_threads(threads)
 
 
-def _vector_shards(negation: Negation) -> dict[str, dict[str, TensorSpec]]:
-    """The vector's files and their entries: a file for each file of the base that has changed entries."""
+def _vector_writer(folder: Path, negation: Negation) -> ShardWriter:
+    """The vector's files: one for each file of the base that has changed entries; several with an index."""
     base = negation.base
     specs = {name: TensorSpec(work_dtype(base.specs[name].dtype), base.specs[name].shape) for name in negation.changed}
     shards = [{name: specs[name] for name in names if name in specs} for names in base.shards.values()]
     shards = [shard for shard in shards if shard]
+    files = {f"{VECTOR_STEM}-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
     if len(shards) == 1:
-        return {f"{VECTOR_STEM}.safetensors": shards[0]}
-    return {f"{VECTOR_STEM}-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
-
-
-def _write_index(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:
-    if len(shards) > 1:
-        weight_map = {name: file for file, specs in shards.items() for name in specs}
-        size = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        files = {f"{VECTOR_STEM}.safetensors": shards[0]}
+    else:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
         write_file(folder / f"{VECTOR_STEM}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return ShardWriter(folder, files, vector_metadata(partial=all(source.partial for source in negation.sources)))
