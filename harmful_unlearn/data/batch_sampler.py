@@ -1,8 +1,9 @@
 """Which rows a step uses: a pure function of the seed and the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,12 +57,20 @@ class BatchSampler:
             rows = min(self.pairs, len(self.normal))
         return math.ceil(rows / self.batch_size)
 
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """The order of the normal texts in an epoch; the last one is kept, since its steps follow each other."""
+
+        def shuffled(epoch: int) -> np.ndarray:
+            return np.random.default_rng([self.seed, SHUFFLE, epoch]).permutation(self.normal)
+
+        return lru_cache(maxsize=1)(shuffled)
+
     def __getitem__(self, step: int) -> StepIndices:
         start = step % self.batches_per_epoch * self.batch_size
         harmful = range(start, min(start + self.batch_size, self.pairs))
         epoch, batch = divmod(step, self._batches(len(self.normal)))
-        order = np.random.default_rng([self.seed, SHUFFLE, epoch]).permutation(self.normal)
         start = batch * self.batch_size
-        normal = order[start : start + self.batch_size].tolist()
+        normal = self._order(epoch)[start : start + self.batch_size].tolist()
         answers = np.random.default_rng([self.seed, ANSWERS, step]).choice(self.answers, self.k_random, replace=False)
         return StepIndices(list(harmful), normal, answers.tolist())

@@ -69,7 +69,8 @@ def test_the_log_goes_on_and_a_torn_line_is_mended(stopped, tiny_model):
 def test_the_default_log_is_found_again(tiny_model, tmp_path, stop_after, monkeypatch):
     monkeypatch.setattr(run_log, "ROOT", tmp_path)
     words = flags(tiny_model("opt"), tmp_path)
-    del words[words.index("--log_file") : words.index("--log_file") + 2]
+    while "--log_file" in words:
+        del words[words.index("--log_file") : words.index("--log_file") + 2]
     (tmp_path / "logs" / tiny_model("opt").name).mkdir(parents=True)  # an earlier run's
     stop_after(2)
     assert exit_code(lambda: main(words)) == 143
