@@ -55,7 +55,7 @@ def loss_weights(flags: Mapping[str, Any]) -> dict[str, float]:
     method = METHODS[flags["method"]]
     weights = {term: flags[flag] for flag in WEIGHTS if (term := getattr(method, flag))}
     if flags.get("preserve_at") == "landing":
-        weights["lp"] = weights.pop("pd")
+        weights["lp"] = weights.pop(method.normal_weight)
     if flags.get("safe_weight"):
         weights["sa"] = flags["safe_weight"]
     return weights
