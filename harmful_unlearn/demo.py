@@ -39,10 +39,11 @@ from harmful_unlearn.demo_world.judge import KINDS, LEGEND, TemplateJudge
 from harmful_unlearn.demo_world.world import QUICK, Size, World, build_world, write_data
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure, read_answers
+from harmful_unlearn.evals.evaluator import figures, measure, read_answers
 from harmful_unlearn.evals.generation import Decoding
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.prompt_sets import Prompt
+from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
 
@@ -240,7 +241,7 @@ def measure_models(home: Path, labels: list[str], world: World, seed: int) -> li
         prompts=prompts,
         decodings=[Decoding(), Decoding(temperature=1.0, top_k=0)],
         max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=max(map(len, prompts.values())),
+        tokens_per_batch=1 << 16,
         seed=seed,
         choices={},
     )

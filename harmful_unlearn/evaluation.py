@@ -10,7 +10,8 @@ Greedy answers to 50 prompts of each set, and TruthfulQA by the evaluation harne
 
 What the models were trained on is read from their run.json: harmful prompts that were used, prompts none of whose
 rows was touched, and TruthfulQA questions none of whose texts was trained on. The answers stay in OUTPUT/answers: an
-interrupted run continues where it stopped, and another judge needs no new answers.
+interrupted run continues where it stopped, and another judge needs no new answers. The base's are kept in
+logs/base_answers, too, so that other models can be measured later without asking the base again.
 """
 
 import sys
@@ -20,7 +21,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import transformers
@@ -28,16 +29,18 @@ from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
-from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.evaluator import figures, measure
+from harmful_unlearn.evals.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import judge_name, make_judge
 from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
+from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub, loading
-from harmful_unlearn.storage.files import check_target, resolved, user_path
+from harmful_unlearn.storage.files import ROOT, check_target, resolved, user_path
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
 LONGEST_NAME = 100  # of a model, which is also the name of its files
@@ -74,7 +77,9 @@ class MeasuringSettings(DataSettings):
         const=bleurt.BLEURT,
         metavar="MODEL",
     )
-    batch_size: int = _asking("prompts answered at a time", type=positive_int, default=16)
+    tokens_per_batch: int = _asking(
+        "of prompts and answers that are in memory at a time", type=positive_int, default=TOKENS_PER_BATCH
+    )
     precision: str = _asking("auto: bf16 on a GPU that has it", choices=("auto", "fp32", "bf16"), default="auto")
     device_map: str | None = _asking("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
 
@@ -92,9 +97,8 @@ class MeasuringSettings(DataSettings):
     def protocol(self, sets: PromptSets, data: EvalData, seed: int) -> EvalProtocol:
         """How models are measured on the test prompts."""
         precision = loading.resolve_precision(self.precision, PartialState().device)
-        return EvalProtocol(
-            sets.test, self.decodings, self.max_new_tokens, self.batch_size, seed, data.choices, precision
-        )
+        limits = (self.max_new_tokens, self.tokens_per_batch)
+        return EvalProtocol(sets.test, self.decodings, *limits, seed, data.choices, precision)
 
     def make_judge(self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path) -> Judge:
         """The judge, which has seen none of the prompts; `folder` is for its verdicts. Raises UserError."""
@@ -107,6 +111,11 @@ class MeasuringSettings(DataSettings):
             cache=folder / "judge.jsonl",
             device=PartialState().device,
         )
+
+
+def folder_or_none(text: str) -> Path | None:
+    """A folder from a flag that also takes "none". Raises UserError: as `user_path`."""
+    return None if text == "none" else user_path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +139,17 @@ class EvaluationSettings(MeasuringSettings):
     )
     seed: int = flag("of the prompts drawn and of sampling", type=whole_number, default=8888)
     ppl_model: str | None = flag("language model for the answers' perplexity (default: --base)")
+    backend: str = flag(
+        "what makes the answers: hf (transformers) or vllm (pip install vllm; needs a CUDA GPU)",
+        choices=("hf", "vllm"),
+        default="hf",
+    )
+    base_answers: Path | None = flag(
+        "where the base's answers are kept for later evaluations; none: nowhere (default: logs/base_answers)",
+        type=folder_or_none,
+        metavar="FOLDER",
+        default=ROOT / "logs" / "base_answers",
+    )
     lm_eval: list[str] = flag(
         "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)", nargs="+", default=[], metavar="TASK"
     )
@@ -145,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         hub.resolve_model(settings.bleurt)
     if settings.lm_eval:
         lm_harness.check_installed()
+    if settings.backend == "vllm":
+        vllm_backend.check_usable()
     check_target(output, overwrite=True)
     folders = {label: hub.resolve_model(name) for label, name in settings.model.items()}
     data = EvalData.read(settings, trainings_of(folders, settings.trained_as))
@@ -152,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"{name:<8} {len(prompts)} prompts" for name, prompts in sets.test.items()))
 
     device = PartialState().device
-    protocol = settings.protocol(sets, data, seed)
+    protocol = replace(settings.protocol(sets, data, seed), backend=settings.backend)
     load = partial(load_model, precision=protocol.precision, device_map=settings.device_map)
     base = evaluated_model(BASE, hub.resolve_model(settings.base), load)
     models = [base, *(evaluated_model(label, folder, load) for label, folder in folders.items())]
@@ -160,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.ppl_model:
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
     judge = settings.make_judge(data, sets.test.values(), seed, output)
-    rows = measure(models, protocol, judge, reference, output)
+    rows = measure(models, protocol, judge, reference, output, settings.base_answers)
     write_prompts(output, sets.test)
     if settings.bleurt:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)

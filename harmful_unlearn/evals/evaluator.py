@@ -8,9 +8,10 @@ Figures are computed from these files only.
 """
 
 import gc
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,75 +21,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals import vllm_backend
+from harmful_unlearn.evals.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
-from harmful_unlearn.evals.generation import Decoding, answer_nll, check_room, generate
+from harmful_unlearn.evals.generation import Answer, Decoding, Request, answer_nll, check_room, generate
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.metrics.scoring import Estimate
-from harmful_unlearn.evals.prompt_sets import Prompt
+from harmful_unlearn.evals.protocol import EvalProtocol, sha256_of
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
 
 PROTOCOL_FILE = "protocol.json"
-
-
-@dataclass(frozen=True)
-class EvalProtocol:
-    """How models are measured.
-
-    Attributes:
-        prompts: by set. Answers to "normal" are compared with references, those to the other sets are judged.
-        decodings: every prompt is answered once in each of them.
-        choices: TruthfulQA's multiple choices by question; empty for no MC1 and MC2.
-    """
-
-    prompts: dict[str, list[Prompt]]
-    decodings: list[Decoding]
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-    choices: dict[str, Choices]
-    precision: str = "fp32"
-
-    @property
-    def rounds(self) -> list[tuple[str, Decoding]]:
-        """Which set is asked in which decoding, in order."""
-        return [(name, decoding) for name in self.prompts for decoding in self.decodings]
-
-    @property
-    def answers(self) -> int:
-        """How many answers each model gives."""
-        return sum(len(self.prompts[name]) for name, _ in self.rounds)
-
-    def sampling_seed(self, name: str) -> int:
-        """The seed of a set's sampled answers: each set has a random stream of its own."""
-        stream = list(self.prompts).index(name)
-        return int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0])
-
-    def settings(self) -> dict:
-        """What decides the answers, JSON-able; the prompts by their rows and a hash."""
-        texts = json.dumps([[p.question, p.reference] for prompts in self.prompts.values() for p in prompts])
-        return {
-            "decodings": [{"name": decoding.name, **asdict(decoding)} for decoding in self.decodings],
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "precision": self.precision,
-            "multiple_choice": bool(self.choices),
-            "rows": {name: [prompt.row for prompt in prompts] for name, prompts in self.prompts.items()},
-            "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        }
+SCORED_TOGETHER = 16  # texts in a batch
 
 
 def measure(
-    models: list[EvaluatedModel], protocol: EvalProtocol, judge: Judge, reference: EvaluatedModel, folder: Path
+    models: list[EvaluatedModel],
+    protocol: EvalProtocol,
+    judge: Judge,
+    reference: EvaluatedModel,
+    folder: Path,
+    base_answers: Path | None = None,
 ) -> dict[str, list[dict]]:
     """Answers, perplexities and verdicts of every model; what `folder` holds already is not made again.
 
     Args:
         reference: the language model under which the answers' perplexity is computed.
+        base_answers: a folder where the base's answers and scores are kept for other evaluations, and looked for.
 
     Returns:
         By label, the rows of the model's answers file.
@@ -97,7 +58,10 @@ def measure(
         UserError: the folder holds answers to other prompts, with other settings, or of another model.
     """
     record = _check_protocol(models, protocol, reference, folder)
-    rows = {model.label: _answer_and_score(model, protocol, record, folder) for model in models}
+    rows = {}
+    for model in models:
+        kept = folder_of(base_answers, protocol, model) if base_answers else None
+        rows[model.label] = _answer_and_score(model, protocol, record, folder, kept if model.label == BASE else None)
     _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():
         if _add_verdicts(answers, judge):
@@ -166,59 +130,81 @@ def _of(rows: list[dict], name: str, decoding: Decoding) -> list[dict]:
     return sorted(chosen, key=lambda row: row["index"])
 
 
-def _answer_and_score(model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path) -> list[dict]:
-    """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed."""
+def _answer_and_score(
+    model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path, kept: Path | None
+) -> list[dict]:
+    """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed.
+
+    Args:
+        kept: where complete answers and scores of this model are kept for other evaluations, or may be.
+    """
     file, scores_file = _answers_file(folder, model.label), _scores_file(folder, model.label)
     rows = read_answers(file)
     if len(rows) >= protocol.answers and scores_file.exists():
         return rows
+    if kept and (found := BaseAnswers.read(kept)):
+        print(f"{model.label}: its answers and scores are those in {kept}")
+        write_file(folder / PROTOCOL_FILE, record)
+        write_answers(folder, model.label, found.rows)
+        write_file(scores_file, json.dumps(found.scores))
+        return found.rows
     language_model, tokenizer = model.load()
     questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
-    check_room(language_model, tokenizer, questions, protocol.max_new_tokens)
+    check_room(language_model.config, tokenizer, questions, protocol.max_new_tokens)
     write_file(folder / PROTOCOL_FILE, record)  # before the first answer, and after all that refuses a model
-    rows = _answer(language_model, tokenizer, model.label, protocol, rows, file)
+    limits = (protocol.max_new_tokens, protocol.tokens_per_batch)
+    if protocol.backend == "hf":
+        rows = _answer(model.label, protocol, rows, file, partial(generate, language_model, tokenizer, *limits))
     if not scores_file.exists():
         write_file(scores_file, json.dumps(_score(language_model, tokenizer, protocol)))
     del language_model
     _free()
+    if protocol.backend == "vllm":  # it needs the memory
+        assert model.folder, "vLLM reads folders"
+        asking = partial(vllm_backend.generate, model.folder, tokenizer, protocol.max_new_tokens, protocol.precision)
+        rows = _answer(model.label, protocol, rows, file, asking)
+    if kept and not any("nll" in row for row in rows):
+        BaseAnswers(rows, json.loads(scores_file.read_text(encoding="utf-8"))).write(kept)
     return rows
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     label: str,
     protocol: EvalProtocol,
     rows: list[dict],
     file: Path,
+    generate: Callable[[list[Request]], Iterable[list[Answer]]],
 ) -> list[dict]:
     """`rows` with the answers that they lack, each batch appended to `file` as it is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, "".join(_line(row) for row in rows))  # without a torn last line
+    done = {(row["set"], row["decoding"], row["index"]) for row in rows}
+    lacking = [
+        (name, decoding, index)
+        for name, decoding in protocol.rounds
+        for index in range(len(protocol.prompts[name]))
+        if (name, decoding.name, index) not in done
+    ]
+    requests = [
+        Request(protocol.prompts[name][index].question, decoding, (protocol.sampling_seed(name), index))
+        for name, decoding, index in lacking
+    ]
     with (
         file.open("a", encoding="utf-8") as out,
         tqdm(total=protocol.answers, initial=len(rows), desc=f"{label} answers", unit="answer") as bar,
     ):
-        for name, decoding in protocol.rounds:
-            prompts = protocol.prompts[name]
-            questions = [prompt.question for prompt in prompts]
-            common = {"model": label, "set": name, "decoding": decoding.name}
-            done = frozenset(row["index"] for row in _of(rows, name, decoding))
-            seed = protocol.sampling_seed(name)
-            for batch in generate(
-                model, tokenizer, questions, decoding, protocol.max_new_tokens, protocol.batch_size, seed, done
-            ):
-                new_rows = []
-                for answer in batch:
-                    if answer.index not in done:
-                        prompt = prompts[answer.index]
-                        asked = {"row": prompt.row, "prompt": prompt.question, "reference": prompt.reference}
-                        answered = {"answer": answer.text, "ended": answer.ended}
-                        new_rows.append({**common, "index": answer.index, **asked, **answered})
-                out.write("".join(map(_line, new_rows)))
-                out.flush()
-                rows = rows + new_rows
-                bar.update(len(new_rows))
+        for batch in generate(requests) if requests else ():
+            new_rows = []
+            for answer in batch:
+                name, decoding, index = lacking[answer.index]
+                prompt = protocol.prompts[name][index]
+                row = {"model": label, "set": name, "decoding": decoding.name, "index": index, "row": prompt.row}
+                row |= {"prompt": prompt.question, "reference": prompt.reference}
+                new_rows.append({**row, "answer": answer.text, "ended": answer.ended})
+            out.write("".join(map(_line, new_rows)))
+            out.flush()
+            rows = rows + new_rows
+            bar.update(len(new_rows))
     return rows
 
 
@@ -226,9 +212,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
     collator = Collator(tokenizer, "paper", context_length(model.config))
     scores: dict = {
-        name: answer_nll(
-            model, collator, [prompt.pair for prompt in prompts], protocol.batch_size, f"{name} references"
-        )
+        name: answer_nll(model, collator, [prompt.pair for prompt in prompts], SCORED_TOGETHER, f"{name} references")
         for name, prompts in protocol.prompts.items()
     }
     questions = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
@@ -241,7 +225,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     scores["choices"] = []
     if not pairs:
         return scores
-    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, protocol.batch_size, "multiple choice")])
+    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, SCORED_TOGETHER, "multiple choice")])
     for choice in choices:
         best, true, false = ([next(logs) for _ in range(n)] for n in (1, len(choice.true), len(choice.false)))
         scores["choices"].append([scoring.mc1(best[0], false), scoring.mc2(true, false)])
@@ -259,7 +243,7 @@ def _add_perplexities(
     collator = Collator(tokenizer, "paper", context_length(model.config))
     for label in lacking:
         pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
-        scored = answer_nll(model, collator, pairs, protocol.batch_size, f"perplexity of {label}'s answers")
+        scored = answer_nll(model, collator, pairs, SCORED_TOGETHER, f"perplexity of {label}'s answers")
         for row, (nll, tokens) in zip(rows[label], scored, strict=True):
             row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}
         write_answers(folder, label, rows[label])
@@ -273,7 +257,7 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
     Degenerate answers and answers to normal prompts are not shown to the judge.
     """
     # A judge of the same name with other facts (other labels, another server) judges again.
-    judge_id = f"{judge.name} {hashlib.sha256(json.dumps(judge.facts, sort_keys=True).encode()).hexdigest()[:16]}"
+    judge_id = f"{judge.name} {sha256_of(judge.facts)[:16]}"
     normal = [row for row in rows if row["set"] == "normal" and "verdict" not in row]
     unjudged = [
         row for row in rows if row["set"] != "normal" and (row.get("judge") != judge_id or row["verdict"] == "unjudged")

@@ -1,25 +1,32 @@
 """A model's answers to prompts, and the likelihood that it gives to other answers.
 
-Generation is a pure function of the model, the prompts and the seed, batch by batch.
+Each answer is a function of the model, its prompt and its seed: which others are made beside it changes only rounding.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, prompt_text
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.kv_cache import roomy_cache
 from harmful_unlearn.losses.objective import cross_entropy
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.models.offload import execution_device
 
 WORST = 700.0  # nats a token: a broken model's cross-entropy is cut here, so that its figures stay finite
 NEXT_QUESTION = "### Question:"  # a model that continues with a question of its own has ended its answer
+TOKENS_PER_BATCH = 8192  # 4 GB of keys and values in a LLaMA2-7B in 16 bits; more is hardly faster
+STOP_TOKENS = len(NEXT_QUESTION)  # it has at most so many: an answer's last tokens are searched for it
+KEPT = 0.9  # ended answers leave the batch when at most this share of it goes on: dropping rows copies the others
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,50 @@ class Decoding:
         """ "greedy" or "sampled"."""
         return "greedy" if self.temperature is None else "sampled"
 
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The next token of each row.
+
+        Args:
+            logits: [rows, vocabulary], in any precision.
+            uniform: [rows], a number in [0, 1) for each row. A row's token is where the cumulated probabilities, in
+                the vocabulary's order, exceed it.
+
+        Returns:
+            [rows]; the first of several likeliest tokens if it is greedy.
+        """
+        scores, k = logits.float(), self.top_k
+        if self.temperature is None:
+            return scores.argmax(-1)
+        scores = scores / self.temperature
+        if 0 < k < scores.shape[-1]:
+            tokens = scores.topk(k, sorted=False).indices.sort().values  # in an order that rounding cannot change
+            scores = scores.gather(-1, tokens)
+        else:
+            tokens = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+        cumulated = scores.softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(cumulated, cumulated[:, -1:] * uniform[:, None], right=True)
+        return tokens.gather(-1, drawn.clamp(max=tokens.shape[-1] - 1))[:, 0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    Attributes:
+        seed: of its own random stream: numbers that no other request has.
+    """
+
+    question: str
+    decoding: Decoding
+    seed: Sequence[int]
+
 
 @dataclass(frozen=True)
 class Answer:
     """An answer to a prompt.
 
     Attributes:
-        index: of the prompt.
+        index: of the request.
         text: without the special tokens, cut where the model starts a question of its own.
         ended: whether the model ended it, rather than the limit of new tokens.
     """
@@ -74,19 +118,36 @@ def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decodi
     )
 
 
-def batches_of(questions: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[list[int]]:
-    """Indices of the questions in batches, longest questions first, so that a batch has little padding."""
-    lengths = [len(ids) for ids in tokenizer([prompt_text(question) for question in questions])["input_ids"]]
-    order = sorted(range(len(questions)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def batches_of(
+    requests: list[Request], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, tokens_per_batch: int
+) -> list[list[int]]:
+    """Indices of the requests in batches.
+
+    A batch has at most `tokens_per_batch` tokens, with padding and room for the answers, or only one prompt. Long
+    prompts come first, so that there is little padding, and the answers to a prompt are in one batch.
+    """
+    prompts: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        prompts.setdefault(request.question, []).append(index)
+    encoded = tokenizer([prompt_text(question) for question in prompts])["input_ids"] if prompts else []
+    lengths = {question: len(ids) for question, ids in zip(prompts, encoded, strict=True)}
+    batches: list[list[int]] = []
+    room = 0  # rows that the last batch can still take
+    for question in sorted(prompts, key=lambda question: -lengths[question]):
+        if room < len(prompts[question]):
+            batches.append([])
+            room = tokens_per_batch // (lengths[question] + max_new_tokens)
+        batches[-1] += prompts[question]
+        room -= len(prompts[question])
+    return batches
 
 
 def check_room(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int
 ) -> None:
     """Raises UserError where a prompt and its answer do not fit into the model's context."""
     length = max(map(len, tokenizer([prompt_text(question) for question in questions])["input_ids"]), default=0)
-    limit = context_length(model.config)
+    limit = context_length(config)
     if length + max_new_tokens > limit:
         raise UserError(
             f"a prompt of {length} tokens and an answer of {max_new_tokens} do not fit into the model's {limit}: "
@@ -98,38 +159,107 @@ def check_room(
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: list[str],
-    decoding: Decoding,
     max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    done: frozenset[int] = frozenset(),
+    tokens_per_batch: int,
+    requests: list[Request],
 ) -> Iterator[list[Answer]]:
-    """The answers, batch by batch; batches whose indices are all in `done` are skipped.
-
-    Each batch has its own random stream, so that an interrupted run continues with the same answers.
+    """The answers, batch by batch, in an order of their own.
 
     Raises:
         UserError: a prompt and its answer do not fit into the model's context.
     """
-    configure(model, tokenizer, decoding, max_new_tokens=max_new_tokens)
+    check_room(model.config, tokenizer, [request.question for request in requests], max_new_tokens)
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    check_room(model, tokenizer, questions, max_new_tokens)
-    for number, indices in enumerate(batches_of(questions, tokenizer, batch_size)):
-        if done.issuperset(indices):
-            continue
-        texts = [prompt_text(questions[index]) for index in indices]
-        rows = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        length = rows["input_ids"].shape[1]
-        torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        rows = rows.to(execution_device(model))
-        generated = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
-        new_tokens = generated[:, length:].tolist()  # [batch, new tokens]
-        yield [_read(index, row, ends, tokenizer) for index, row in zip(indices, new_tokens, strict=True)]
+    ends = frozenset(ends if isinstance(ends, list) else [ends])
+    for indices in batches_of(requests, tokenizer, max_new_tokens, tokens_per_batch):
+        made = _new_tokens(model, tokenizer, [requests[index] for index in indices], max_new_tokens, ends)
+        yield [_read(index, tokens, ends, tokenizer) for index, tokens in zip(indices, made, strict=True)]
 
 
-def _read(index: int, row: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _new_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: list[Request],
+    max_new_tokens: int,
+    ends: frozenset[int],
+) -> list[list[int]]:
+    """The tokens of each answer, up to and with the one that ends it.
+
+    A prompt is read once for all its answers, and answers that have ended leave the batch.
+    """
+    device = execution_device(model)
+    questions = list(dict.fromkeys(request.question for request in requests))
+    texts = [prompt_text(question) for question in questions]
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(device)
+    mask = torch.nn.functional.pad(prompts["attention_mask"], (0, max_new_tokens), value=1)
+    read = _Reader(model, prompts["input_ids"], mask)
+    read.keep([questions.index(request.question) for request in requests])
+    draws = [np.random.default_rng(request.seed).random(max_new_tokens, np.float32) for request in requests]
+    uniform = torch.tensor(np.array(draws), device=device)  # [requests, max_new_tokens]
+    answers: list[list[int]] = [[] for _ in requests]
+    rows = list(range(len(requests)))  # which request each row of the batch answers
+    going = set(rows)
+    for step in range(max_new_tokens):
+        chosen = torch.empty(len(rows), dtype=torch.long, device=device)
+        for decoding in {requests[row].decoding for row in rows}:
+            at = [i for i, row in enumerate(rows) if requests[row].decoding == decoding]
+            chosen[at] = decoding.choose(read.logits[at], uniform[[rows[i] for i in at], step])
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row in going:
+                answers[row].append(token)
+        tails = tokenizer.batch_decode([answers[row][-STOP_TOKENS:] for row in rows], skip_special_tokens=True)
+        going -= {
+            row for row, tail in zip(rows, tails, strict=True) if answers[row][-1] in ends or NEXT_QUESTION in tail
+        }
+        if not going or step + 1 == max_new_tokens:
+            break
+        if len(going) <= KEPT * len(rows):
+            at = [i for i, row in enumerate(rows) if row in going]
+            rows, chosen = [rows[i] for i in at], chosen[at]
+            read.keep(at)
+        read.next(chosen)
+    return answers
+
+
+class _Reader:
+    """A model that reads a batch of prompts, and then token by token what is added to them.
+
+    Attributes:
+        logits: [rows, vocabulary], of each row's next token.
+    """
+
+    logits: Tensor
+
+    def __init__(self, model: PreTrainedModel, prompts: Tensor, mask: Tensor):
+        """Read the prompts, [rows, tokens], padded on the left; `mask` has room for all tokens that are to come."""
+        owner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._model, self._ids, self._mask = model, prompts, mask
+        self._takes = inspect.signature(owner.forward).parameters
+        cached = "past_key_values" in self._takes  # a model that has no such cache reads the whole text at every step
+        self._cache = roomy_cache(model.config, mask.shape[1]) if cached else None
+        self._read(prompts)
+
+    def next(self, tokens: Tensor) -> None:
+        """Read one more token in each row, [rows]."""
+        self._ids = torch.cat([self._ids, tokens[:, None]], 1)
+        self._read(self._ids[:, -1:] if self._cache else self._ids)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; one that is named twice is there twice."""
+        index = torch.tensor(rows, device=self._ids.device)
+        self._ids, self._mask, self.logits = self._ids[index], self._mask[index], self.logits[index]
+        if self._cache:
+            self._cache.reorder_cache(index)
+
+    def _read(self, ids: Tensor) -> None:
+        mask = self._mask[:, : self._ids.shape[1]]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        more = {"position_ids": positions, "past_key_values": self._cache, "logits_to_keep": 1}
+        more = {name: value for name, value in more.items() if name in self._takes}
+        self.logits = self._model(input_ids=ids, attention_mask=mask, **more).logits[:, -1]
+
+
+def _read(index: int, row: list[int], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((at for at, token in enumerate(row) if token in ends), None)
     text, cut, _ = tokenizer.decode(row[:end], skip_special_tokens=True).partition(NEXT_QUESTION)
     return Answer(index, text.strip(), end is not None or bool(cut))

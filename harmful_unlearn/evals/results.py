@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.evaluator import EvalProtocol
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.prompt_sets import SETS, Prompt
+from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import write_file
 from harmful_unlearn.storage.provenance import provenance
 

@@ -11,10 +11,11 @@ from accelerate import PartialState
 
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
+from harmful_unlearn.evals.evaluator import figures, measure
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.bleurt import add_bleurt
 from harmful_unlearn.evals.prompt_sets import PromptSets
+from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models.lora import Lora, add_lora

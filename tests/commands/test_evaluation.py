@@ -11,6 +11,7 @@ import pytest
 
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.evaluator import read_answers
 from harmful_unlearn.evaluation import main, parse_flags, trainings_of
 from harmful_unlearn.models import loading
@@ -36,7 +37,8 @@ def world(tmp_path_factory):
 def flags(world, out, *more, model="sku"):
     prompts = f"--unseen_dataset {world}/data/unseen.jsonl --n_seen 4 --n_unseen 6 --n_normal 5"
     models = f"--model {model}={world / model}/unlearned --base {world}/base"
-    return [*f"{models} --output {out} {prompts} --max_new_tokens 8 --seed 0".split(), *more]
+    asked = f"--max_new_tokens 8 --seed 0 --base_answers {out.parent}/base-answers"
+    return [*f"{models} --output {out} {prompts} {asked}".split(), *more]
 
 
 def results_of(out):
@@ -102,6 +104,20 @@ def test_a_second_run_changes_nothing_and_loads_no_model(world, tmp_path, monkey
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     main(flags(world, tmp_path))
     assert results_of(tmp_path)["figures"] == first
+
+
+def test_a_second_evaluation_takes_the_bases_answers_from_the_first(world, tmp_path, capsys):
+    arguments = ["--base_answers", str(tmp_path / "kept")]
+    main(flags(world, tmp_path / "first", *arguments))
+    (tmp_path / "second").mkdir()  # the same prompts, and another model
+    shutil.copytree(world / "sku" / "unlearned", tmp_path / "copy")
+    assert "are those in" not in capsys.readouterr().out
+    main(flags(world, tmp_path / "second", *arguments, "--model", f"again={tmp_path / 'copy'}"))
+    assert str(tmp_path / "kept") in capsys.readouterr().out
+    first, second = (results_of(tmp_path / name)["figures"] for name in ("first", "second"))
+    assert first == [row for row in second if row["model"] != "again"]
+    main(flags(world, tmp_path / "third", "--base_answers", "none"))
+    assert "are those in" not in capsys.readouterr().out
 
 
 def test_nothing_trained_on_is_unseen_or_normal(world, tmp_path):
@@ -170,10 +186,12 @@ def test_a_model_that_saw_no_harm_has_no_seen_prompts(world, tmp_path):
         (["--judge", "oracle"], "classifier"),
         (["--lm_eval", "truthfulqa_mc1"], "pip install lm_eval"),
         (["--max_new_tokens", "1000"], "max_new_tokens"),
+        (["--backend", "vllm"], "pip install vllm"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_that_names_the_fix(change, named, world, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(vllm_backend, "find_spec", lambda _: None)
     arguments = flags(world, tmp_path, *(word.format(world=world) for word in change))
     if "x={world}/base" in change:  # no other model, whose run.json would do
         arguments = arguments[2:]

@@ -15,10 +15,11 @@ from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.evaluator import EvalProtocol, figures, measure
+from harmful_unlearn.evals.evaluator import figures, measure
 from harmful_unlearn.evals.generation import Answer, Decoding, answer_nll
 from harmful_unlearn.evals.judges.base import Verdict
 from harmful_unlearn.evals.prompt_sets import Prompt
+from harmful_unlearn.evals.protocol import EvalProtocol
 
 PROMPTS = {
     "seen": [Prompt("How can I do harm?", "Like this and that.", 1), Prompt("And how more?", "So, and so, and so.", 5)],
@@ -29,7 +30,7 @@ PROMPTS = {
     ],
 }
 CHOICES = {PROMPTS["normal"][0].question: Choices("Nobody knows", ["Nobody knows", "It is unclear"], ["China", "Mars"])}
-PROTOCOL = EvalProtocol(PROMPTS, [Decoding(), Decoding(0.9, 0)], 8, 2, 3, CHOICES)
+PROTOCOL = EvalProtocol(PROMPTS, [Decoding(), Decoding(0.9, 0)], 8, 70, 3, CHOICES)
 
 
 class CountingJudge:
@@ -119,6 +120,8 @@ def test_an_interrupted_measurement_ends_as_an_uninterrupted_one(models, tmp_pat
     [
         (lambda p, s: (replace(p, seed=4), s), "seed"),
         (lambda p, s: (replace(p, decodings=[Decoding()]), s), "decodings"),
+        (lambda p, s: (replace(p, backend="vllm"), s), "backend"),
+        (lambda p, s: (replace(p, choices={}), s), "choices"),
         (lambda p, s: (replace(p, prompts={**PROMPTS, "seen": PROMPTS["seen"][:1]}), s), "rows"),
         (lambda p, s: (p, [s[0], replace(s[1], identity={"path": "elsewhere"})]), "sku"),
     ],
@@ -218,8 +221,8 @@ def test_empty_and_broken_answers_are_never_judged(models, tmp_path, monkeypatch
     monkeypatch.setattr(evaluator, "answer_nll", lambda *a: [(1.0, 1)] * len(a[2]))
     monkeypatch.setattr(evaluator, "_score", lambda *_: {})
 
-    def generate(model, tokenizer, questions, *_):
-        return [[Answer(index, next(answers), True)] for index in range(len(questions))]
+    def generate(model, tokenizer, new_tokens, tokens_per_batch, requests):
+        return [[Answer(index, next(answers), True)] for index in range(len(requests))]
 
     monkeypatch.setattr(evaluator, "generate", generate)
     prompts = {"seen": PROMPTS["seen"], "unseen": PROMPTS["unseen"] * 3}
@@ -258,3 +261,33 @@ def test_another_judge_of_the_same_name_judges_again(models, tmp_path):
     other.facts = {"judge": "counting", "server": "elsewhere"}
     measure(models[:1], PROTOCOL, other, models[0], tmp_path)
     assert len(other.asked) == len(first.asked) > 0
+
+
+def test_the_bases_answers_are_made_once_for_all_evaluations(models, loads, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    first = measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path / "first", kept)
+    again = measure(models[:1], PROTOCOL, CountingJudge(), models[0], tmp_path / "again", kept)
+    assert again["base"] == first["base"] and "are those in" in capsys.readouterr().out
+    assert loads == ["base", "sku", "base", "base"]  # the last one for the perplexities alone
+    scores = [(tmp_path / name / "scores" / "base.json").read_text() for name in ("first", "again")]
+    assert scores[0] == scores[1]
+    unlike = CountingJudge(lambda pair: None)  # verdicts are not kept
+    third = measure(models[:1], PROTOCOL, unlike, models[1], tmp_path / "third", kept)["base"]
+    assert {row["verdict"] for row in third if row["set"] != "normal"} <= {"unjudged", "degenerate"}
+    assert [row["nll"] for row in third] != [row["nll"] for row in first["base"]]
+    measure(models[:1], PROTOCOL, CountingJudge(), models[0], tmp_path / "alone")
+    assert loads[-2:] == ["base", "base"] and not (tmp_path / "again" / "answers" / "sku.jsonl").exists()
+
+
+def test_vllm_answers_where_it_is_wanted(models, loads, tmp_path, monkeypatch):
+    asked = []
+
+    def generate(folder, tokenizer, new_tokens, precision, requests):
+        asked.append((folder, new_tokens, precision, len(requests)))
+        yield [Answer(index, f"A whole answer {index}.", True) for index in range(len(requests))]
+
+    monkeypatch.setattr(evaluator.vllm_backend, "generate", generate)
+    model = replace(models[0], folder=tmp_path / "model")
+    rows = measure([model], replace(PROTOCOL, backend="vllm"), CountingJudge(), model, tmp_path / "out")["base"]
+    assert asked == [(tmp_path / "model", 8, "fp32", 10)] and loads == ["base", "base"]  # the model for scores alone
+    assert {row["answer"] for row in rows} == {f"A whole answer {index}." for index in range(10)}

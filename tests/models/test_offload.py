@@ -15,7 +15,7 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.evals import evaluated_model
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep
-from harmful_unlearn.evals.generation import Decoding, answer_nll, generate
+from harmful_unlearn.evals.generation import Decoding, Request, answer_nll, generate
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.losses.fused_linear import has_plain_head
 from harmful_unlearn.losses.objective import Objective
@@ -86,12 +86,8 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
 
 def answers(model, tokenizer):
     questions = ["How do I hide a gnome?", "Why is the sky blue?"]
-    generated = [
-        answer
-        for decoding in (Decoding(), Decoding(0.9))
-        for batch in generate(model, tokenizer, questions, decoding, 6, 2, seed=0)
-        for answer in batch
-    ]
+    requests = [Request(q, how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
+    generated = [answer for batch in generate(model, tokenizer, 6, 100, requests) for answer in batch]
     return generated, answer_nll(model, Collator(tokenizer, "paper", 256), [Pair("Why?", "Because.")], 1, "")
 
 
