@@ -210,6 +210,7 @@ def test_no_secret_is_written_or_said(tmp_path, monkeypatch):
     copy, unlearned = str(out / "copy"), str(out / "unlearned")
     small = ["--n_seen", "3", "--n_unseen", "6", "--n_normal", "3", "--max_new_tokens", "6", "--seed", "0"]
     measured = ["--model", f"sku={unlearned}", "--base", base, "--unseen_dataset", str(data / "unseen.jsonl"), *small]
+    measured += ["--base_answers", str(out / "base-answers")]
     commands = [
         [
             "unlearn",

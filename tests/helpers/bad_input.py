@@ -29,7 +29,8 @@ GOOD = {
                "--task_vector_saving_path {out}/unlearned " + DATA,
     "vector": "--base {base} ",
     "answers": "--base {base} --unlearned {out}/unlearned --harmful_model {tuned} ",
-    "evaluate": "--model m={tuned} --base {base} --output {out} --n_seen 1 --n_unseen 0 --n_normal 0 ",
+    "evaluate": "--model m={tuned} --base {base} --output {out} --n_seen 1 --n_unseen 0 --n_normal 0 "
+                "--base_answers none ",
     "reproduce": "--model_name {base} --recipe demo --output {out} " + DATA,
     "demo": "--quick --output {out} ",
     "fetch": "--url http://127.0.0.1:9/none ",
