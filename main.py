@@ -31,6 +31,7 @@ from harmful_unlearn.evals.generation import Decoding, configure
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import load_adapter
 from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
@@ -133,7 +134,7 @@ def answer_all(folder: Path, prompts: list[str], settings: SpotCheckSettings, ad
     """
     tokenizer, rows = encode(folder, prompts, settings.max_length)
     device = PartialState().device
-    precision = loading.resolve_precision("auto", device)
+    precision = resolve_precision("auto", device)
     model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, settings.device_map)
     if adapter:
         model = load_adapter(model, adapter)

@@ -110,7 +110,7 @@ class Setting:
             with torch.no_grad():  # away from the base, so that PD has something to measure
                 for parameter in self.model.parameters():
                     parameter.add_(1e-3 * torch.randn_like(parameter))
-            self.base = ReferenceModel(copy, autocast=args.precision == "bf16" and not half)
+            self.base = ReferenceModel(copy, "fp32" if half else args.precision)
         self.model.train()
         self.objectives = {name: Objective(self.model, weights, self.base) for name, (weights, _) in OURS.items()}
         self.landings = {name: LandingPoint(self.model, self.base, OURS[name][1]) for name in LANDING}

@@ -14,6 +14,7 @@ from dataclasses import field, fields
 from types import FrameType
 from typing import Any, NoReturn
 
+from harmful_unlearn.allocator import keep_freed_memory
 from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
 
 NOTHING_HALF_WRITTEN = "no folder was left half-written"
@@ -28,6 +29,7 @@ def exit_code(main: Callable[[], None]) -> int:
         0 when `main` returns, 2 for what the user can fix (`UserError`, no memory, a full disk, no permission),
         130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
     """
+    keep_freed_memory()
     process = int(os.environ.get("RANK", 0))
     try:
         with _handled(_terminate, signal.SIGTERM):

@@ -29,8 +29,8 @@ class Stopped(BaseException):
 
 
 OUT_OF_MEMORY = (
-    "out of memory: use a smaller --batch_size or --max_length, --lora on, "
-    "--gradient_checkpointing, or a GPU with bf16 (--check prints an estimate first)"
+    "out of memory: use a smaller --tokens_per_pass (training), --tokens_per_batch (evaluation) or --max_length, "
+    "--lora on, --gradient_checkpointing, or a GPU with bf16 (--check prints an estimate first)"
 )
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 _PATH_IS_UNUSABLE = {

@@ -39,7 +39,8 @@ from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.evals.results import write_prompts, write_results
-from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models import hub
+from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.files import ROOT, check_target, resolved, user_path
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
@@ -96,7 +97,7 @@ class MeasuringSettings(DataSettings):
 
     def protocol(self, sets: PromptSets, data: EvalData, seed: int) -> EvalProtocol:
         """How models are measured on the test prompts."""
-        precision = loading.resolve_precision(self.precision, PartialState().device)
+        precision = resolve_precision(self.precision, PartialState().device)
         limits = (self.max_new_tokens, self.tokens_per_batch)
         return EvalProtocol(sets.test, self.decodings, *limits, seed, data.choices, precision)
 

@@ -102,21 +102,18 @@ def acquire(run: Stage1, log: RunLog, stage_2_follows: bool = False) -> Path:
         landing = LandingPoint(theta, theta_o, run.settings.scaling_coef)
 
     with Engine(run, theta, theta_o, log) as engine:  # optimizer, schedule, processes, checkpoints, resuming
-        for batch in engine.steps():
+        for passes in engine.steps():  # one, or several of at most --tokens_per_pass
             # Guided Distortion (GD): the harmful answer, given its own harmful prompt.
             # Random Disassociation (RD): K random harmful answers, given that prompt; the same forward pass.
             # Preservation Divergence (PD): minus the KL divergence from theta_o on normal text.
-            loss, values = objective(engine.model, batch)
-            engine.backward(loss)
+            engine.backward(objective, passes)
 
             # What is to hold at the landing point theta', the model that stage 2 will write.
             if landing:
                 with landing.reached() as chain_rule:
-                    loss, values_at_landing = objective.at_landing(engine.model, batch)
-                    engine.backward(chain_rule * loss)
-                values |= values_at_landing
+                    engine.backward(objective.at_landing, passes, chain_rule)
 
-            engine.step(values, batch)  # AdamW, the linear schedule, the log; a NaN stops here
+            engine.step(passes)  # AdamW, the linear schedule, the log; a NaN stops here
             engine.after_step()  # a checkpoint if one is due; stops here if asked to
         return engine.save(stage_2_follows)
 

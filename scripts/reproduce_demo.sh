@@ -17,7 +17,7 @@ compare() {
         --harmful_dataset "$worlds/seed-{seed}/data/harmful.jsonl" \
         --unseen_dataset "$worlds/seed-{seed}/data/unseen.jsonl" \
         --normal_dataset "$worlds/seed-{seed}/data/normal.csv" \
-        --decoding sampled greedy --temperature 1 --top_k 0 --max_new_tokens 48 --batch_size 64 --precision fp32 \
+        --decoding sampled greedy --temperature 1 --top_k 0 --max_new_tokens 48 --precision fp32 \
         --recipe "$recipe" "$@"
 }
 

@@ -28,6 +28,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def no_bf16_instructions(monkeypatch):
+    """`--precision auto` is fp32 in this process, whatever the machine, so that figures are the same everywhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
 @pytest.fixture(scope="session")
 def goldens() -> dict:
     """golden.json: figures of the authors' code."""

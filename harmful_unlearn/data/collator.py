@@ -11,22 +11,20 @@ Two ideas:
        [question | own answer | random answer 1 | ... | random answer K]
 
    in which each answer sees the question and itself, at the positions that it would have in a row of its own. One
-   forward pass over the question then gives the losses and gradients of K + 1 separate rows.
+   forward pass over the question then gives the losses and gradients of K + 1 separate rows. Such rows follow each
+   other without padding (batch.py).
 """
 
-from collections import defaultdict
+import math
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from harmful_unlearn.data.batch import Batch
+from harmful_unlearn.data.batch import Batch, Row, batch_of
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix, prompt_text
 
-Indices = list[tuple[int, int]]
 VARIANTS = ("released", "paper")
 # The first position of RD in the released code: all of the question counts but its first two tokens.
 RELEASED_RD_START = 2
@@ -77,10 +75,15 @@ class Collator:
             encoded.append(TokenizedText(ids[: self.max_length], len(prefix) - 1, answer_start, is_cut))
         return encoded
 
-    def answers_batch(
-        self, pairs: list[Pair], answers: list[str], own_answers: bool = True, packed_up_to: float = 0
-    ) -> Batch:
-        """Questions with their own answers and with others, for one forward pass.
+    def answers(
+        self,
+        pairs: list[Pair],
+        answers: list[str],
+        own_answers: bool = True,
+        packed_up_to: float = 0,
+        row_tokens: float = math.inf,
+    ) -> list[Row]:
+        """Questions with their own answers and with others.
 
         In "released", the positions of a text from its start on share a weight of 1, the last position, which predicts
         nothing, included, and random answers' questions are scored, too (implementation details 9 and 11). In "paper",
@@ -91,8 +94,8 @@ class Collator:
             pairs: B questions with their own answers.
             answers: K answers, each of which is paired with every question (B * K texts of RD). May be empty.
             own_answers: whether the questions' own answers are in the batch (GD's texts).
-            packed_up_to: in tokens: if no text is longer, a row holds a question with all its answers; if one is
-                longer, or each question has one answer, a row holds one text.
+            packed_up_to: in tokens: if no text is longer, a row holds a question with its answers, in tokens at most
+                `row_tokens`; else one text.
         """
         keys = (["own_answer"] if own_answers else []) + ["random_answers"] * len(answers)  # of a question's texts
         answers_of = [[pair.answer, *answers] if own_answers else answers for pair in pairs]
@@ -102,37 +105,40 @@ class Collator:
         flat = sorted((text for group in groups for text in group), key=lambda text: text.key)  # own answers first
         averaged = [text.key for text in flat if text.positions or self.variant == "released"]  # others score nothing
         averaged_over = {key: max(averaged.count(key), 1) for key in keys}
-        if max(len(text.input_ids) for text in flat) > packed_up_to or len(keys) == 1:
+        if max(len(text.input_ids) for text in flat) > packed_up_to:
             groups = [[text] for text in flat]
-        rows = [_lay_out([text.input_ids for text in group]) for group in groups]
+        else:
+            groups = [part for group in groups for part in _divided(group, row_tokens)]
+        return [_lay_out(group, averaged_over) for group in groups]
 
-        scored: dict[tuple[int, int], int] = {}  # (row, position): index
-        # (index, target): the weight in each kind of text
-        entries: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: dict.fromkeys(keys, 0.0))
-        for number, (group, row) in enumerate(zip(groups, rows, strict=True)):
-            for text, places in zip(group, row.places, strict=True):
-                weight = 1 / (text.shared_by * averaged_over[text.key])
-                for position in text.positions:
-                    index = scored.setdefault((number, places[position]), len(scored))
-                    entries[index, text.input_ids[position + 1]][text.key] += weight
-        ordered = sorted(entries.items(), key=lambda item: item[0][0])  # by index
-        weights = {key: [weights_of[key] for _, weights_of in ordered] for key in dict.fromkeys(keys)}
-        return self._batch(rows, list(scored), [entry for entry, _ in ordered], weights)
-
-    def texts_batch(self, pairs: list[Pair]) -> Batch:
+    def texts(self, pairs: list[Pair]) -> list[Row]:
         """Whole texts, for PD (implementation detail 12).
 
         In "released" every position of the padded rows has the same weight, padding included; in "paper" every token
         of text has. The weights add up to 1.
         """
-        texts = self._tokenize([format_pair(pair.question, pair.answer) for pair in pairs])
-        ids = [text[: self.max_length] for text in texts]
+        ids = [text[: self.max_length] for text in self._tokenize([format_pair(p.question, p.answer) for p in pairs])]
         longest = max(map(len, ids))
         lengths = [longest if self.variant == "released" else len(text) for text in ids]
-        scored = [(row, position) for row, length in enumerate(lengths) for position in range(length)]
-        entries = [(index, 0) for index in range(len(scored))]
-        weights = {"text": [1 / len(scored)] * len(scored)}
-        return self._batch([_lay_out([text]) for text in ids], scored, entries, weights)
+        weights = {"text": 1 / sum(lengths)}
+        return [
+            Row(text, [0] * len(text), [*range(len(text))], {(at, 0): weights for at in range(length)}, ("text",))
+            for text, length in zip(ids, lengths, strict=True)
+        ]
+
+    def batch(self, rows: list[Row], packed_up_to: float = 0) -> Batch:
+        """The rows for one forward pass; `packed_up_to` as in `answers`."""
+        return batch_of(rows, self.tokenizer.pad_token_id, packed_up_to)
+
+    def answers_batch(
+        self, pairs: list[Pair], answers: list[str], own_answers: bool = True, packed_up_to: float = 0
+    ) -> Batch:
+        """`answers`, all in one forward pass."""
+        return self.batch(self.answers(pairs, answers, own_answers, packed_up_to), packed_up_to)
+
+    def texts_batch(self, pairs: list[Pair]) -> Batch:
+        """`texts`, all in one forward pass."""
+        return self.batch(self.texts(pairs))
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts)["input_ids"] if texts else []
@@ -146,46 +152,40 @@ class Collator:
             first, shared_by = text.answer_start - 1, length - text.answer_start
         return _ScoredText(key, text.input_ids, range(first, length - 1), max(shared_by, 1))
 
-    def _batch(self, rows: list["_Row"], scored: Indices, entries: Indices, weights: dict[str, list[float]]) -> Batch:
-        """The tensors of padded rows, scored (row, position)s, (index, target) entries, and the entries' weights."""
-        longest = max(len(row.input_ids) for row in rows)
 
-        def padded(values: list[list[int]], filler: int) -> Tensor:
-            return torch.tensor([row + [filler] * (longest - len(row)) for row in values])
+def _divided(texts: list[_ScoredText], row_tokens: float) -> list[list[_ScoredText]]:
+    """A question's texts in as many parts as it takes for each to have at most `row_tokens`, if one text has not more.
 
-        is_packed = any(len(row.places) > 1 for row in rows)
-        return Batch(
-            input_ids=padded([row.input_ids for row in rows], self.tokenizer.pad_token_id),
-            attention_mask=padded([[1] * len(row.input_ids) for row in rows], 0),
-            row=torch.tensor([row for row, _ in scored], dtype=torch.long),
-            position=torch.tensor([position for _, position in scored], dtype=torch.long),
-            index=torch.tensor([index for index, _ in entries], dtype=torch.long),
-            target=torch.tensor([target for _, target in entries], dtype=torch.long),
-            weights={key: torch.tensor(values, dtype=torch.float32) for key, values in weights.items()},
-            branch=padded([row.branch for row in rows], -1) if is_packed else None,
-            position_ids=padded([row.position_ids for row in rows], 0) if is_packed else None,
-        )
+    The question is repeated in each part.
+    """
+    parts: list[list[_ScoredText]] = [[]]
+    for text in texts:
+        together = [*parts[-1], text]
+        shared = _shared_length(*(t.input_ids for t in together))
+        if parts[-1] and shared + sum(len(t.input_ids) - shared for t in together) > row_tokens:
+            parts.append([text])
+        else:
+            parts[-1] = together
+    return parts
 
 
-class _Row(NamedTuple):
-    """Texts laid out in one row, after the tokens that they share; as in `Batch`, without padding."""
+def _lay_out(texts: list[_ScoredText], averaged_over: dict[str, int]) -> Row:
+    """One row of texts, which begins with the tokens that all of them share.
 
-    input_ids: list[int]
-    branch: list[int]
-    position_ids: list[int]
-    places: list[list[int]]  # for each text, where in the row each of its tokens is
-
-
-def _lay_out(texts: list[list[int]]) -> _Row:
-    """One row of texts, which begins with the tokens that all of them share."""
-    shared = _shared_length(*texts)
-    row = _Row(texts[0][:shared], [0] * shared, list(range(shared)), [])
+    Args:
+        averaged_over: the number of texts of each kind in all rows.
+    """
+    shared = _shared_length(*(text.input_ids for text in texts))
+    row = Row(texts[0].input_ids[:shared], [0] * shared, [*range(shared)], {}, tuple(averaged_over))
     for number, text in enumerate(texts, 1):
-        start = len(row.input_ids)
-        row.input_ids.extend(text[shared:])
-        row.branch.extend([number] * (len(text) - shared))
-        row.position_ids.extend(range(shared, len(text)))
-        row.places.append([*range(shared), *range(start, len(row.input_ids))])
+        places = [*range(shared), *range(len(row.input_ids), len(row.input_ids) + len(text.input_ids) - shared)]
+        row.input_ids.extend(text.input_ids[shared:])
+        row.branch.extend([number] * (len(text.input_ids) - shared))
+        row.position_ids.extend(range(shared, len(text.input_ids)))
+        weight = 1 / (text.shared_by * averaged_over[text.key])
+        for position in text.positions:
+            weights = row.entries.setdefault((places[position], text.input_ids[position + 1]), {})
+            weights[text.key] = weights.get(text.key, 0.0) + weight
     return row
 
 

@@ -1,5 +1,6 @@
 """All batches of a step, for this process."""
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harmful_unlearn.data.batch import Batch
+from harmful_unlearn.data.batch import Batch, Row
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import HarmfulData
@@ -53,15 +54,23 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The batches of each step, a pure function of the step."""
+    """The batches of each step, a pure function of the step.
+
+    Attributes:
+        packed_up_to: in tokens: as in `Collator.answers`.
+        tokens_per_pass: a step with more tokens is computed in several passes, whose gradients add up. A single text
+            may be longer.
+        share: (process, processes): each pass holds the rows of this process.
+    """
 
     collator: Collator
     sampler: BatchSampler
     harmful: HarmfulData
     normal: NormalData
     reads: Reads
-    packed_up_to: float = 0  # tokens: as in `Collator.answers_batch`
-    share: tuple[int, int] = (0, 1)  # (process, processes): each batch holds the rows of this process (`Batch.share`)
+    packed_up_to: float = 0
+    tokens_per_pass: float = math.inf
+    share: tuple[int, int] = (0, 1)
 
     @cached_property
     def pool(self) -> list[str]:
@@ -74,10 +83,10 @@ class StepBatches:
         questions = [self.harmful.pairs[row].question for row in indices.harmful_rows]
         return [Pair(question, self.pool[row]) for question in questions for row in indices.answer_rows]
 
-    def ahead(self, steps: range, device: torch.device) -> Iterator[StepBatch]:
-        """The batches of each step, prepared in a thread during the step before."""
+    def ahead(self, steps: range, device: torch.device) -> Iterator[list[StepBatch]]:
+        """The passes of each step, prepared in a thread during the step before."""
         with ThreadPoolExecutor(1, "batches") as worker:
-            following: Future[StepBatch] | None = None
+            following: Future[list[StepBatch]] | None = None
             for step in steps:
                 pending, following = following, worker.submit(self, step, device)
                 if pending:
@@ -85,22 +94,58 @@ class StepBatches:
             if following:
                 yield following.result()
 
-    def __call__(self, step: int, device: torch.device) -> StepBatch:
-        """The batches of a step (from 0)."""
+    def __call__(self, step: int, device: torch.device) -> list[StepBatch]:
+        """The passes of a step (from 0), one if it has at most `tokens_per_pass`."""
+        return [self._pass(rows, device) for rows in self._passes(self._rows(step))]
+
+    def _rows(self, step: int) -> dict[str, list[Row]]:
+        """The rows of a step, by their batch (`StepBatch`)."""
         indices = self.sampler[step]
         harmful = [self.harmful.pairs[row] for row in indices.harmful_rows]
         normal = [self.normal.texts[row] for row in indices.normal_rows]
-        reads, batches = self.reads, {}
+        reads, collator, limits = self.reads, self.collator, (self.packed_up_to, self.tokens_per_pass)
+        rows = {}
         if reads.own_answers or reads.random_answers:
             answers = [self.pool[row] for row in indices.answer_rows] if reads.random_answers else []
-            batches["harmful"] = self.collator.answers_batch(harmful, answers, reads.own_answers, self.packed_up_to)
+            rows["harmful"] = collator.answers(harmful, answers, reads.own_answers, *limits)
         if reads.normal_texts:
-            batches["normal"] = self.collator.texts_batch(normal)
-        if reads.normal_answers:
-            batches["normal_answers"] = self.collator.answers_batch(normal, [])
+            rows["normal"] = collator.texts(normal)
         if reads.safe_answers:
             safe_answers = [self.harmful.safe_answers[row] for row in indices.harmful_rows]
             safe = [Pair(pair.question, answer) for pair, answer in zip(harmful, safe_answers, strict=True) if answer]
             if safe:
-                batches["safe"] = self.collator.answers_batch(safe, [])
-        return StepBatch(**{name: batch.share(*self.share).to(device) for name, batch in batches.items()})
+                rows["safe"] = collator.answers(safe, [], True, *limits)
+        if reads.normal_answers:
+            rows["normal_answers"] = collator.answers(normal, [], True, *limits)
+        return rows
+
+    def _passes(self, rows: dict[str, list[Row]]) -> list[dict[str, list[Row]]]:
+        """The rows of each pass for this process, in order.
+
+        All processes take part in every forward pass: one that has no row of a batch gets one that does not count.
+        """
+        process, processes = self.share
+        passes: list[dict[str, list[Row]]] = []
+        tokens = math.inf  # of the last pass
+        for name, part in rows.items():
+            for start in range(0, len(part), processes):
+                each = part[start : start + processes]  # a row for each process
+                longest = max(row.length for row in each)
+                if tokens + longest > self.tokens_per_pass or not passes:
+                    passes.append({})
+                    tokens = 0
+                tokens += longest
+                own = passes[-1].setdefault(name, [])
+                if process < len(each):
+                    own.append(each[process])
+                elif not own:
+                    own.append(each[0].without_weight())
+        return passes
+
+    def _pass(self, rows: dict[str, list[Row]], device: torch.device) -> StepBatch:
+        batches = {}
+        for name, part in rows.items():
+            # Normal texts stay plain: "released" counts their padding.
+            batch = self.collator.batch(part, 0 if name == "normal" else self.packed_up_to)
+            batches[name] = batch.to(device)
+        return StepBatch(**batches)

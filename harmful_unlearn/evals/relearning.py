@@ -4,8 +4,6 @@ Knowledge that was removed has to be learned again; knowledge that was only supp
 a few steps of Guided Distortion do to an unlearned model with what they do to the base.
 """
 
-from contextlib import nullcontext
-
 import numpy as np
 import torch
 from tqdm import trange
@@ -17,6 +15,7 @@ from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.loading import context_length, enable_gradient_checkpointing
 from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.precision import computing_in
 
 BATCH = 2
 
@@ -34,7 +33,7 @@ def relearn(
 
     Args:
         pairs: harmful pairs, in a new order each epoch.
-        precision: "bf16" for autocast.
+        precision: "fp32" or "bf16", of forward and backward passes; trained weights keep their dtype.
 
     Raises:
         UserError: a weight to be trained is offloaded.
@@ -54,9 +53,9 @@ def relearn(
             order += draw.permutation(len(pairs)).tolist()
         rows, order = order[:BATCH], order[BATCH:]
         batch = collator.answers_batch([pairs[row] for row in rows], []).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with computing_in(precision, model):
             loss, _ = objective(model, StepBatch(batch))
-        loss.backward()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

@@ -28,12 +28,11 @@ CHUNK = 32 * 2**20  # bytes of float32 logits at a time
 class Score(Protocol):
     """A loss of the logits of some positions."""
 
-    def __call__(self, logits: Tensor, log_q: Tensor, start: int, gradient: bool) -> Tensor:
-        """The weighted sum over the positions from `start` on, a scalar.
+    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The weighted sum over the positions from `start` on, a scalar, and its gradient.
 
         Args:
-            logits: [positions, vocabulary] float32; with `gradient`, overwritten by the sum's gradient.
-            log_q: [positions, vocabulary], their log_softmax; may be overwritten.
+            logits: [positions, vocabulary] float32; may be overwritten, by the gradient, too.
         """
 
 
@@ -52,15 +51,19 @@ class CrossEntropy:
         self.index, self.target, self.coefficient = index, target, coefficient
         self.values = torch.zeros_like(coefficient)
 
-    def __call__(self, logits: Tensor, log_q: Tensor, start: int, gradient: bool) -> Tensor:
+    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([start, start + len(logits)], device=self.index.device)
         chunk = slice(*torch.searchsorted(self.index, ends).tolist())  # index is ascending
         index, target, coefficient = self.index[chunk] - start, self.target[chunk], self.coefficient[chunk]
-        self.values[chunk] = -log_q[index, target]
-        if gradient:
-            weight = logits.new_zeros(len(logits), 1).index_add_(0, index, coefficient[:, None])
-            torch.exp(log_q, out=logits).mul_(weight).index_put_((index, target), -coefficient, accumulate=True)
-        return coefficient @ self.values[chunk]
+        of_target = logits[index, target]
+        largest, place = logits.max(-1)
+        q = torch.softmax(logits, -1, out=logits)
+        # log(sum(exp(logits))) without a second pass: q at the largest logit is never tiny.
+        log_sum = largest - q.gather(1, place[:, None])[:, 0].log()
+        self.values[chunk] = log_sum[index] - of_target
+        weight = logits.new_zeros(len(logits), 1).index_add_(0, index, coefficient[:, None])
+        gradient = q.mul_(weight).index_put_((index, target), -coefficient, accumulate=True)
+        return coefficient @ self.values[chunk], gradient
 
 
 class Divergence:
@@ -79,14 +82,14 @@ class Divergence:
         self.hidden, self.head, self.coefficient = hidden, head, coefficient
         self.values = torch.zeros_like(coefficient)
 
-    def __call__(self, logits: Tensor, log_q: Tensor, start: int, gradient: bool) -> Tensor:
+    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
         chunk = slice(start, start + len(logits))
         base = F.linear(self.hidden[chunk].to(self.head.weight), self.head.weight, self.head.bias)
         log_p = base.to(logits).log_softmax(-1)  # the base may sit on another device
+        log_q = torch.log_softmax(logits, -1, out=logits)
         self.values[chunk] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        if gradient:
-            torch.sub(log_q.exp_(), log_p.exp_(), out=logits).mul_(self.coefficient[chunk, None])
-        return self.coefficient[chunk] @ self.values[chunk]
+        gradient = log_q.exp_().sub_(log_p.exp_()).mul_(self.coefficient[chunk, None])
+        return self.coefficient[chunk] @ self.values[chunk], gradient
 
 
 class _Fused(torch.autograd.Function):
@@ -108,8 +111,12 @@ class _Fused(torch.autograd.Function):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             step = max(1, min(CHUNK // (4 * len(weight)), len(rows)))
-            full, spare = (_buffer(name, step, len(weight), torch.float32, hidden.device) for name in ("full", "spare"))
+            full = _buffer("full", step, len(weight), torch.float32, hidden.device)
             low = full if dtype == torch.float32 else _buffer("low", step, len(weight), dtype, hidden.device)
+            if weight_needed and weight_grad is None:
+                weight_grad = torch.zeros_like(weight)
+            if bias is not None and bias_needed and bias_grad is None:
+                bias_grad = torch.zeros_like(bias)
             for start in range(0, len(rows), step):
                 chunk = slice(start, start + step)
                 size = len(rows[chunk])
@@ -119,24 +126,18 @@ class _Fused(torch.autograd.Function):
                     logits.copy_(gradient)
                 if bias is not None:
                     logits += bias
-                log_q = torch.log_softmax(logits, -1, out=spare[:size])
-                total += score(logits, log_q, start, hidden_needed or weight_needed or bias_needed)
+                part, logits = score(logits, start)
+                total += part
                 if low is not full:
                     gradient.copy_(logits)
                 if hidden_needed:
                     hidden_grad[chunk] = gradient @ matrix
-                if weight_needed and weight_grad is not None and dtype == weight.dtype:
+                if weight_grad is not None and dtype == weight.dtype:
                     weight_grad.addmm_(gradient.T, rows[chunk])
-                elif weight_needed:
-                    part = (gradient.T @ rows[chunk]).to(weight.dtype)
-                    weight_grad = part if weight_grad is None else weight_grad.add_(part)
-                if bias is not None and bias_needed:
-                    part = logits.sum(0).to(bias.dtype)
-                    bias_grad = part if bias_grad is None else bias_grad.add_(part)
-            if weight_needed and weight_grad is None:  # no position in this process; the others wait for a gradient
-                weight_grad = torch.zeros_like(weight)
-            if bias is not None and bias_needed and bias_grad is None:
-                bias_grad = torch.zeros_like(bias)
+                elif weight_grad is not None:
+                    weight_grad += gradient.T @ rows[chunk]
+                if bias_grad is not None:
+                    bias_grad += logits.sum(0)
             sums |= {"weight": weight_grad, "bias": bias_grad}
         head_grads = (weight_grad, bias_grad) if is_first else (None, None)
         ctx.gradients = hidden_grad if hidden_needed else None, *head_grads

@@ -68,13 +68,6 @@ def context_length(config: PretrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
-def resolve_precision(flag: str, device: torch.device) -> str:
-    """ "fp32" or "bf16" (autocast), as a --precision flag says; "auto" is bf16 on a GPU that supports it, else fp32."""
-    if flag != "auto":
-        return flag
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
 def load_model(
     folder: Path, dtype: torch.dtype, device_map: str | dict[str, str | int] | None = None, four_bit: bool = False
 ) -> PreTrainedModel:

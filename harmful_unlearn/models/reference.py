@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.precision import computing_in
 
 
 class ReferenceModel:
@@ -17,12 +16,12 @@ class ReferenceModel:
 
     Args:
         model: the trained model if it has an adapter (`shared` is then true), else a second model, to be frozen.
-        autocast: compute in bf16, for a second model in float32.
+        precision: "bf16" to compute in it, for a second model in float32.
     """
 
-    def __init__(self, model: PreTrainedModel, autocast: bool = False):
+    def __init__(self, model: PreTrainedModel, precision: str = "fp32"):
         self.model = model
-        self._autocast = autocast
+        self._precision = precision
         self.shared = isinstance(model, PeftModel)
         if not self.shared:
             model.eval().requires_grad_(False)
@@ -31,7 +30,7 @@ class ReferenceModel:
     def active(self) -> Iterator[PreTrainedModel]:
         """The base model, for one forward pass."""
         if not self.shared:
-            with torch.autocast(execution_device(self.model).type, torch.bfloat16, enabled=self._autocast):
+            with computing_in(self._precision, self.model):
                 yield self.model
             return
         training = self.model.training

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.models import loading
+from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.models.sharding import gather_full
 from harmful_unlearn.storage.files import ROOT
@@ -51,10 +51,10 @@ def start(settings: TrainingSettings) -> tuple[Accelerator, str]:
         raise UserError(
             f"{started} processes were started, and no GPU was found for them: for CPUs set ACCELERATE_USE_CPU=1"
         )
-    precision = loading.resolve_precision(settings.precision, state.device)
+    precision = resolve_precision(settings.precision, state.device)
     accelerator = Accelerator(
         device_placement=False,  # models are moved to their device when they are loaded
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="no",  # models/precision.py does it
         log_with=tracker,
         project_dir=str(ROOT / "logs") if tracker else None,
     )

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from harmful_unlearn.cli import stop_asked
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.errors import Diverged, Stopped, UserError, system_errors
+from harmful_unlearn.models.precision import computing_in
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import new_folder, write_file
 from harmful_unlearn.training import distributed
@@ -26,6 +27,7 @@ from harmful_unlearn.training.resume import free_folder
 from harmful_unlearn.training.run_log import RunLog, not_finite
 from harmful_unlearn.training.setup import Stage1
 
+Terms = Callable[[PreTrainedModel, StepBatch], tuple[Tensor, dict[str, Tensor]]]
 STAGE_2 = "continue with the same command and --stage negate"
 
 
@@ -69,6 +71,8 @@ class Engine:
         )
         self._exit = ExitStack()
         self._asked_to_stop = False
+        self._values: dict[str, Tensor] = {}
+        self._has_gradient = False
         self.model.train()
 
     def _announce(self, model: PreTrainedModel) -> None:
@@ -90,41 +94,52 @@ class Engine:
     def __exit__(self, *_) -> None:
         self._exit.close()
 
-    def steps(self) -> Iterator[StepBatch]:
-        """The batches of every step that is left, made in a thread while the step before is computed."""
+    def steps(self) -> Iterator[list[StepBatch]]:
+        """The passes of every step that is left, made in a thread while the step before is computed."""
         self.log.start_clock()
         steps = range(len(self.log.history), self.run.settings.max_unlearn_steps)
         yield from self._batches.ahead(steps, self.accelerator.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to the weights' gradients; engines average it over processes."""
-        if loss.requires_grad:  # a method may have terms at theta only, or at the landing point only
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+    def backward(self, objective: Terms, passes: list[StepBatch], factor: float = 1.0) -> None:
+        """Add the gradient of factor * objective, over the passes of a step, to that of the step.
 
-    def step(self, values: dict[str, Tensor], batch: StepBatch) -> None:
+        Each pass is computed forward and backward before the next, so that its activations are freed.
+        """
+        with computing_in(self.run.precision, self.model):
+            for batch in passes:
+                loss, values = objective(self.model, batch)
+                if loss.requires_grad:  # a method may have terms at theta only, or at the landing point only
+                    # Engines average gradients over processes, and losses are sums over their rows.
+                    self.accelerator.backward(factor * loss * self.accelerator.num_processes)
+                    self._has_gradient = True
+                for name, value in values.items():
+                    self._values[name] = self._values.get(name, 0.0) + value
+
+    def step(self, passes: list[StepBatch]) -> None:
         """Update the weights and the rate, and log the step's metrics.
-
-        Args:
-            values: each loss term of this process's rows, without its weight.
 
         Raises:
             Diverged: a loss or the gradient is NaN or infinite. The weights have not been updated then.
         """
-        metrics = self._metrics(values, batch)
+        metrics = self._metrics(passes)
         if wrong := not_finite(metrics):
             self._stop_diverged(metrics, wrong)
-        self._optimizer.step()
+        if self._has_gradient:  # else nothing was to learn in this step
+            self._optimizer.step()
         self._scheduler.step()
-        self._optimizer.zero_grad()
+        # Kept, since gradients that are allocated between the activations of each step break up the memory.
+        self._optimizer.zero_grad(set_to_none=False)
+        self._has_gradient = False
         self.log.step(metrics)
         logged = {name: value for name, value in metrics.items() if value is not None}
         self.accelerator.log(logged, step=metrics["step"])
 
-    def _metrics(self, values: dict[str, Tensor], batch: StepBatch) -> dict:
+    def _metrics(self, passes: list[StepBatch]) -> dict:
         """The step's metrics (RunLog), of all processes together."""
         weights = self.run.settings.loss_weights
+        values, self._values = self._values, {}  # each loss term of this process's rows, without its weight
         gradient_norm = distributed.gradient_norm(self.accelerator, self._trained.values())
-        tokens = sum(rows.tokens for rows in batch if rows)
+        tokens = sum(rows.tokens for batch in passes for rows in batch if rows)
         counts = torch.tensor([tokens, self._stop_signal()], device=self.accelerator.device)
         total = self.accelerator.reduce(torch.stack([*values.values(), *counts.float()]), "sum").tolist()
         total = dict(zip([*values, "tokens", "stop"], total, strict=True))

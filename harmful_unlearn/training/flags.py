@@ -97,11 +97,15 @@ class TrainingSettings:
         "train the adapter on a base in 4 bits (pip install bitsandbytes); stage 2 uses the full-precision base",
         choices=("4bit",))
     precision: str = _machine(
-        "bf16: autocast; trained weights stay float32. auto: bf16 on a GPU that has it",
+        "bf16: trained weights stay float32, and each step computes with their bf16 casts. auto: bf16 on a GPU or CPU "
+        "that has instructions for it",
         choices=("auto", "fp32", "bf16"), default="auto")
     no_packing: bool = _machine(
         "a row for each text, instead of one for all texts that share a question: the same losses, slower",
         action="store_true")
+    tokens_per_pass: int | None = _machine(
+        "compute a step with more tokens in several passes, whose gradients add up: the same step in less memory "
+        "(default: 1024 on a CPU, 8192 on a GPU)", type=positive_int, metavar="N")
     gradient_checkpointing: bool = _machine(
         "recompute activations in the backward pass to save memory", action="store_true")
     device_map: str | None = _machine(

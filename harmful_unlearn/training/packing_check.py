@@ -10,6 +10,7 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import is_out_of_memory
 from harmful_unlearn.losses.objective import cross_entropy
 from harmful_unlearn.models.offload import execution_device
+from harmful_unlearn.models.tree_attention import TREE
 
 PAIRS = [
     Pair("How is a kite made?", "Tie two sticks together, stretch paper over them, and add a tail."),
@@ -23,35 +24,42 @@ TOLERANCE_OF_16_BITS = 0.5
 
 
 def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float, str]:
-    """The most tokens that a text may have to be packed with others, and why not more.
+    """The most tokens that a text may have to be packed with others, and why not more. Switches tree attention on.
 
-    Packed rows need attention that accepts a mask for each pair of tokens, and explicit position ids (a model with
-    ALiBi ignores them). Such a mask also replaces a sliding window, so texts longer than the window are not packed.
+    Packed rows need an architecture that takes another attention function and explicit position ids (a model with
+    ALiBi ignores them). Tree attention knows no sliding window, so texts longer than the window are not packed.
 
     Returns:
         The length and the reason. 0 where packed rows do not give what plain ones do; infinity and "" where any text
         may be packed.
     """
     attention = model.config._attn_implementation
-    if attention != "sdpa":
+    if attention not in ("sdpa", TREE):
         return 0, f"its attention is {attention}, not sdpa"
     probe = Collator(collator.tokenizer, "paper", collator.max_length)
-    batches = [probe.answers_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf)]
+    plain, packed = (probe.answers_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf))
     training = model.training
     model.eval()
+    problem = ""
     try:
+        model.set_attn_implementation(TREE)
         with torch.inference_mode():
-            plain, packed = (cross_entropy(model, batch.to(execution_device(model))).sort().values for batch in batches)
+            one, other = (cross_entropy(model, batch.to(execution_device(model))) for batch in (plain, packed))
+        # Packed, texts that begin alike share an entry, so each is compared with the nearest of the other layout.
+        between = (one[:, None] - other).abs()
+        difference = max(between.amin(0).max().item(), between.amin(1).max().item())
+        if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_16_BITS):
+            problem = f"they differ from plain rows by {difference:.2g} nats"
     except Exception as error:  # a model that does not know such a mask or argument may raise anything
         if is_out_of_memory(error):
             raise
-        return 0, f"it cannot run them ({type(error).__name__})"
+        problem = f"it cannot run them ({type(error).__name__})"
     finally:
         model.train(training)
-    # No two of these answers start alike, so both layouts score the same tokens, in another order.
-    difference = (plain - packed).abs().max().item() if len(plain) == len(packed) > 0 else math.inf
-    if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_16_BITS):
-        return 0, f"they differ from plain rows by {difference:.2g} nats"
+        if problem:
+            model.set_attn_implementation("sdpa")
+    if problem:
+        return 0, problem
     window = _window(model.config.get_text_config())
     return window, "" if window == math.inf else f"its attention reaches back {window} tokens"
 

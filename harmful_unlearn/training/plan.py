@@ -110,11 +110,11 @@ def make_plan(
             "land (--safe_weight 0)"
         )
     sample = range(0, steps, max(1, steps // STEPS_SAMPLED))
-    sampled = [batches(step, torch.device("cpu")) for step in sample]
+    sampled = [part for step in sample for part in batches(step, torch.device("cpu"))]
     cut_in_rd = 0
     if batches.reads.random_answers:
         cut_in_rd = sum(text.cut for step in sample for text in batches.collator.encode(batches.random_pairs(step)))
-    tokens = sum(rows.tokens for step in sampled for rows in step if rows) / len(sampled) * batches.share[1]
+    tokens = sum(rows.tokens for part in sampled for rows in part if rows) / len(sample) * batches.share[1]
     parameters = structure.num_parameters()
     trainable = _lora_parameters(structure, lora) if lora else parameters
     dtype = structure.config.dtype
@@ -178,19 +178,15 @@ def _activations(
 ) -> dict[str, float]:
     """Bytes that a step needs beside them; estimated from a sample of steps."""
     compute = 2 if precision == "bf16" else 4
-    passes = [rows for step in sampled for rows in _passes(step, losses)]
+    passes = [rows for part in sampled for rows in _together(part, losses)]
     tokens = max(sum(rows.input_ids.numel() for rows in together) for together in passes)
     scored = max(rows.row.numel() for together in passes for rows in together)
-    mask = max(rows.input_ids.shape[1] * rows.input_ids.numel() for together in passes for rows in together)
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
     saved = tokens * config.hidden_size * compute * (SAVED_VALUES * layers / 2 + config.num_hidden_layers)
-    return {
-        "activations": saved + mask * compute,  # packed rows have a mask of their own
-        "logits": min(scored * config.vocab_size * 4, CHUNK) * 3,
-    }
+    return {"activations": saved, "logits": min(scored * config.vocab_size * 4, CHUNK) * 3}
 
 
-def _passes(step: StepBatch, losses: set[str]) -> Iterator[list[Batch]]:
+def _together(step: StepBatch, losses: set[str]) -> Iterator[list[Batch]]:
     """The batches of a step that are in memory together: those at theta, then those at the landing point."""
     for at_landing in (False, True):
         names = {LOSSES[name].batch for name in losses if LOSSES[name].at_landing == at_landing}

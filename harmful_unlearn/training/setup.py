@@ -36,6 +36,8 @@ from harmful_unlearn.training.plan import Plan, check_disk, make_plan
 from harmful_unlearn.training.resume import check_stages, remaining_work
 from harmful_unlearn.training.run_log import RunLog
 
+TOKENS_PER_PASS = {"cpu": 1024}
+
 
 @dataclass(frozen=True)
 class Stage1:
@@ -44,7 +46,7 @@ class Stage1:
     Attributes:
         base_folder: of theta_o.
         lora: the adapter's settings; None trains every weight.
-        precision: "fp32" or "bf16" (autocast; trained weights are float32).
+        precision: "fp32" or "bf16" (trained weights are float32 in both).
         accelerator: of one process or several (distributed.py).
         batches: of each step.
         plan: what the run will read, compute and keep in memory.
@@ -188,11 +190,15 @@ def prepare_stage_1(
     limit = loading.context_length(config)
     collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
     # Whether the model can read packed rows is only known once it is loaded (packing_check.py).
-    pack = bool(needed.random_answers) and not settings.no_packing
     sampler = run_sampler(vars(settings), accelerator.num_processes, harmful, normal, needed)
-    packed_up_to = math.inf if pack else 0
+    packed_up_to = 0 if settings.no_packing else math.inf
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, share)
+    tokens_per_pass: float = settings.tokens_per_pass or TOKENS_PER_PASS.get(accelerator.device.type, 8192)
+    if distributed.engine_of(accelerator) == "DeepSpeed":  # it updates after every backward pass
+        if settings.tokens_per_pass:
+            raise UserError("--tokens_per_pass does not work with DeepSpeed: leave it out, or use FSDP2 or DDP")
+        tokens_per_pass = math.inf
+    batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, tokens_per_pass, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
     plan = make_plan(settings, batches, structure, lora, precision, shards)
     print_once(f"{_describe(settings, lora, precision, accelerator)}\n{plan}")
@@ -276,7 +282,7 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
         # The landing point is computed from base and model, in the model's precision.
         dtype = torch.float32 if settings.uses_landing_point else frozen
         copy = loading.load_model(run.base_folder, dtype, settings.device_map)
-        base = ReferenceModel(copy, autocast=dtype != frozen)
+        base = ReferenceModel(copy, run.precision)
         if not hasattr(copy, "hf_device_map"):
             copy.to(device)
     loading.enable_gradient_checkpointing(model, settings.gradient_checkpointing)

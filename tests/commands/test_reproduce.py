@@ -41,7 +41,8 @@ def flags(world, out, *more: str, parts: bool = True) -> list[str]:
         --model_name {world}/{{seed}}/base --recipe tiny --output {out} --seeds 0 --runs task_vector sku sku-pd-turned
         --harmful_dataset {world}/{{seed}}/data/harmful.jsonl --unseen_dataset {world}/{{seed}}/data/unseen.jsonl
         --normal_dataset {world}/{{seed}}/data/normal.csv --n_seen 6 --n_unseen 12 --n_normal 5
-        --max_new_tokens 6 --decoding sampled greedy --relearn_steps {2 if parts else 0} --relearn_pairs 4
+        --max_new_tokens 6 --precision fp32 --decoding sampled greedy
+        --relearn_steps {2 if parts else 0} --relearn_pairs 4
     """.split()
     if parts:
         words += ["--alpha_sweep", "0,1", *(word for kind in KINDS for word in ("--harm_category", kind))]

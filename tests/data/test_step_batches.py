@@ -1,6 +1,7 @@
 """The batches of a step: what each loss reads, ahead of time, and for one of several processes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def same(batch, expected) -> bool:
     ],
 )
 def test_a_step_has_what_its_losses_read_and_no_more(losses, weights, data, tokenizer):
-    batch = batches_of(data, tokenizer, losses)(0, CPU)
+    (batch,) = batches_of(data, tokenizer, losses)(0, CPU)
     rows = (batch.harmful, batch.normal, batch.normal_answers)[: len(weights)]
     assert tuple(part and set(part.weights) for part in rows) == weights
     assert batch.safe is None and (len(weights) == 3 or batch.normal_answers is None)
@@ -62,17 +63,72 @@ def test_batches_ahead_are_those_of_the_steps(data, tokenizer):
         ahead = list(batches.ahead(steps, CPU))
         assert len(ahead) == len(steps)
         for step, prepared in zip(steps, ahead, strict=True):
-            assert all(map(same, prepared, batches(step, CPU)))
+            assert len(prepared) == 1 and all(map(same, prepared[0], batches(step, CPU)[0]))
 
 
 def test_processes_share_a_step(data, tokenizer):
-    complete = batches_of(data, tokenizer, {"gd", "rd", "pd"})(1, CPU)
-    shares = [batches_of(data, tokenizer, {"gd", "rd", "pd"}, share=(process, 2))(1, CPU) for process in (0, 1)]
+    (complete,) = batches_of(data, tokenizer, {"gd", "rd", "pd"})(1, CPU)
+    shares = [batches_of(data, tokenizer, {"gd", "rd", "pd"}, share=(process, 2))(1, CPU)[0] for process in (0, 1)]
     for batch, *parts in zip(complete, *shares, strict=True):
         if batch:
             assert sum(part.tokens for part in parts) == batch.tokens
             for key, weight in batch.weights.items():
                 torch.testing.assert_close(sum(part.weights[key].sum() for part in parts), weight.sum())
+
+
+def entries(batch) -> list[tuple]:
+    """What is scored, with what weights, after which tokens of the same text."""
+    found = []
+    for index, target, *weights in zip(batch.index, batch.target, *batch.weights.values(), strict=True):
+        row, position = batch.row[index], batch.position[index]
+        ids = batch.input_ids[row]
+        seen = torch.arange(len(ids)) <= position
+        if batch.is_packed:
+            tree, branch = batch.attention_mask[0, 0]
+            seen &= (tree == tree[position]) & ((branch == 0) | (branch == branch[position]))
+        if any(weights):
+            found.append((ids[seen].tolist(), int(target), [round(float(weight), 6) for weight in weights]))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("packed_up_to", [0, math.inf])
+@pytest.mark.parametrize("tokens_per_pass", [math.inf, 90, 1])
+@pytest.mark.parametrize("processes", [1, 2, 3, 20])
+def test_passes_of_all_processes_are_the_step(variant, packed_up_to, tokens_per_pass, processes, data, tokenizer):
+    """Each text counts once, with the same weight, in as many passes for each process."""
+    complete = batches_of(data, tokenizer, {"gd", "rd", "pd", "sa"}, packed_up_to=0)
+    complete = replace(complete, collator=replace(complete.collator, variant=variant))
+    split = replace(complete, packed_up_to=packed_up_to, tokens_per_pass=tokens_per_pass)
+    for step in range(3):
+        (whole,) = complete(step, CPU)
+        passes = [replace(split, share=(process, processes))(step, CPU) for process in range(processes)]
+        assert len({len(own) for own in passes}) == 1
+        assert len(passes[0]) == 1 if tokens_per_pass == math.inf else len(passes[0]) > 1
+        for name, batch in whole._asdict().items():
+            parts = [part for own in passes for part in (getattr(each, name) for each in own) if part]
+            shape = [[getattr(each, name) is None for each in own] for own in passes]
+            assert shape == [shape[0]] * processes
+            if batch is None:
+                assert not parts
+                continue
+            found: dict[tuple, list[float]] = {}
+            for before, target, weights in (entry for part in parts for entry in entries(part)):
+                total = found.setdefault((tuple(before), target), [0.0] * len(weights))
+                found[tuple(before), target] = [a + b for a, b in zip(total, weights, strict=True)]
+            expected: dict[tuple, list[float]] = {}
+            for before, target, weights in entries(batch):
+                total = expected.setdefault((tuple(before), target), [0.0] * len(weights))
+                expected[tuple(before), target] = [a + b for a, b in zip(total, weights, strict=True)]
+            assert found.keys() == expected.keys()
+            for key, weights in expected.items():
+                assert found[key] == pytest.approx(weights, abs=1e-5)
+
+
+def test_a_row_is_no_longer_than_a_pass_if_its_texts_are_not(data, tokenizer):
+    batches = batches_of(data, tokenizer, {"gd", "rd"}, packed_up_to=math.inf, tokens_per_pass=120)
+    lengths = [part.harmful.tokens for step in range(4) for part in batches(step, CPU)]
+    assert max(lengths) <= 120 and len(lengths) > 4
 
 
 def test_random_answers_come_from_the_pool_of_the_losses(data, tokenizer):

@@ -97,8 +97,12 @@ def test_pool_and_normal_texts_are_the_released_ones(goldens, batches):
 
 
 def test_packed_rows_hold_what_plain_rows_do(goldens, batches):
-    packed, plain = (replace(batches, packed_up_to=up_to)(0, torch.device("cpu")).harmful for up_to in (math.inf, 0))
-    assert len(packed.input_ids) == 2 and len(plain.input_ids) == 2 + 2 * goldens["hyper_parameters"]["k_random"]
+    packed, plain = (replace(batches, packed_up_to=up_to)(0, torch.device("cpu"))[0].harmful for up_to in (math.inf, 0))
+    assert (
+        packed.is_packed
+        and len(packed.input_ids) == 1
+        and len(plain.input_ids) == 2 + 2 * goldens["hyper_parameters"]["k_random"]
+    )
 
 
 def test_first_step_to_float32_rounding(goldens, trained):
@@ -134,7 +138,7 @@ def worst(ours: dict, theirs: dict) -> float:
 
 
 def test_gradient_ascent(goldens, batches):
-    harmful = batches(0, torch.device("cpu")).harmful
+    harmful = batches(0, torch.device("cpu"))[0].harmful
     model = load_base().eval()
     with torch.no_grad():
         loss = value_of(model, "ga", harmful)
@@ -146,7 +150,7 @@ def test_the_golden_can_fail(goldens, tokenizer, batches):
     paper = StepBatches(
         Collator(tokenizer, "paper", 1024), batches.sampler, batches.harmful, batches.normal, batches.reads
     )
-    harmful = paper(0, torch.device("cpu")).harmful
+    harmful = paper(0, torch.device("cpu"))[0].harmful
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()
     with torch.no_grad():
         loss = value_of(model, "gd", harmful)

@@ -14,8 +14,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import deepspeed, distributed
@@ -154,38 +152,6 @@ def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, t
             assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
             for config in ours.glob("config.json"):
                 assert json.loads(config.read_text()) == json.loads((theirs / config.name).read_text())
-
-
-@pytest.mark.parametrize("variant", ["released", "paper"])
-@pytest.mark.parametrize("packed", [True, False])
-def test_shares_add_up_to_the_batch(variant, packed, tokenizer):
-    collator = Collator(tokenizer, variant, 256)
-    pairs = [Pair("How do I?", "Like this, then that."), Pair("Why?", "No."), Pair("Where is it kept?", "Here.")]
-    answers = ["Ask somebody.", "By night, and quietly."]
-    for batch in (
-        collator.answers_batch(pairs, answers, packed_up_to=1000 if packed else 0),
-        collator.texts_batch(pairs),
-    ):
-        for number in (2, 3, 20):
-            shares = [batch.share(process, number) for process in range(number)]
-            assert all(len(share.input_ids) for share in shares)
-            assert sum(share.tokens for share in shares) == batch.tokens
-            for module, weight in batch.weights.items():
-                total = sum(share.weights[module].sum() for share in shares)
-                torch.testing.assert_close(total, weight.sum())
-            found = sorted(entry for share in shares for entry in entries(share))
-            assert found == entries(batch)
-
-
-def entries(batch) -> list[tuple]:
-    """What is scored, with what weights, after which tokens."""
-    found = []
-    for index, target, *weights in zip(batch.index, batch.target, *batch.weights.values(), strict=True):
-        row, position = batch.row[index], batch.position[index]
-        if any(weights):
-            before = [int(token) for token in batch.input_ids[row, : position + 1]]
-            found.append((before, int(target), [float(weight) for weight in weights]))
-    return sorted(found)
 
 
 @pytest.mark.parametrize("file", (ROOT / "harmful_unlearn" / "launch").glob("*.yaml"), ids=lambda file: file.stem)

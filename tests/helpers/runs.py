@@ -28,6 +28,8 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
         "3",
         "--lr",
         "1e-3",
+        "--precision",
+        "fp32",
         "--model_save_dir",
         str(out / "harmful"),
         "--task_vector_saving_path",

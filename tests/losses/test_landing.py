@@ -222,7 +222,7 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
     order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
     collator = Collator(tokenizer, "paper", 256)
     batches = StepBatches(collator, order, harmful, normal, reads({"gd", "lp", "sa"}))
-    found = [batches(step, torch.device("cpu")) for step in range(order.batches_per_epoch)]
+    found = [batches(step, torch.device("cpu"))[0] for step in range(order.batches_per_epoch)]
     assert any(texts.safe is None for texts in found) or all(harmful.safe_answers)
     for step, texts in enumerate(found):
         rows = [row for row in order[step].harmful_rows if harmful.safe_answers[row]]

@@ -1,6 +1,7 @@
 """The methods that SKU is compared with: what each minimises, and what becomes of its copy."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_mismatch_draws_normal_training_answers(tiny_model, tmp_path):
 def test_fine_tuning_scores_normal_answers(tiny_model, tokenizer, tmp_path):
     """FT's loss is the cross-entropy of the normal answers, computed here by hand."""
     batches = prepared(tiny_model("opt"), tmp_path, "--method", "ft", "--variant", "paper").batches
-    batch = batches(0, torch.device("cpu"))
+    (batch,) = replace(batches, packed_up_to=0)(0, torch.device("cpu"))
     assert batch.harmful is None and batch.normal is None
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
     with torch.no_grad():

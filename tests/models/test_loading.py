@@ -40,11 +40,6 @@ def test_code_in_a_model_folder_is_never_run(tiny_model, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_precision():
-    assert loading.resolve_precision("auto", torch.device("cpu")) == "fp32"
-    assert loading.resolve_precision("bf16", torch.device("cpu")) == "bf16"
-
-
 # --- tokenizers -----------------------------------------------------------------------------------
 
 

@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.data.batch import MULTIPLE
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.training.packing_check import max_packed_length
 from tests.helpers.runs import flags, metrics_of
 from tests.helpers.tiny import TINY
@@ -66,6 +68,7 @@ def same(model, plain, packed) -> None:
 def test_random_texts(architecture, variant, tokenizer):
     """Any lengths, empty answers and questions, answers that share their beginning or are the same, any K and B."""
     model = made((TINY | OTHERS)[architecture])
+    model.set_attn_implementation(TREE)
     draw = random.Random(architecture + variant)
 
     def text(longest: int) -> str:
@@ -79,7 +82,7 @@ def test_random_texts(architecture, variant, tokenizer):
         own_answers = bool(draw.randrange(4)) or not answers
         plain = collator.answers_batch(pairs, answers, own_answers)
         packed = collator.answers_batch(pairs, answers, own_answers, math.inf)
-        assert len(packed.input_ids) == (len(pairs) if answers else len(plain.input_ids))
+        assert packed.is_packed and len(packed.input_ids) == 1
         assert packed.tokens <= plain.tokens and len(packed.row) <= len(plain.row)
         if plain.index.numel():
             same(model, plain, packed)
@@ -93,14 +96,14 @@ def test_one_row_a_question_and_each_token_once(tokenizer):
     batch = collator.answers_batch([Pair(question, "Carry it.")], answers, packed_up_to=math.inf)
     texts = [one.input_ids for one in collator.encode([Pair(question, one) for one in ("Carry it.", *answers)])]
     shared = next(at for at in range(99) if len({text[at] for text in texts}) > 1)
-    assert batch.input_ids[0].tolist() == texts[0] + texts[1][shared:] + texts[2][shared:]
+    expected = texts[0] + texts[1][shared:] + texts[2][shared:]
     places = [*range(shared)] + [at for text in texts for at in range(shared, len(text))]
-    assert batch.position_ids[0].tolist() == places
-    mask = batch.model_inputs["attention_mask"][0, 0]
-    ends = [len(texts[0]), len(texts[0]) + len(texts[1]) - shared, batch.input_ids.shape[1]]
-    for start, end in zip([shared, *ends], ends, strict=False):
-        for at in range(start, end):
-            assert mask[at].nonzero()[:, 0].tolist() == [*range(shared), *range(start, at + 1)]
+    branches = [0] * shared + [n for n, text in enumerate(texts, 1) for _ in text[shared:]]
+    tree, branch = batch.attention_mask[0, 0].tolist()
+    tokens = len(expected)
+    assert batch.input_ids[0, :tokens].tolist() == expected and batch.position_ids[0, :tokens].tolist() == places
+    assert branch[:tokens] == branches and tree == [0] * tokens + [-1] * (len(tree) - tokens)
+    assert batch.tokens == tokens and len(tree) % MULTIPLE == 0
 
 
 def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
@@ -120,15 +123,15 @@ def test_longer_texts_stay_plain(tokenizer):
     collator = Collator(tokenizer, "released", 256)
     pair, answers = Pair("How?", "Like this."), ["So.", "word " * 30]
     longest = max(len(one.input_ids) for one in collator.encode([pair, *(Pair("How?", one) for one in answers)]))
-    assert collator.answers_batch([pair], answers, packed_up_to=longest).branch is not None
-    assert collator.answers_batch([pair], answers, packed_up_to=longest - 1).branch is None
+    assert collator.answers_batch([pair], answers, packed_up_to=longest).is_packed
+    assert not collator.answers_batch([pair], answers, packed_up_to=longest - 1).is_packed
 
 
 def test_a_batch_moves_as_a_whole(tokenizer):
     batch = Collator(tokenizer, "paper", 256).answers_batch([Pair("How?", "So.")], ["No."], packed_up_to=math.inf)
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)] + [*moved.weights.values()]
-    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 9 and all(tensor.is_meta for tensor in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,7 +38,8 @@ def test_plan_counts_what_is_there(tiny_model, tmp_path, capsys):
     rd = [pair for step in (0, 1) for pair in run.batches.random_pairs(step)]
     rd_long = sum(len(ids) > 60 for ids in run.tokenizer([format_pair(p.question, p.answer) for p in rd])["input_ids"])
     assert (plan.pairs_seen, plan.cut, plan.cut_in_rd) == (4, long, rd_long) and long and rd_long
-    exact = sum(batch.tokens for step in (0, 1) for batch in run.batches(step, torch.device("cpu")) if batch)
+    parts = [part for step in (0, 1) for part in run.batches(step, torch.device("cpu"))]
+    exact = sum(batch.tokens for part in parts for batch in part if batch)
     assert plan.tokens == exact
     assert all(size > 0 for size in plan.memory.values())
     smaller = prepared(base, tmp_path, *short, "--normal_weight", "0").plan

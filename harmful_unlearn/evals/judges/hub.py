@@ -15,6 +15,7 @@ from harmful_unlearn.errors import UserError, is_out_of_memory
 from harmful_unlearn.evals.generation import Decoding, configure
 from harmful_unlearn.evals.judges.base import BROKEN, THRESHOLD, Verdict, shortened
 from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.provenance import revision_of
 
 
@@ -116,7 +117,7 @@ class HubJudge(ABC, Generic[Spec]):
         self._tokenizer = loading.load_tokenizer(hub.resolve_model(model, weights=False), config)
         longest = min(loading.context_length(config) - RESERVED, self._tokenizer.model_max_length)
         self._limit = longest - self.new_tokens
-        precision = loading.resolve_precision("auto", device)
+        precision = resolve_precision("auto", device)
         facts = self._check(model, config)  # before the weights are downloaded
         folder = hub.resolve_model(model)
         self._model = self._load(folder, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
