@@ -13,10 +13,8 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
+from benchmarks.measuring import watched
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, user_path
@@ -95,7 +94,8 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     figures: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
     for number in range(args.runs):
         for task, words in tasks.items():
-            figures[task].append(timed(words))
+            seconds, peak, _ = watched(words, "RssAnon")
+            figures[task].append((seconds, peak / 1e9))
             shutil.rmtree(out, ignore_errors=True)
             print(f"run {number + 1}: {task}: {figures[task][-1][0]:.1f} s, {figures[task][-1][1]:.2f} GB", flush=True)
     medians = {task: list(map(statistics.median, zip(*rows, strict=True))) for task, rows in figures.items()}
@@ -119,14 +119,15 @@ def opt_config(billions: float) -> OPTConfig:
     return OPTConfig(num_hidden_layers=layers, **sizes)
 
 
-def make_pair(base: Path, tuned: Path, config: OPTConfig, shard_size: int) -> None:
+def make_pair(base: Path, tuned: Path, config: OPTConfig, shard_size: int, device: str = "cpu") -> None:
     """A random model, and the same plus noise of standard deviation 0.001, in files of up to `shard_size` bytes."""
     torch.manual_seed(0)
-    model = OPTForCausalLM(config).half()
+    with torch.device(device):
+        model = OPTForCausalLM(config).half()
     model.save_pretrained(base, max_shard_size=shard_size)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.001 * torch.randn(parameter.shape))
+            parameter.add_(0.001 * torch.randn_like(parameter))
     model.save_pretrained(tuned, max_shard_size=shard_size)
 
 
@@ -141,30 +142,6 @@ def mergekit_recipe(folder: Path, base: Path, tuned: Path) -> Path:
     path = folder / "recipe.yml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
-
-
-def timed(words: list[str]) -> tuple[float, float]:
-    """Seconds that a command takes, and its peak of anonymous memory in GB. Raises UserError: it fails."""
-    start, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
-        while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
-            time.sleep(0.01)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            output.seek(0)
-            raise UserError(f"{' '.join(words[:2])} failed: {output.read()[-2000:]}")
-    return seconds, peak / 1e9
-
-
-def anonymous(process: int) -> int:
-    """RssAnon of a process, in bytes; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 if __name__ == "__main__":

@@ -3,189 +3,265 @@
     python benchmarks/step.py
     python benchmarks/step.py --hidden 512 --layers 8 --precision bf16
     python benchmarks/step.py --ways packed "at the landing point" lands --lora    # what landing costs
-    python benchmarks/step.py --model facebook/opt-2.7b --lora --precision bf16 --ways "plain rows" packed    # on a GPU
+    python benchmarks/step.py --model FOLDER --harmful_dataset pku.parquet --precision bf16    # your own model and data
 
-Random weights of an OPT of that shape (or of --model's configuration) and random texts: PKU-SafeRLHF itself is not
-needed. The released computation is in float32, as the authors' runs were; --precision is that of the others. All
-run in turn in one process, so that a noisy machine is noisy for all; peak memory is each one's own, in a process of
-its own. The losses must agree, or no figure is printed.
+By default random weights of an OPT of that shape (or of --config's) and random words. With --model its weights and its
+tokenizer; with --harmful_dataset and --normal_dataset the rows of a real run's first steps. The released computation
+is in float32, as the authors' runs were; --precision is that of the others. There is no dropout, and no optimizer. All
+ways run in turn in one process, so that a noisy machine is noisy for all; the machine's own rate, of a large matrix
+product, is measured between the steps. Peak memory is each one's own, in a process of its own. The losses must agree,
+or no figure is printed.
 """
 
 import argparse
 import json
 import math
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
 
+from benchmarks import made_up, measuring
+from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
-from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.step_batches import StepBatch, StepBatches, run_sampler
+from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.losses.packing_check import max_packed_length
+from harmful_unlearn.losses.terms import reads
+from harmful_unlearn.models.loading import context_length, load_config, load_model, load_tokenizer
 from harmful_unlearn.models.lora import Lora, add_lora
+from harmful_unlearn.models.precision import computing_in
 from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.storage.files import user_path
+from harmful_unlearn.training.setup import TOKENS_PER_PASS
 
 WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
-OURS = {  # of packed rows: SKU; the same batch with PD at the landing point; and --method lands
+RELEASED = "released"
+WAYS: dict[str, tuple[dict[str, float], float]] = {  # the weights of the losses, and the landing point's alpha
+    RELEASED: (WEIGHTS, 1.0),
+    "plain rows": (WEIGHTS, 1.0),
     "packed": (WEIGHTS, 1.0),
-    "at the landing point": ({"gd": 2.5, "rd": 2.5, "lp": 1.0}, 3.0),
-    "lands": ({"gd": 1.0, "lp": 0.3, "sa": 0.1}, 4.0),
+    "at the landing point": ({"gd": 2.5, "rd": 2.5, "lp": 1.0}, 3.0),  # the same batch with PD there
+    "lands": ({"gd": 1.0, "lp": 0.3, "sa": 0.1}, 4.0),  # --method lands
 }
-LONGEST = 400  # tokens of an answer
+LANDING = {"at the landing point", "lands"}
+AWAY = 1e-3  # theta is so far from the base, so that PD has something to measure
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables. Raises UserError: flags that do not fit, losses that differ."""
     args = parse_flags()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if args.memory_of:
-        print(json.dumps(peak_memory(args)))
+        args.ways = [args.memory_of]
+        print(json.dumps(peak_above_weights(Setting(args))))
         return
     setting = Setting(args)
+    check_losses({name: setting.run(name, args.repeat) for name in args.ways}, args.precision)  # warms up, too
     times: dict[str, list[float]] = {name: [] for name in args.ways}
-    losses: dict[str, dict[str, float]] = {}
-    for name in args.ways:  # warm up, and check that all compute the same
-        losses[name] = setting.run(name, setting.texts(0))[1]
-    close = 1e-3 if args.precision == "fp32" else 3e-2
-    first = losses[args.ways[0]]
-    pairs = [(first[loss], value) for values in losses.values() for loss, value in values.items() if loss in first]
-    if any(abs(expected - value) > close * max(1, abs(expected)) for expected, value in pairs):
-        sys.exit(f"the losses differ, so no time is worth printing: {losses}")
+    rates: dict[str, list[float]] = {precision: [] for precision in setting.precisions}
     for step in range(args.repeat):
-        texts = setting.texts(step)
         for name in args.ways:
-            times[name].append(setting.run(name, texts)[0])
-    memory = {name: setting.own_process(name) for name in args.ways}
-    print(report(setting, times, memory))
+            times[name].append(setting.seconds(name, step))
+        for precision in rates:
+            rates[precision].append(measuring.matmul_rate(setting.device, precision))
+    profiles = {name: setting.profiled(name) for name in args.ways}
+    memory = {name: of_own_process(name) for name in args.ways}
+    print(report(setting, times, {key: statistics.median(rate) for key, rate in rates.items()}, profiles, memory))
 
 
-class Setting:
-    """Models, tokenizer and texts of a run."""
+class Trained:
+    """theta, and theta_o, from which it is AWAY, in a precision."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.device = torch.device(args.device)
-        config = (
-            AutoConfig.from_pretrained(args.model)
-            if args.model
-            else OPTConfig(
-                hidden_size=args.hidden,
-                num_hidden_layers=args.layers,
-                num_attention_heads=args.hidden // 64,
-                ffn_dim=4 * args.hidden,
-                word_embed_proj_dim=args.hidden,
-                vocab_size=args.vocabulary,
-                max_position_embeddings=2048,
-                dropout=0.0,
-                attention_dropout=0.0,
-            )
-        )
-        self.vocabulary = config.vocab_size
-        self.tokenizer = word_tokenizer(self.vocabulary)
-        self.collator = Collator(self.tokenizer, "released", 2048)
-        half = args.precision == "bf16" and (args.lora or self.device.type == "cuda" and not LANDING & {*args.ways})
-        frozen = torch.bfloat16 if half else None
-        torch.manual_seed(0)
-        with self.device:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=frozen if args.lora else torch.float32)
-        if args.lora:
+    def __init__(self, load: Callable[[torch.dtype], PreTrainedModel], precision: str, lora: bool, exact_base: bool):
+        """`exact_base`: theta_o is in float32, as a landing point needs it."""
+        self.precision = precision
+        frozen = measuring.DTYPES[precision]
+        self.model = load(frozen if lora else torch.float32)
+        if lora:
+            torch.manual_seed(1)
             self.model = add_lora(self.model, Lora(r=32, alpha=16), "base")
             self.base = ReferenceModel(self.model)
         else:
-            with self.device:
-                copy = AutoModelForCausalLM.from_config(config, dtype=frozen or torch.float32)
-            copy.load_state_dict(self.model.state_dict())
-            with torch.no_grad():  # away from the base, so that PD has something to measure
-                for parameter in self.model.parameters():
-                    parameter.add_(1e-3 * torch.randn_like(parameter))
-            self.base = ReferenceModel(copy, "fp32" if half else args.precision)
-        self.model.train()
-        self.objectives = {name: Objective(self.model, weights, self.base) for name, (weights, _) in OURS.items()}
-        self.landings = {name: LandingPoint(self.model, self.base, OURS[name][1]) for name in LANDING}
+            self.base = ReferenceModel(load(torch.float32 if exact_base else frozen), precision)
+        self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for weight in self.weights:
+                weight.add_(AWAY * torch.randn_like(weight))
+        self.model.eval()  # without dropout
+        self._gradients: list[torch.Tensor] = []
 
-    def texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair], list[Pair]]:
-        """Harmful pairs, random answers, normal texts and safe answers: words drawn at random, lengths log-normal."""
-        draw = np.random.default_rng([1, step])
-
-        def words(mean: float) -> str:
-            spread = self.args.spread
-            length = int(np.clip(mean * np.exp(draw.normal(-(spread**2) / 2, spread)), 4, LONGEST))
-            return " ".join(f"w{word}" for word in draw.integers(100, self.vocabulary - 100, length))
-
-        args = self.args
-        pairs = [Pair(words(args.question_tokens), words(args.answer_tokens)) for _ in range(args.batch_size)]
-        answers = [words(args.answer_tokens) for _ in range(args.k_random)]
-        normal = [Pair(words(15), words(15)) for _ in range(args.batch_size)]
-        return pairs, answers, normal, [Pair(pair.question, words(30)) for pair in pairs]
-
-    def run(self, name: str, texts: tuple) -> tuple[float, dict[str, float]]:
-        """Seconds of one step in one of the WAYS, and its losses."""
-        self.model.zero_grad()
-        synchronize(self.device)
-        started = time.perf_counter()
-        autocast = self.args.precision == "bf16" and name != "released"
-        parts, values = WAYS[name](self, *texts), {}
-        while True:
-            with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
-                part = next(parts, None)
-            if part is None:
-                break
-            part[0].backward()
-            values |= part[1]
-        synchronize(self.device)
-        seconds = time.perf_counter() - started
-        return seconds, {loss: value.item() for loss, value in values.items()}
-
-    def own_process(self, name: str) -> dict:
-        """What `peak_memory` measures in a fresh process."""
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    def forget_gradients(self, keep: bool) -> None:
+        """Before a step: the gradients are zero, in the memory that they have (`keep`), or there are none."""
+        if keep and not self._gradients:
+            self._gradients = [torch.zeros_like(weight) for weight in self.weights]
+        for at, weight in enumerate(self.weights):
+            weight.grad = self._gradients[at].zero_() if keep else None
 
 
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, so that texts have the lengths that they are drawn with. Adds BOS."""
-    words = {"<pad>": 1, "<s>": 2, "<unk>": 3, "###": 4, "Question:": 5, "Answer:": 6}
-    words |= {f"w{index}": index for index in range(100, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+class Setting:
+    """Models, tokenizer and rows of a run."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, torch.device(args.device)
+        self._folder = user_path(args.model) if args.model else None
+        if self._folder:
+            self.config = load_config(self._folder)
+        elif args.config:
+            self.config = AutoConfig.from_pretrained(args.config, trust_remote_code=False)
+        else:
+            self.config = made_up.opt_config(args.hidden, args.layers, args.vocabulary)
+        self.vocabulary = self.config.get_text_config().vocab_size
+        if args.harmful_dataset and not (args.model or args.config):
+            raise UserError("--harmful_dataset needs a tokenizer: give --model FOLDER, or --config FOLDER with one")
+        if self._folder or args.harmful_dataset:
+            self.tokenizer = load_tokenizer(self._folder or Path(args.config), self.config)
+        else:
+            self.tokenizer = made_up.word_tokenizer(self.vocabulary)
+        self._harmful, self._normal = made_up.data(
+            self.tokenizer, args.question_tokens, args.answer_tokens, args.spread
+        )
+        if args.harmful_dataset:
+            self._harmful = read_harmful(args.harmful_dataset)
+        if args.normal_dataset:
+            self._normal = read_normal(args.normal_dataset, args.seed)
+        self.collator = Collator(self.tokenizer, "released", context_length(self.config))
+        exact_base = bool(LANDING & {*args.ways})
+        self._trained = {p: Trained(self._load, p, args.lora, exact_base) for p in sorted(self.precisions)}
+        # Switches tree attention on, as a run does.
+        self.packed_up_to, self.why_plain = math.inf, ""
+        for trained in self._trained.values():
+            self.packed_up_to, self.why_plain = max_packed_length(trained.model, self.collator)
+        self.batches = {name: self._batches(name) for name in (*args.ways, "packed")}
+        self._objectives = {
+            name: Objective(self.trained(name).model, WAYS[name][0], self.trained(name).base) for name in args.ways
+        }
+        self._landings = {
+            name: LandingPoint(self.trained(name).model, self.trained(name).base, WAYS[name][1])
+            for name in args.ways
+            if name in LANDING
+        }
+
+    @property
+    def precisions(self) -> set[str]:
+        """Those that are needed: "fp32" for the released way, and the flag's for ours."""
+        return {"fp32" if name == RELEASED else self.args.precision for name in self.args.ways}
+
+    def trained(self, name: str) -> Trained:
+        """What one of WAYS trains."""
+        return self._trained["fp32" if name == RELEASED else self.args.precision]
+
+    def passes(self, name: str, step: int) -> list[StepBatch]:
+        """The passes of a step."""
+        return self.batches[name](step, self.device)
+
+    def run(self, name: str, step: int) -> dict[str, float]:
+        """One step in one of WAYS, tokenisation included; the losses, in nats."""
+        trained = self.trained(name)
+        if name == RELEASED:
+            loss, values = released(self, trained, *self._texts(step))
+            loss.backward()
+            return {key: value.item() for key, value in values.items()}
+        objective, passes, values = self._objectives[name], self.passes(name, step), {}
+        backward(trained.model, objective, passes, trained.precision, values)
+        if name in LANDING:
+            with self._landings[name].reached() as chain_rule:
+                backward(trained.model, objective.at_landing, passes, trained.precision, values, chain_rule)
+        return {key: value.item() for key, value in values.items()}
+
+    def seconds(self, name: str, step: int) -> float:
+        """Seconds of a step."""
+        self.trained(name).forget_gradients(keep=name != RELEASED)
+        return measuring.seconds_of(lambda: self.run(name, step), self.device)
+
+    def profiled(self, name: str) -> dict[str, float]:
+        """The share of each kind of work in a step."""
+        self.trained(name).forget_gradients(keep=name != RELEASED)
+        return measuring.where_time_goes(lambda: self.run(name, 0), self.device, self.vocabulary)
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        if self._folder:
+            return load_model(self._folder, dtype).to(self.device)
+        torch.manual_seed(0)
+        with self.device:
+            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).to(dtype)
+
+    def _batches(self, name: str) -> StepBatches:
+        args, needed = self.args, reads(WAYS[name][0])
+        sampler = run_sampler(vars(args), 1, self._harmful, self._normal, needed)
+        packed_up_to = 0 if name == "plain rows" else self.packed_up_to
+        limit = args.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 8192)
+        return StepBatches(self.collator, sampler, self._harmful, self._normal, needed, packed_up_to, limit)
+
+    def _texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair]]:
+        """A step's harmful pairs, random answers and normal texts."""
+        batches = self.batches[RELEASED]
+        rows = batches.sampler[step]
+        pairs = [self._harmful.pairs[row] for row in rows.harmful_rows]
+        answers = [batches.pool[row] for row in rows.answer_rows]
+        return pairs, answers, [self._normal.texts[row] for row in rows.normal_rows]
+
+
+def backward(
+    model: PreTrainedModel,
+    objective: Callable,
+    passes: list[StepBatch],
+    precision: str,
+    values: dict[str, torch.Tensor],
+    factor: float = 1.0,
+) -> None:
+    """The gradient of factor * objective over the passes of a step, as a run computes it; losses go to `values`."""
+    with computing_in(precision, model):
+        for batch in passes:
+            loss, terms = objective(model, batch)
+            if loss.requires_grad:
+                (factor * loss).backward()
+            for name, value in terms.items():
+                values[name] = values.get(name, 0.0) + value
 
 
 # --- The released computation, straightforwardly: all rows padded together, all logits, one row after another -----
 
 
-def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], _safe: list[Pair]):
-    """GD, RD and PD as implementation details 3 and 9 to 12 describe them."""
-    model, tokenizer, device = setting.model, setting.tokenizer, setting.device
+def released(
+    setting: Setting, trained: Trained, pairs: list[Pair], answers: list[str], normal: list[Pair]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """GD, RD and PD as implementation details 3 and 9 to 12 describe them: their weighted sum, and each."""
+    model, tokenizer, device = trained.model, setting.tokenizer, setting.device
 
     def padded(texts: list[Pair]) -> dict:
-        written = [format_pair(text.question, text.answer) for text in texts]
-        return tokenizer(written, padding=True, return_tensors="pt").to(device)
+        # Written out, since a tokenizer's own padding may be its end token, which texts have, too.
+        ids = [tokenizer(format_pair(text.question, text.answer))["input_ids"] for text in texts]
+        ids = [row[: setting.collator.max_length] for row in ids]
+        longest = max(map(len, ids))
+        rows = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        return {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
 
     def answer_loss(texts: list[Pair], starts: list[int]):
         rows = padded(texts)
-        logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.float()
+        logits = model(**rows).logits.float()
         losses = []
         for row, start in enumerate(starts):
-            ids = rows["input_ids"][row]
-            pad = tokenizer.pad_token_id
-            entropies = F.cross_entropy(logits[row, :-1], ids[1:], reduction="none", ignore_index=pad)
+            ids, is_text = rows["input_ids"][row], rows["attention_mask"][row]
+            entropies = F.cross_entropy(logits[row, :-1], ids[1:], reduction="none") * is_text[1:]
             weight = torch.zeros(len(ids), device=device)
             weight[start:] = 1
-            weight[ids == pad] = 0
+            weight *= is_text
             weight /= weight.sum()
             losses.append((weight[:-1] * entropies).sum())
         return torch.stack(losses).mean()
@@ -194,127 +270,85 @@ def released(setting: Setting, pairs: list[Pair], answers: list[str], normal: li
     random = [Pair(pair.question, answer) for pair in pairs for answer in answers]
     rd = answer_loss(random, [2] * len(random))
     rows = padded(normal)
-    inputs = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
-    q = model(**inputs).logits.float().softmax(-1)
-    with torch.no_grad(), setting.base.active() as base:
-        p = base(**inputs).logits.float().softmax(-1)
+    q = model(**rows).logits.float().softmax(-1)
+    with torch.no_grad(), trained.base.active() as base:
+        p = base(**rows).logits.float().softmax(-1)
     pd = -(p * ((p + 1e-12) / q).log()).sum(-1).mean()
     values = {"gd": gd, "rd": rd, "pd": pd}
-    yield sum(WEIGHTS[name] * loss for name, loss in values.items()), values
+    return sum(WEIGHTS[name] * loss for name, loss in values.items()), values
 
 
-def ours(objective: str, packed_up_to: float = math.inf):
-    """Our step, in plain rows (0) or packed (infinity), tokenisation included."""
-    weights, _ = OURS[objective]
-
-    def step(setting: Setting, pairs: list[Pair], answers: list[str], normal: list[Pair], safe: list[Pair]):
-        collator = setting.collator
-        harmful = collator.answers_batch(pairs, answers if "rd" in weights else [], packed_up_to=packed_up_to)
-        texts = [harmful, collator.texts_batch(normal), collator.answers_batch(safe, []) if "sa" in weights else None]
-        texts = StepBatch(*(batch and batch.to(setting.device) for batch in texts))
-        terms = setting.objectives[objective]
-        yield terms(setting.model, texts)
-        if objective in LANDING:
-            with setting.landings[objective].reached() as chain_rule:
-                loss, values = terms.at_landing(setting.model, texts)
-                yield chain_rule * loss, values
-
-    return step
+# --- The report ---------------------------------------------------------------------------------------------------
 
 
-WAYS = {"released": released, "plain rows": ours("packed", 0), **{name: ours(name) for name in OURS}}
-LANDING = {*OURS} - {"packed"}
+def check_losses(losses: dict[str, dict[str, float]], precision: str) -> None:
+    """Raises UserError where two ways compute different losses."""
+    close = 1e-3 if precision == "fp32" else 3e-2
+    first, *others = losses.values()
+    pairs = [(first[loss], value) for other in others for loss, value in other.items() if loss in first]
+    if not all(abs(expected - value) <= close * max(1, abs(expected)) for expected, value in pairs):
+        raise UserError(f"the losses differ, so no time is worth printing: {losses}")
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(args: argparse.Namespace) -> dict:
-    """Bytes above both models' weights at the peak of three steps: gradients, activations, logits."""
-    setting = Setting(args)
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        before = resident()
+def peak_above_weights(setting: Setting) -> int:
+    """Bytes above all weights at the peak of three steps: gradients, activations, logits."""
+    measuring.forget_peak(setting.device)
+    before = measuring.in_memory(setting.device)
+    (name,) = setting.args.ways
     for step in range(3):
-        setting.run(args.memory_of, setting.texts(step))
-    peak = torch.cuda.max_memory_allocated() if setting.device.type == "cuda" else high_water()
-    return {"above": peak - before, "in all": peak}
+        setting.seconds(name, step)
+    return measuring.peak_memory(setting.device) - before
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def of_own_process(name: str) -> int:
+    """What `peak_above_weights` measures in a fresh process."""
+    words = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+    return int(measuring.watched(words, "VmHWM", every=0.1)[2].splitlines()[-1])
 
 
-def high_water() -> int:
-    """Bytes of this process in memory at its peak."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def report(setting: Setting, times: dict[str, list[float]], memory: dict[str, dict]) -> str:
-    """The table: medians, ratios of medians, tokens, and the share of the machine's own matrix product."""
-    args = setting.args
-    texts = [setting.texts(step) for step in range(args.repeat)]
-    collator = setting.collator
-    layouts = {"plain rows": 0, "packed": math.inf}
-    computed, needed = {}, None
-    for name, up_to in layouts.items():
-        batches = [(collator.answers_batch(p, a, packed_up_to=up_to), collator.texts_batch(n)) for p, a, n, _ in texts]
-        computed[name] = statistics.mean(h.input_ids.numel() + n.input_ids.numel() for h, n in batches)
-        scored = statistics.mean(len(h.row) + len(n.row) for h, n in batches)
-        if name == "packed":
-            needed = statistics.mean(h.tokens + n.tokens for h, n in batches)
-            needed_scored = scored
-    computed["released"] = computed["plain rows"]
-    head = setting.vocabulary * setting.model.get_output_embeddings().weight.shape[1]
-    body = sum(p.numel() for n, p in setting.model.named_parameters() if "embed" not in n and "lm_head" not in n)
-    products = 4 if args.lora else 6  # 2 forward, 2 backward for activations, 2 for weights; without attention's own
-    flops = products * (needed * body + needed_scored * head)
-    peak = matmul_peak(setting)
+def report(
+    setting: Setting,
+    times: dict[str, list[float]],
+    rates: dict[str, float],
+    profiles: dict[str, dict[str, float]],
+    memory: dict[str, int],
+) -> str:
+    """The tables: medians, ratios, the share of the machine's own rate, and where the time of a step goes."""
+    args, ways, steps = setting.args, setting.args.ways, range(setting.args.repeat)
+    first, first_memory = statistics.median(times[ways[0]]), memory[ways[0]]
+    rows = []
+    for name in ways:
+        seconds, trained = statistics.median(times[name]), setting.trained(name)
+        needed_as = "packed" if name in (RELEASED, "plain rows") else name
+        needed = [
+            measuring.needed_flops(trained.model, setting.passes(needed_as, step), WAYS[name][0]) for step in steps
+        ]
+        share = statistics.median(flops / spent for flops, spent in zip(needed, times[name], strict=True))
+        rate = rates[trained.precision]
+        of_first = f"1/{first / seconds:.2f}"
+        of_memory = f"1/{first_memory / memory[name]:.2f}"
+        above = f"{memory[name] / measuring.MIB:.0f}"
+        rows.append([name, trained.precision, f"{seconds:.3f}", of_first, f"{share / rate:.0%}", above, of_memory])
+    tokens = [sum(rows.tokens for part in setting.passes("packed", s) for rows in part if rows) for s in steps]
+    header = ["step", "precision", "seconds", f"of {ways[0]}", "of the machine's rate"]
+    header += ["peak above weights, MiB", f"of {ways[0]}"]
+    shares = [[name, *(f"{profiles[name][kind]:.0%}" for kind in measuring.KINDS)] for name in ways]
+    threads = torch.get_num_threads()
+    where = "" if setting.device.type == "cuda" else f", {threads} thread{'s' * (threads > 1)}"
+    data = setting.batches["packed"].harmful.source["name"]
     lines = [
-        f"{args.precision}, {setting.device.type}, {torch.get_num_threads()} threads; batch {args.batch_size}, "
-        f"K {args.k_random}, answers of {args.answer_tokens:g} tokens on average (spread {args.spread:g}); "
-        f"medians of {args.repeat} steps",
-        f"tokens needed (each question once): {needed:.0f} a step; measured matrix product: {peak / 1e9:.0f} GFLOP/s",
-        "",
-        f"| step | seconds | of {args.ways[0]} | peak above weights, MiB | of {args.ways[0]} | tokens computed "
-        "| of peak FLOP/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"{Path(args.model).name if args.model else setting.config.model_type}, "
+        f"{'LoRA' if args.lora else 'every weight'}, {setting.device.type}{where}; batch {args.batch_size}, "
+        f"K {args.k_random}, {Path(data).name}; medians of {args.repeat} steps",
+        f"tokens needed (each question once): {statistics.mean(tokens):.0f} a step; the machine's own rate: "
+        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in sorted(rates.items())),
     ]
-    first = statistics.median(times[args.ways[0]])
-    for name in args.ways:
-        seconds = statistics.median(times[name])
-        tokens, share = "–", "–"
-        if name not in LANDING:
-            tokens, share = f"{computed[name]:.0f}", f"{flops / seconds / peak:.0%}"
-        above = memory[name]["above"]
-        lines.append(
-            f"| {name} | {seconds:.3f} | 1/{first / seconds:.2f} | {above / 2**20:.0f} | "
-            f"1/{memory[args.ways[0]]['above'] / above:.2f} | {tokens} | {share} |"
-        )
-    return "\n".join(lines)
-
-
-def matmul_peak(setting: Setting) -> float:
-    """FLOP/s of the machine's best large matrix product in this precision."""
-    size = 8192 if setting.device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if setting.args.precision == "bf16" else torch.float32
-    matrix = torch.randn(size, size, device=setting.device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        synchronize(setting.device)
-        started = time.perf_counter()
-        matrix @ matrix
-        synchronize(setting.device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    if setting.why_plain:
+        length = setting.packed_up_to
+        lines.append(f"{f'texts over {length} tokens' if length else 'all texts'} in plain rows: {setting.why_plain}")
+    title = "Where a step goes, in percent of its operations' own time (of a run under the profiler):"
+    return "\n".join([*lines, "", measuring.table(header, rows), "", title, "",
+                      measuring.table(["step", *measuring.KINDS], shares)])  # fmt: skip
 
 
 def parse_flags() -> argparse.Namespace:
@@ -323,34 +357,32 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--hidden", type=int, default=256, help="OPT's hidden size (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=50272, help="(default: %(default)s)")
-    parser.add_argument("--model", help="take the shape from this model's config.json instead (hub id or folder)")
-    parser.add_argument("--lora", action="store_true", help="train an adapter (r 32, q_proj and v_proj)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--k_random", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--question_tokens", type=float, default=18, help="on average (default: %(default)s)")
-    parser.add_argument("--answer_tokens", type=float, default=75, help="on average (default: %(default)s)")
-    parser.add_argument(
-        "--spread",
-        type=float,
-        default=0.6,
-        help="of lengths: standard deviation of their logarithm (default: %(default)s)",
-    )
-    parser.add_argument("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--ways",
-        nargs="+",
-        choices=WAYS,
-        default=["released", "plain rows", "packed"],
-        help="(default: released, plain rows and packed)",
-    )
-    parser.add_argument("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--hidden", type=int, default=256, help="OPT's hidden size (default: %(default)s)")
+    add("--layers", type=int, default=4, help="(default: %(default)s)")
+    add("--vocabulary", type=int, default=50272, help="(default: %(default)s)")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--model", help="this folder's weights and tokenizer instead")
+    shape.add_argument("--config", help="random weights of the shape in this model's config.json (hub id or folder)")
+    add("--harmful_dataset", help="PKU-SafeRLHF, or a file with its columns (default: random words)")
+    add("--normal_dataset", help="TruthfulQA.csv, or a file with its columns (default: random words)")
+    add("--lora", action="store_true", help="train an adapter (r 32, q_proj and v_proj)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of our ways (default: %(default)s)")
+    add("--tokens_per_pass", type=int, help="as in a run (default: a run's)")
+    add("--batch_size", type=int, default=2, help="(default: %(default)s)")
+    add("--k_random", type=int, default=5, help="(default: %(default)s)")
+    add("--seed", type=int, default=8888, help="of the rows (default: %(default)s)")
+    add("--question_tokens", type=float, default=made_up.QUESTION, help="on average (default: %(default)s)")
+    add("--answer_tokens", type=float, default=made_up.ANSWER, help="on average (default: %(default)s)")
+    spread = "of lengths: standard deviation of their logarithm (default: %(default)s)"
+    add("--spread", type=float, default=made_up.SPREAD, help=spread)
+    add("--repeat", type=int, default=7, help="steps of each (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ways = [RELEASED, "plain rows", "packed"]
+    add("--ways", nargs="+", choices=WAYS, default=ways, help="(default: released, plain rows and packed)")
+    add("--memory_of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
