@@ -97,6 +97,7 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
         packed_up_to: in tokens: if no text is longer, the rows are packed; else each holds one text.
     """
     packed = max(max(row.position_ids, default=0) for row in rows) < packed_up_to
+    keys = dict.fromkeys(key for row in rows for key in row.averages)
     scored: dict[tuple[int, int], int] = {}  # (row, position): index
     entries = []  # (index, target, weight in each average)
     start = 0
@@ -126,7 +127,7 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
         position=torch.tensor([position for _, position in scored], dtype=torch.long),
         index=torch.tensor([index for index, _, _ in entries], dtype=torch.long),
         target=torch.tensor([target for _, target, _ in entries], dtype=torch.long),
-        weights={key: torch.tensor([weights.get(key, 0.0) for _, _, weights in entries]) for key in rows[0].averages},
+        weights={key: torch.tensor([weights.get(key, 0.0) for _, _, weights in entries]) for key in keys},
         attention_mask=attention_mask,
         position_ids=position_ids,
     )

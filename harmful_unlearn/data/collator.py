@@ -16,6 +16,7 @@ Two ideas:
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -110,6 +111,19 @@ class Collator:
         else:
             groups = [part for group in groups for part in _divided(group, row_tokens)]
         return [_lay_out(group, averaged_over) for group in groups]
+
+    def separate_answers(self, pairs: list[Pair], packed_up_to: float, row_tokens: float) -> list[Row]:
+        """Answers that are averaged over nothing: `Batch.weights["3"]` is 1 at each token of the fourth answer.
+
+        Answers to the same question share a row; the limits are those of `answers`.
+        """
+        groups: dict[str, list[_ScoredText]] = defaultdict(list)
+        for number, (pair, text) in enumerate(zip(pairs, self.encode(pairs), strict=True)):
+            positions = range(text.answer_start - 1, len(text.input_ids) - 1)
+            groups[pair.question].append(_ScoredText(str(number), text.input_ids, positions, 1))
+        packed = all(len(text.input_ids) <= packed_up_to for group in groups.values() for text in group)
+        parts = [part for group in groups.values() for part in _divided(group, row_tokens if packed else 0)]
+        return [_lay_out(part, {text.key: 1 for text in part}) for part in parts]
 
     def texts(self, pairs: list[Pair]) -> list[Row]:
         """Whole texts, for PD (implementation detail 12).

@@ -25,8 +25,9 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
-from harmful_unlearn.evals.generation import Answer, Decoding, Request, answer_nll, check_room, generate
+from harmful_unlearn.evals.generation import Answer, Decoding, Request, check_room, generate
 from harmful_unlearn.evals.judges.base import Judge
+from harmful_unlearn.evals.likelihood import answer_nll
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.metrics.scoring import Estimate
 from harmful_unlearn.evals.protocol import EvalProtocol, sha256_of
@@ -34,7 +35,6 @@ from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
 
 PROTOCOL_FILE = "protocol.json"
-SCORED_TOGETHER = 16  # texts in a batch
 
 
 def measure(
@@ -212,7 +212,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
     collator = Collator(tokenizer, "paper", context_length(model.config))
     scores: dict = {
-        name: answer_nll(model, collator, [prompt.pair for prompt in prompts], SCORED_TOGETHER, f"{name} references")
+        name: answer_nll(model, collator, [prompt.pair for prompt in prompts], f"{name} references")
         for name, prompts in protocol.prompts.items()
     }
     questions = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
@@ -225,7 +225,7 @@ def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol:
     scores["choices"] = []
     if not pairs:
         return scores
-    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, SCORED_TOGETHER, "multiple choice")])
+    logs = iter([-nll for nll, _ in answer_nll(model, collator, pairs, "multiple choice")])
     for choice in choices:
         best, true, false = ([next(logs) for _ in range(n)] for n in (1, len(choice.true), len(choice.false)))
         scores["choices"].append([scoring.mc1(best[0], false), scoring.mc2(true, false)])
@@ -243,7 +243,7 @@ def _add_perplexities(
     collator = Collator(tokenizer, "paper", context_length(model.config))
     for label in lacking:
         pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
-        scored = answer_nll(model, collator, pairs, SCORED_TOGETHER, f"perplexity of {label}'s answers")
+        scored = answer_nll(model, collator, pairs, f"perplexity of {label}'s answers")
         for row, (nll, tokens) in zip(rows[label], scored, strict=True):
             row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}
         write_answers(folder, label, rows[label])

@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair, prompt_text
+from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.objective import cross_entropy
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.models.offload import execution_device
 
-WORST = 700.0  # nats a token: a broken model's cross-entropy is cut here, so that its figures stay finite
 NEXT_QUESTION = "### Question:"  # a model that continues with a question of its own has ended its answer
 TOKENS_PER_BATCH = 16384  # 8 GB of keys and values in a LLaMA2-7B in 16 bits; more is no faster on a CPU
 STOP_TOKENS = len(NEXT_QUESTION)  # it has at most so many: an answer's last tokens are searched for it
@@ -262,29 +258,3 @@ def _read(index: int, row: list[int], ends: frozenset[int], tokenizer: PreTraine
     end = next((at for at, token in enumerate(row) if token in ends), None)
     text, cut, _ = tokenizer.decode(row[:end], skip_special_tokens=True).partition(NEXT_QUESTION)
     return Answer(index, text.strip(), end is not None or bool(cut))
-
-
-@torch.inference_mode()
-def answer_nll(
-    model: PreTrainedModel, collator: Collator, pairs: list[Pair], batch_size: int, title: str
-) -> list[tuple[float, int]]:
-    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number.
-
-    Args:
-        title: of the progress bar.
-    """
-    lengths = [len(text.input_ids) for text in collator.encode(pairs)]
-    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
-    scored: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
-    for start in tqdm(range(0, len(order), batch_size), title, unit="batch", leave=False):
-        indices = order[start : start + batch_size]
-        batch = collator.answers_batch([pairs[index] for index in indices], [])
-        if not len(batch.row):
-            continue
-        entropy = cross_entropy(model, batch.to(execution_device(model))).double().cpu()  # [answer tokens of the batch]
-        entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)
-        sums = torch.zeros(len(indices), dtype=torch.double).index_add_(0, batch.row, entropy).tolist()
-        counts = torch.bincount(batch.row, minlength=len(indices)).tolist()
-        for index, total, count in zip(indices, sums, counts, strict=True):
-            scored[index] = (total, count)
-    return scored

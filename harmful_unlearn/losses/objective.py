@@ -54,6 +54,10 @@ class Objective:
         """The same for the terms at the landing point; call it within `LandingPoint.reached`."""
         return self._weighted_sum(model, batch, at_landing=True)
 
+    def cross_entropies(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The cross-entropy of every entry of a batch, in nats, [entries]; without a gradient."""
+        return self._cross_entropy(model, batch, torch.zeros_like(batch.index, dtype=torch.float32), {})[1]
+
     def _weighted_sum(
         self, model: PreTrainedModel, batch: StepBatch, at_landing: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,6 +22,22 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and any(map(capabilities.get, BF16_INSTRUCTIONS)) else "fp32"
 
 
+class _Cast(torch.autograd.Function):
+    """A weight in bf16, whose gradient is added to the weight's own without a float32 copy of it."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.to(torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        if ctx.weight.grad is None:
+            ctx.weight.grad = gradient.to(ctx.weight.dtype)
+        else:
+            ctx.weight.grad += gradient
+
+
 @contextmanager
 def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
     """Within the block the model computes in "bf16": its float32 weights are replaced by their bf16 casts.
@@ -36,10 +52,12 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
         for name, weight in module._parameters.items()
         if weight is not None and weight.dtype == torch.float32 and not (weight.is_meta or is_sharded(weight))
     ]
+    # Wrappers for several processes wait for gradients to arrive by autograd's own way.
+    cast = (lambda weight: weight.to(torch.bfloat16)) if torch.distributed.is_initialized() else _Cast.apply
     casts: dict[Tensor, Tensor] = {}  # a weight that is tied is cast once
     if precision == "bf16":
         for _, _, weight in owners:
-            casts[weight] = casts[weight] if weight in casts else weight.to(torch.bfloat16)
+            casts[weight] = casts[weight] if weight in casts else cast(weight)
     try:
         for module, name, weight in owners:
             module._parameters[name] = casts.get(weight, weight)  # type: ignore[assignment]

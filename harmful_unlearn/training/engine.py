@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from harmful_unlearn.cli import stop_asked
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.errors import Diverged, Stopped, UserError, system_errors
+from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.precision import computing_in
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import new_folder, write_file
 from harmful_unlearn.training import distributed
 from harmful_unlearn.training.checkpointing import load_state, save_model, save_state
 from harmful_unlearn.training.distributed import is_main_process
-from harmful_unlearn.training.packing_check import max_packed_length
 from harmful_unlearn.training.resume import free_folder
 from harmful_unlearn.training.run_log import RunLog, not_finite
 from harmful_unlearn.training.setup import Stage1

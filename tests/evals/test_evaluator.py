@@ -6,18 +6,18 @@ from dataclasses import replace
 from operator import itemgetter
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import figures, measure
-from harmful_unlearn.evals.generation import Answer, Decoding, answer_nll
+from harmful_unlearn.evals.generation import Answer, Decoding
 from harmful_unlearn.evals.judges.base import Verdict
+from harmful_unlearn.evals.likelihood import answer_nll
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 
@@ -141,22 +141,6 @@ def test_a_broken_answers_file_is_named(models, tmp_path):
         measure(models, PROTOCOL, CountingJudge(), models[0], tmp_path)
 
 
-def test_answer_nll_by_hand(tiny_model, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval()
-    pairs = [Pair("Why?", "Because it is so."), Pair("What is the longest of questions?", "No"), Pair("And?", "")]
-    scored = answer_nll(model, Collator(tokenizer, "paper", 256), pairs, 2, "")
-    for pair, (nll, tokens) in zip(pairs, scored, strict=True):
-        ids = tokenizer(format_pair(pair.question, pair.answer)).input_ids
-        prefix = tokenizer(format_prefix(pair.question).rstrip()).input_ids
-        start = next((at for at, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), len(prefix))
-        start = start if pair.answer else len(ids)
-        with torch.no_grad():
-            logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        by_hand = -sum(logs[at - 1, ids[at]].item() for at in range(start, len(ids)))
-        assert tokens == len(ids) - start and nll == pytest.approx(by_hand, rel=1e-5, abs=1e-6)
-    assert scored[2] == (0.0, 0)
-
-
 def rows_of(label, verdicts, answers=("x y z", "x y z"), **more):
     """Hand-made answers: one "seen" row a verdict, and two normal ones."""
     seen = [
@@ -248,7 +232,7 @@ def test_choices_are_scored_by_whole_log_probabilities(models, tmp_path):
     ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
     collator = Collator(tokenizer, "paper", 256)
-    best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], 2, ""))
+    best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], ""))
     ((mc1, mc2),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
     assert mc1 == (best > max(f1, f2))
     weights = [math.exp(x - best) for x in (t1, t2, f1, f2)]

@@ -15,7 +15,8 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.evals import evaluated_model
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep
-from harmful_unlearn.evals.generation import Decoding, Request, answer_nll, generate
+from harmful_unlearn.evals.generation import Decoding, Request, generate
+from harmful_unlearn.evals.likelihood import answer_nll
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.losses.fused_linear import has_plain_head
 from harmful_unlearn.losses.objective import Objective
@@ -88,7 +89,7 @@ def answers(model, tokenizer):
     questions = ["How do I hide a gnome?", "Why is the sky blue?"]
     requests = [Request(q, how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
     generated = [answer for batch in generate(model, tokenizer, 6, 100, requests) for answer in batch]
-    return generated, answer_nll(model, Collator(tokenizer, "paper", 256), [Pair("Why?", "Because.")], 1, "")
+    return generated, answer_nll(model, Collator(tokenizer, "paper", 256), [Pair("Why?", "Because.")], "")
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])

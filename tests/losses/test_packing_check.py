@@ -24,8 +24,8 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.tree_attention import TREE
-from harmful_unlearn.training.packing_check import max_packed_length
 from tests.helpers.runs import flags, metrics_of
 from tests.helpers.tiny import TINY
 

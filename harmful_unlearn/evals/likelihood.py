@@ -1,0 +1,42 @@
+"""The likelihood that a model gives to answers."""
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.losses.objective import Objective
+from harmful_unlearn.losses.packing_check import max_packed_length
+from harmful_unlearn.models.offload import execution_device
+
+WORST = 700.0  # nats a token: a broken model's cross-entropy is cut here, so that its figures stay finite
+TOKENS = 2048  # in a forward pass
+
+
+@torch.inference_mode()
+def answer_nll(model: PreTrainedModel, collator: Collator, pairs: list[Pair], title: str) -> list[tuple[float, int]]:
+    """The summed cross-entropy of each answer's tokens given its question, in nats, and their number.
+
+    Answers to the same question are packed behind it, if the model can read such rows.
+
+    Args:
+        title: of the progress bar.
+    """
+    packed_up_to, _ = max_packed_length(model, collator)
+    rows = collator.separate_answers(pairs, packed_up_to, TOKENS)
+    rows.sort(key=lambda row: -row.length)  # plain rows of like lengths have little padding
+    objective = Objective(model, {})
+    scored: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
+    with tqdm(total=len(pairs), desc=title, unit="answer", leave=False) as bar:
+        while rows:
+            size = max(1, min(TOKENS // rows[0].length, len(rows)))  # of rows that are at most as long
+            part, rows = rows[:size], rows[size:]
+            batch = collator.batch(part, packed_up_to)
+            if len(batch.row):
+                entropy = objective.cross_entropies(model, batch.to(execution_device(model))).double().cpu()
+                entropy = entropy.nan_to_num(nan=WORST).clamp(max=WORST)  # [entries]
+                for key, weight in batch.weights.items():
+                    scored[int(key)] = (float(weight.double() @ entropy), int(weight.sum()))
+            bar.update(len(batch.weights))
+    return scored
