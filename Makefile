@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo reproduce-demo lint test test-slow fuzz data clean
+.PHONY: help setup demo reproduce-demo bench-gpu lint test test-slow fuzz data clean
 
 help:
 	@echo "make demo            SKU end to end on a small offline world (no hub, no GPU); DEMO_FLAGS=..."
@@ -13,6 +13,7 @@ help:
 	@echo "make lint            ruff (lint and format) and mypy"
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (an hour)"
+	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"
 	@echo "make setup           only the virtual environment"
 	@echo "make clean           remove the virtual environment and the output of demo and reproduce-demo"
@@ -31,6 +32,9 @@ demo: $(READY)
 
 reproduce-demo: $(READY)
 	scripts/reproduce_demo.sh $(REPRODUCE_FLAGS)
+
+bench-gpu: $(READY)
+	$(RUN) benchmarks/gpu.py $(BENCH_FLAGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -49,12 +49,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def matmul_rate(device: torch.device, precision: str, repeat: int = 3) -> float:
-    """FLOP/s of a large matrix product, the best of `repeat`, with the threads that torch has now."""
-    size = 8192 if device.type == "cuda" else 1024 if repeat < 3 else 2048
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product, the best of four, with the threads that torch has now."""
+    size = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(size, size, device=device, dtype=DTYPES[precision])
     with torch.inference_mode():
-        return 2 * size**3 / min(seconds_of(lambda: F.linear(matrix, matrix), device) for _ in range(repeat + 1))
+        return 2 * size**3 / min(seconds_of(lambda: F.linear(matrix, matrix), device) for _ in range(4))
 
 
 def needed_flops(model: PreTrainedModel, passes: Iterable[StepBatch], weights: Mapping[str, float]) -> float:
