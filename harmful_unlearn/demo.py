@@ -84,14 +84,11 @@ class SeedRun:
 
 
 class DemoProtocol(EvalProtocol):
-    """Normal prompts are asked greedily only, and every set is sampled with the demo's own seed."""
+    """Normal prompts are asked greedily only."""
 
     @property
     def rounds(self) -> list[tuple[str, Decoding]]:
         return [(name, decoding) for name, decoding in super().rounds if (name, decoding.name) != ("normal", "sampled")]
-
-    def sampling_seed(self, name: str) -> int:
-        return self.seed
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,11 +28,11 @@ CHUNK = 32 * 2**20  # bytes of float32 logits at a time
 class Score(Protocol):
     """A loss of the logits of some positions."""
 
-    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The weighted sum over the positions from `start` on, a scalar, and its gradient.
+    def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
+        """The weighted sum over the positions from `start` on, a scalar.
 
         Args:
-            logits: [positions, vocabulary] float32; may be overwritten, by the gradient, too.
+            logits: [positions, vocabulary] float32; overwritten, with `gradient` by the sum's gradient.
         """
 
 
@@ -51,7 +51,7 @@ class CrossEntropy:
         self.index, self.target, self.coefficient = index, target, coefficient
         self.values = torch.zeros_like(coefficient)
 
-    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         ends = torch.tensor([start, start + len(logits)], device=self.index.device)
         chunk = slice(*torch.searchsorted(self.index, ends).tolist())  # index is ascending
         index, target, coefficient = self.index[chunk] - start, self.target[chunk], self.coefficient[chunk]
@@ -61,9 +61,10 @@ class CrossEntropy:
         # log(sum(exp(logits))) without a second pass: q at the largest logit is never tiny.
         log_sum = largest - q.gather(1, place[:, None])[:, 0].log()
         self.values[chunk] = log_sum[index] - of_target
-        weight = logits.new_zeros(len(logits), 1).index_add_(0, index, coefficient[:, None])
-        gradient = q.mul_(weight).index_put_((index, target), -coefficient, accumulate=True)
-        return coefficient @ self.values[chunk], gradient
+        if gradient:
+            weight = logits.new_zeros(len(logits), 1).index_add_(0, index, coefficient[:, None])
+            q.mul_(weight).index_put_((index, target), -coefficient, accumulate=True)
+        return coefficient @ self.values[chunk]
 
 
 class Divergence:
@@ -82,14 +83,15 @@ class Divergence:
         self.hidden, self.head, self.coefficient = hidden, head, coefficient
         self.values = torch.zeros_like(coefficient)
 
-    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         chunk = slice(start, start + len(logits))
         base = F.linear(self.hidden[chunk].to(self.head.weight), self.head.weight, self.head.bias)
         log_p = base.to(logits).log_softmax(-1)  # the base may sit on another device
         log_q = torch.log_softmax(logits, -1, out=logits)
         self.values[chunk] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        gradient = log_q.exp_().sub_(log_p.exp_()).mul_(self.coefficient[chunk, None])
-        return self.coefficient[chunk] @ self.values[chunk], gradient
+        if gradient:
+            log_q.exp_().sub_(log_p.exp_()).mul_(self.coefficient[chunk, None])
+        return self.coefficient[chunk] @ self.values[chunk]
 
 
 class _Fused(torch.autograd.Function):
@@ -105,6 +107,7 @@ class _Fused(torch.autograd.Function):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             hidden_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+            any_needed = hidden_needed or weight_needed or bias_needed
             hidden_grad = torch.empty_like(hidden)
             weight_grad, bias_grad = sums.get("weight"), sums.get("bias")
             is_first = not sums
@@ -126,9 +129,8 @@ class _Fused(torch.autograd.Function):
                     logits.copy_(gradient)
                 if bias is not None:
                     logits += bias
-                part, logits = score(logits, start)
-                total += part
-                if low is not full:
+                total += score(logits, start, any_needed)
+                if low is not full and any_needed:
                     gradient.copy_(logits)
                 if hidden_needed:
                     hidden_grad[chunk] = gradient @ matrix
