@@ -274,7 +274,7 @@ def steps(part: str, device: torch.device, tiny: bool, rate: float) -> list[list
             packed = StepBatches(collator, sampler, harmful, normal, needed, math.inf, limit)(number, device)
             needs.append(measuring.needed_flops(model, packed, WEIGHTS))
         peak = measuring.peak_memory(device)
-        planned = sum(make_plan(run_flags(flags), batches, structure, lora, "bf16", 1).memory.values())
+        planned = sum(make_plan(run_flags(flags), batches, structure, lora, "bf16", 1, device).memory.values())
         seconds = statistics.median(times)
         share = f"{sum(needs) / sum(times) / rate:.0%}"
         memory = [f"{peak / GIB:.2f}", f"{planned / GIB:.2f}", f"{peak / planned:.2f}"]

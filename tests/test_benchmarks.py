@@ -98,7 +98,7 @@ def test_memory_of_a_run_against_its_plan(printed, tmp_path, monkeypatch):
     (row,) = rows_of(text, "model").values()
     assert row[:3] == ["LoRA", "fp32", "2"]
     (done,) = json.loads((tmp_path / "record.json").read_text()).values()
-    assert 0 < done["planned"] < done["measured"] < 4
+    assert 0.2 < done["planned"] / done["measured"] < 5
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
     monkeypatch.setattr(measuring, "watched", lambda *_, **__: pytest.fail("it was measured again"))

@@ -1,5 +1,6 @@
 """What a run will do and need, before it costs anything: the figures that `--check` prints."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,8 @@ from shutil import disk_usage
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
@@ -15,13 +17,15 @@ from harmful_unlearn.errors import NoSafeAnswers, UserError
 from harmful_unlearn.losses.fused_linear import CHUNK
 from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import LOSSES, NEED_BASE
-from harmful_unlearn.models.lora import Lora, linear_layers
+from harmful_unlearn.models.lora import Lora, add_lora, linear_layers
+from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.training.flags import TrainingSettings
 
 GIB = 2**30
-# Values saved for the backward pass for each token, layer and hidden unit; about right for OPT and LLaMA.
-SAVED_VALUES = 34
 STEPS_SAMPLED = 25
+SAVED_VALUES = 20  # for each token, layer and hidden unit, where they cannot be counted; about right for LLaMA
+# Measured on a CPU: Python with its libraries and the data, and what oneDNN keeps for the shapes that it has met.
+PROGRAM = {"fp32": {"program": 0.6 * GIB}, "bf16": {"program": 0.6 * GIB, "oneDNN": 0.3 * GIB}}
 CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
 FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
 
@@ -83,6 +87,7 @@ def make_plan(
     lora: Lora | None,
     precision: str,
     shards: int,
+    device: torch.device,
 ) -> Plan:
     """Count what a run will read, compute and keep in memory.
 
@@ -90,6 +95,7 @@ def make_plan(
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
         shards: how many processes the model and AdamW's state are sharded over.
+        device: on a CPU the program itself and what its libraries keep are counted, too.
 
     Raises:
         UserError: no answer has a token left to train on.
@@ -133,8 +139,9 @@ def make_plan(
         parameters=parameters,
         trainable=trainable,
         memory={
+            **(PROGRAM[precision] if device.type == "cpu" else {}),
             **_weights(settings, losses, structure, trainable, lora, precision, shards),
-            **_activations(settings, losses, sampled, structure.config.get_text_config(), precision),
+            **_activations(losses, sampled, structure, lora, precision, settings.gradient_checkpointing),
         },
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
@@ -169,21 +176,70 @@ def _weights(
     sizes = {"weights": model, "frozen base": parameters * (4 if lands else compute) if has_copy else 0}
     if lands and has_copy:
         sizes["theta, saved"] = trainable * 4
+    if precision == "bf16":
+        sizes["bf16 casts"] = trainable * 2
     sizes |= {"gradients": trainable * 4, "AdamW": trainable * 8}
     return {name: size / shards for name, size in sizes.items()}
 
 
 def _activations(
-    settings: TrainingSettings, losses: set[str], sampled: list[StepBatch], config: PretrainedConfig, precision: str
+    losses: set[str],
+    sampled: list[StepBatch],
+    structure: PreTrainedModel,
+    lora: Lora | None,
+    precision: str,
+    checkpointing: bool,
 ) -> dict[str, float]:
-    """Bytes that a step needs beside them; estimated from a sample of steps."""
-    compute = 2 if precision == "bf16" else 4
+    """Bytes that the largest pass of a sample of steps needs beside them."""
     passes = [rows for part in sampled for rows in _together(part, losses)]
-    tokens = max(sum(rows.input_ids.numel() for rows in together) for together in passes)
+    largest = max(passes, key=lambda together: sum(rows.input_ids.numel() for rows in together))
     scored = max(rows.row.numel() for together in passes for rows in together)
-    layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    saved = tokens * config.hidden_size * compute * (SAVED_VALUES * layers / 2 + config.num_hidden_layers)
-    return {"activations": saved, "logits": min(scored * config.vocab_size * 4, CHUNK) * 3}
+    config = structure.config.get_text_config()
+    head = 0 if lora else config.vocab_size * config.hidden_size * (2 if precision == "bf16" else 4)
+    return {
+        "activations": sum(saved_bytes(structure, rows, lora, precision, checkpointing) for rows in largest),
+        # A chunk of logits in two dtypes; the gradient of the embeddings as inputs, as outputs, and their sum.
+        "logits": min(scored * config.vocab_size * 4, CHUNK) * 1.5 + 3 * head,
+    }
+
+
+def saved_bytes(
+    structure: PreTrainedModel, rows: Batch, lora: Lora | None, precision: str, checkpointing: bool
+) -> float:
+    """Bytes that autograd keeps of a forward pass without the LM head, counted on the meta device.
+
+    Args:
+        structure: the model on the meta device; it stays as it is.
+    """
+    model = copy.deepcopy(structure).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    layers = model.config.get_text_config().num_hidden_layers
+    adapted = add_lora(model, lora, "") if lora else model
+    adapted.train()
+    kept = {weight.untyped_storage()._cdata for weight in adapted.parameters()}
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_meta and storage._cdata not in kept:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    tokens = rows.input_ids.numel()
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    texts = torch.arange(len(rows.input_ids)).repeat_interleave(rows.input_ids.shape[1])
+    layout = rows.attention_mask if rows.is_packed else torch.stack([texts, torch.zeros_like(texts)])[None, None]
+    outputs = []  # autograd frees what nothing refers to, and another tensor may then have its address
+    hidden = tokens * model.config.get_text_config().hidden_size * (2 if precision == "bf16" else 4)
+    try:
+        model.set_attn_implementation(TREE)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            outputs.append(model.base_model(input_ids=ids, attention_mask=layout, position_ids=ids, use_cache=False))
+        total = float(sum(sizes.values()))
+    except Exception:  # a model that does not run on the meta device, or not with this attention
+        total = SAVED_VALUES * layers * hidden
+    if not checkpointing:
+        return total
+    return layers * hidden + total / layers  # the inputs of all layers, and one of them computed again
 
 
 def _together(step: StepBatch, losses: set[str]) -> Iterator[list[Batch]]:

@@ -1,14 +1,19 @@
 """--check: the plan, and what is seen without loading weights."""
 
+import math
 import shutil
 
 import pytest
 import torch
 
-from harmful_unlearn.data.prompt_format import format_pair
+from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.prompt_format import Pair, format_pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
+from harmful_unlearn.models.lora import Lora, add_lora
+from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.training.plan import saved_bytes
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.runs import flags, prepared
 
@@ -63,3 +68,37 @@ def test_check_sees_broken_weights_without_loading_them(tiny_model, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no .safetensors weights"):
         main(flags(folder, tmp_path / "out", "--check"))
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama"])
+@pytest.mark.parametrize("lora", [None, Lora(4, 4)])
+@pytest.mark.parametrize("packed_up_to", [0, math.inf])
+def test_activations_are_what_autograd_keeps(architecture, lora, packed_up_to, tiny_model, tokenizer):
+    """Counted on the meta device as the bytes that a real forward pass keeps; the structure stays as it is."""
+    folder = tiny_model(architecture)
+    structure = loading.empty_model(loading.load_config(folder))
+    batch = Collator(tokenizer, "paper", 256).answers_batch(
+        [Pair("Why?", "So.")], ["No, no.", "Yes."], True, packed_up_to
+    )
+    planned = saved_bytes(structure, batch, lora, "fp32", checkpointing=False)
+    assert 0 < saved_bytes(structure, batch, lora, "bf16", checkpointing=False) < planned
+    assert 0 < saved_bytes(structure, batch, lora, "fp32", checkpointing=True) < planned
+    assert all(weight.is_meta and weight.requires_grad for weight in structure.parameters())
+
+    model = loading.load_model(folder, torch.float32)
+    model.set_attn_implementation(TREE)
+    adapted = (add_lora(model, lora, "") if lora else model).train()
+    kept = {weight.data_ptr() for weight in adapted.parameters()}
+    sizes = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in kept:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = batch.model_inputs | {"use_cache": False}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        outputs = model.base_model(**inputs)
+    # Plain rows keep their attention's output and log-sums, too.
+    assert outputs and planned == pytest.approx(sum(sizes.values()), rel=0.02 if packed_up_to else 0.25)
