@@ -253,9 +253,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="a folder with a model and its tokenizer (default: a random OPT)")
-    add("--hidden", type=int, default=256, help="the random OPT's hidden size (default: %(default)s)")
-    add("--layers", type=int, default=4, help="(default: %(default)s)")
-    add("--vocabulary", type=int, default=50272, help="(default: %(default)s)")
+    made_up.add_shape(parser)
     add("--harmful_dataset", help="PKU-SafeRLHF, or a file with its columns (default: random words)")
     add("--prompts", type=int, default=64, help="(default: %(default)s)")
     add("--max_new_tokens", type=int, default=80, help="(default: %(default)s)")

@@ -1,5 +1,6 @@
 """Made-up models, tokenizers and data, so that a benchmark needs no download."""
 
+import argparse
 import csv
 import json
 import re
@@ -18,6 +19,14 @@ LONGEST = 400  # tokens of an answer
 QUESTION, ANSWER, NORMAL, SAFE = 18, 75, 15, 30  # tokens on average; those of the first two are PKU-SafeRLHF's, about
 SPREAD = 0.6  # of lengths: the standard deviation of their logarithm
 PAIRS = 200
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The flags of `opt_config`."""
+    add = parser.add_argument
+    add("--hidden", type=int, default=256, help="the random OPT's hidden size (default: %(default)s)")
+    add("--layers", type=int, default=4, help="(default: %(default)s)")
+    add("--vocabulary", type=int, default=50272, help="(default: %(default)s)")
 
 
 def opt_config(hidden: int, layers: int, vocabulary: int) -> OPTConfig:

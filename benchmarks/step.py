@@ -24,15 +24,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from benchmarks import made_up, measuring
+from benchmarks.released import WEIGHTS, released
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches, run_sampler
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
@@ -45,9 +45,8 @@ from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.precision import computing_in
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import user_path
-from harmful_unlearn.training.setup import TOKENS_PER_PASS
+from harmful_unlearn.training.setup import default_tokens_per_pass
 
-WEIGHTS = {"gd": 2.5, "rd": 2.5, "pd": 1.0}
 RELEASED = "released"
 WAYS: dict[str, tuple[dict[str, float], float]] = {  # the weights of the losses, and the landing point's alpha
     RELEASED: (WEIGHTS, 1.0),
@@ -173,7 +172,7 @@ class Setting:
         """One step in one of WAYS, tokenisation included; the losses, in nats."""
         trained = self.trained(name)
         if name == RELEASED:
-            loss, values = released(self, trained, *self._texts(step))
+            loss, values = released(trained.model, trained.base, self.collator, *self._texts(step))
             loss.backward()
             return {key: value.item() for key, value in values.items()}
         objective, passes, values = self._objectives[name], self.passes(name, step), {}
@@ -204,7 +203,7 @@ class Setting:
         args, needed = self.args, reads(WAYS[name][0])
         sampler = run_sampler(vars(args), 1, self._harmful, self._normal, needed)
         packed_up_to = 0 if name == "plain rows" else self.packed_up_to
-        limit = args.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 8192)
+        limit = args.tokens_per_pass or default_tokens_per_pass(self.device)
         return StepBatches(self.collator, sampler, self._harmful, self._normal, needed, packed_up_to, limit)
 
     def _texts(self, step: int) -> tuple[list[Pair], list[str], list[Pair]]:
@@ -232,50 +231,6 @@ def backward(
                 (factor * loss).backward()
             for name, value in terms.items():
                 values[name] = values.get(name, 0.0) + value
-
-
-# --- The released computation, straightforwardly: all rows padded together, all logits, one row after another -----
-
-
-def released(
-    setting: Setting, trained: Trained, pairs: list[Pair], answers: list[str], normal: list[Pair]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """GD, RD and PD as implementation details 3 and 9 to 12 describe them: their weighted sum, and each."""
-    model, tokenizer, device = trained.model, setting.tokenizer, setting.device
-
-    def padded(texts: list[Pair]) -> dict:
-        # Written out, since a tokenizer's own padding may be its end token, which texts have, too.
-        ids = [tokenizer(format_pair(text.question, text.answer))["input_ids"] for text in texts]
-        ids = [row[: setting.collator.max_length] for row in ids]
-        longest = max(map(len, ids))
-        rows = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
-        return {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
-
-    def answer_loss(texts: list[Pair], starts: list[int]):
-        rows = padded(texts)
-        logits = model(**rows).logits.float()
-        losses = []
-        for row, start in enumerate(starts):
-            ids, is_text = rows["input_ids"][row], rows["attention_mask"][row]
-            entropies = F.cross_entropy(logits[row, :-1], ids[1:], reduction="none") * is_text[1:]
-            weight = torch.zeros(len(ids), device=device)
-            weight[start:] = 1
-            weight *= is_text
-            weight /= weight.sum()
-            losses.append((weight[:-1] * entropies).sum())
-        return torch.stack(losses).mean()
-
-    gd = answer_loss(pairs, [len(tokenizer(format_prefix(pair.question))["input_ids"]) - 1 for pair in pairs])
-    random = [Pair(pair.question, answer) for pair in pairs for answer in answers]
-    rd = answer_loss(random, [2] * len(random))
-    rows = padded(normal)
-    q = model(**rows).logits.float().softmax(-1)
-    with torch.no_grad(), trained.base.active() as base:
-        p = base(**rows).logits.float().softmax(-1)
-    pd = -(p * ((p + 1e-12) / q).log()).sum(-1).mean()
-    values = {"gd": gd, "rd": rd, "pd": pd}
-    return sum(WEIGHTS[name] * loss for name, loss in values.items()), values
 
 
 # --- The report ---------------------------------------------------------------------------------------------------
@@ -358,9 +313,7 @@ def parse_flags() -> argparse.Namespace:
         description=title, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--hidden", type=int, default=256, help="OPT's hidden size (default: %(default)s)")
-    add("--layers", type=int, default=4, help="(default: %(default)s)")
-    add("--vocabulary", type=int, default=50272, help="(default: %(default)s)")
+    made_up.add_shape(parser)
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--model", help="this folder's weights and tokenizer instead")
     shape.add_argument("--config", help="random weights of the shape in this model's config.json (hub id or folder)")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, gpu, made_up, measuring, memory, negation, step
+from benchmarks import evaluation, gpu, gpu_check, made_up, measuring, memory, negation, step
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.step_batches import StepBatch
@@ -156,13 +156,13 @@ def test_every_part_of_the_gpu_benchmark_runs(tmp_path):
 
 def test_wrong_figures_of_a_gpu_stop_it(printed, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        gpu,
+        gpu_check,
         "losses_and_gradients",
         lambda model, base, collator, layout: {
-            name: (1.0, torch.tensor([1.0 if layout == "plain rows" else 1.1])) for name in gpu.LOSSES
+            name: (1.0, torch.tensor([1.0 if layout == "plain rows" else 1.1])) for name in gpu_check.LOSSES
         },
     )
-    with pytest.raises(gpu.Wrong, match="not those of the CPU"):
+    with pytest.raises(gpu_check.Wrong, match="not those of the CPU"):
         printed(gpu, "--device", "cpu", "--tiny", "--output", tmp_path / "gpu.json")
 
 

@@ -1,4 +1,4 @@
-"""A model's answers to prompts, and the likelihood that it gives to other answers.
+"""A model's answers to prompts.
 
 Each answer is a function of the model, its prompt and its seed: which others are made beside it changes only rounding.
 """

@@ -46,6 +46,9 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
     Weights are cast once, whatever number of forward passes follows. In "fp32", and for weights that an engine
     shards, nothing changes.
     """
+    if precision != "bf16":
+        yield
+        return
     owners = [
         (module, name, weight)
         for module in model.modules()
@@ -55,12 +58,10 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
     # Wrappers for several processes wait for gradients to arrive by autograd's own way.
     cast = (lambda weight: weight.to(torch.bfloat16)) if torch.distributed.is_initialized() else _Cast.apply
     casts: dict[Tensor, Tensor] = {}  # a weight that is tied is cast once
-    if precision == "bf16":
-        for _, _, weight in owners:
-            casts[weight] = casts[weight] if weight in casts else cast(weight)
     try:
         for module, name, weight in owners:
-            module._parameters[name] = casts.get(weight, weight)  # type: ignore[assignment]
+            casts[weight] = casts[weight] if weight in casts else cast(weight)
+            module._parameters[name] = casts[weight]  # type: ignore[assignment]
         yield
     finally:
         for module, name, weight in owners:

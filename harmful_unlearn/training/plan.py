@@ -24,7 +24,8 @@ from harmful_unlearn.training.flags import TrainingSettings
 GIB = 2**30
 STEPS_SAMPLED = 25
 SAVED_VALUES = 20  # for each token, layer and hidden unit, where they cannot be counted; about right for LLaMA
-# Measured on a CPU: Python with its libraries and the data, and what oneDNN keeps for the shapes that it has met.
+# Measured on a CPU (benchmarks/memory.py measures runs): Python with its libraries and the data, and what oneDNN keeps
+# for the shapes that it has met.
 PROGRAM = {"fp32": {"program": 0.6 * GIB}, "bf16": {"program": 0.6 * GIB, "oneDNN": 0.3 * GIB}}
 CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
 FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
