@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All methods and ablations on the demo's two worlds, three seeds each, and their reports: about an hour.
+# All methods and ablations on the demo's two worlds, three seeds each, and their reports: about half an hour.
 # One thread, so that the figures are the same on any number of cores. If it is interrupted, run it again: it continues.
 #
 #     make reproduce-demo                                  # sets up .venv first, then runs this script
