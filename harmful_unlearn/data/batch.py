@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MULTIPLE = 32  # lengths that come again: matrix libraries keep something for each shape that they have met
+MULTIPLE = 32  # lengths that come again: oneDNN keeps megabytes for each number of tokens that it has met
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Batch:
     """Rows of text for one forward pass, and the positions that losses read.
 
     Attributes:
-        input_ids: [rows, length] int64. Plain rows are padded on the right. Packed rows follow each other in one row,
-            which is padded to a multiple of MULTIPLE.
+        input_ids: [rows, length] int64. Plain rows are padded on the right. Packed rows follow each other in one row.
+            The tokens of all rows together are a multiple of MULTIPLE (for odd numbers of rows, nearly so).
         row, position: [scored] int64; the positions whose logits are computed, each once.
         index, target: [entries] int64; entry e is the cross-entropy of token `target[e]` at scored position
             `index[e]`. Ascending in `index`. In a packed row several tokens may follow one position.
@@ -106,14 +106,14 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
             at = (0, start + place) if packed else (number, place)
             entries.append((scored.setdefault(at, len(scored)), target, weights))
         start += len(row.input_ids)
-    longest = max(row.length for row in rows)
+    longest = _up(max(row.length for row in rows), max(1, MULTIPLE // len(rows)))
 
     def padded(values: list[list[int]], filler: int) -> Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in values])
 
     position_ids = None
     if packed:
-        rest = [0] * (-start % MULTIPLE)
+        rest = [0] * (_up(start, MULTIPLE) - start)
         input_ids = torch.tensor([[token for row in rows for token in row.input_ids] + [pad_token_id for _ in rest]])
         numbers = [number for number, row in enumerate(rows) for _ in row.input_ids] + [-1 for _ in rest]
         attention_mask = torch.tensor([[[numbers, [branch for row in rows for branch in row.branch] + rest]]])
@@ -131,3 +131,7 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
         attention_mask=attention_mask,
         position_ids=position_ids,
     )
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

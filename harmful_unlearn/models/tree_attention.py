@@ -91,7 +91,7 @@ def _blocks(layout: Tensor) -> list[_Block]:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Scores and probabilities are float32 at least, other products in the dtype of the inputs.
+    """All of it is computed in float32 at least: for bf16 products of ever new shapes, oneDNN keeps 10 MB a step.
 
     The backward pass computes the probabilities once more, so that they need not be kept.
     """
@@ -105,38 +105,36 @@ class _TreeAttention(torch.autograd.Function):
         ctx.kept = []  # with dropout: for each block, 0 or 1 / (1 - dropout) for each pair
         heads, tokens, _ = query.shape
         output = query.new_empty(1, tokens, heads, value.shape[-1])
-        precise_query, precise_key = _precise(query) * scaling, _precise(key)
+        query, key, value = _precise(query) * scaling, _precise(key), _precise(value)
         for block in blocks:
-            probabilities = _probabilities(precise_query, precise_key, block)
+            probabilities = _probabilities(query, key, block)
             if dropout:
                 ctx.kept.append(torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout))
                 probabilities *= ctx.kept[-1]
-            result = probabilities.to(value.dtype) @ _seen(value, block)  # [key heads, group * queries, head_dim]
+            result = probabilities @ _seen(value, block)  # [key heads, group * queries, head_dim]
             output[0, block.start : block.stop] = result.view(heads, -1, result.shape[-1]).transpose(0, 1)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        query, key, value = ctx.saved_tensors
-        dtype, heads = query.dtype, len(query)
-        precise_query, precise_key = _precise(query) * ctx.scaling, _precise(key)
-        of_query = torch.empty_like(query)
-        of_key, of_value = torch.zeros_like(precise_key), torch.zeros_like(value, dtype=precise_key.dtype)
+        dtype = gradient.dtype
+        query, key, value = map(_precise, ctx.saved_tensors)
+        query, gradient = query * ctx.scaling, _precise(gradient[0].transpose(0, 1))
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for number, block in enumerate(ctx.blocks):
-            probabilities = _probabilities(precise_query, precise_key, block)
-            incoming = _grouped(gradient[0].transpose(0, 1), len(key), block)
-            of_probabilities = (incoming @ _seen(value, block).transpose(1, 2)).to(probabilities.dtype)
+            probabilities = _probabilities(query, key, block)
+            incoming = _grouped(gradient, len(key), block)
+            of_probabilities = incoming @ _seen(value, block).transpose(1, 2)
             used = probabilities
             if ctx.kept:
                 used = probabilities * ctx.kept[number]
                 of_probabilities *= ctx.kept[number]
-            _add_seen(of_value, used.to(dtype).transpose(1, 2) @ incoming, block)
+            _add_seen(of_value, used.transpose(1, 2) @ incoming, block)
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_scores = of_scores.mul_(ctx.scaling).to(dtype)
             result = of_scores @ _seen(key, block)
-            of_query[:, block.start : block.stop] = result.view(heads, -1, result.shape[-1])
+            of_query[:, block.start : block.stop] = result.view(len(query), -1, result.shape[-1])
             _add_seen(of_key, of_scores.transpose(1, 2) @ _grouped(query, len(key), block), block)
-        return of_query, of_key.to(dtype), of_value.to(dtype), None, None, None
+        return (of_query * ctx.scaling).to(dtype), of_key.to(dtype), of_value.to(dtype), None, None, None
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -166,14 +164,14 @@ def _probabilities(query: Tensor, key: Tensor, block: _Block) -> Tensor:
     queries = block.stop - block.start
     scores = _grouped(query, len(key), block) @ _seen(key, block).transpose(1, 2)
     last = scores.view(len(query), queries, -1)[:, :, -queries:]  # the keys of the block itself: causal
-    last += _later(queries, scores.dtype, scores.device)
+    last += _later(scores.dtype, scores.device)[:queries, :queries]
     return torch.softmax(scores, -1, out=scores)
 
 
-@lru_cache(maxsize=4 * QUERIES)
-def _later(queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def _later(dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full((queries, queries), -torch.inf, dtype=dtype, device=device).triu_(1)
+        return torch.full((QUERIES, QUERIES), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
 @lru_cache(maxsize=1)
