@@ -22,6 +22,9 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and any(map(capabilities.get, BF16_INSTRUCTIONS)) else "fp32"
 
 
+PART = 2**17  # elements at a time; stays in a cache
+
+
 class _Cast(torch.autograd.Function):
     """A weight in bf16, whose gradient is added to the weight's own without a float32 copy of it."""
 
@@ -33,9 +36,14 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> None:
         if ctx.weight.grad is None:
-            ctx.weight.grad = gradient.to(ctx.weight.dtype)
+            ctx.weight.grad = gradient.to_dense().to(ctx.weight.dtype)
+        elif gradient.is_sparse:
+            ctx.weight.grad.index_add_(0, gradient._indices()[0], gradient._values().to(ctx.weight.dtype))
         else:
-            ctx.weight.grad += gradient
+            # Added as they are, tensors of two dtypes are first copied as a whole.
+            parts = zip(ctx.weight.grad.view(-1).split(PART), gradient.reshape(-1).split(PART), strict=True)
+            for total, part in parts:
+                total += part
 
 
 @contextmanager
@@ -58,11 +66,21 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
     # Wrappers for several processes wait for gradients to arrive by autograd's own way.
     cast = (lambda weight: weight.to(torch.bfloat16)) if torch.distributed.is_initialized() else _Cast.apply
     casts: dict[Tensor, Tensor] = {}  # a weight that is tied is cast once
+    # Of a large vocabulary a pass reads few rows: their gradient need not be as large as the whole matrix.
+    dense = [] if torch.distributed.is_initialized() else [module for module, _, _ in owners if _has_dense_rows(module)]
     try:
         for module, name, weight in owners:
             casts[weight] = casts[weight] if weight in casts else cast(weight)
             module._parameters[name] = casts[weight]  # type: ignore[assignment]
+        for module in dense:
+            module.sparse = True
         yield
     finally:
+        for module in dense:
+            module.sparse = False
         for module, name, weight in owners:
             module._parameters[name] = weight
+
+
+def _has_dense_rows(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and not module.sparse

