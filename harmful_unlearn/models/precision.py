@@ -22,7 +22,7 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and any(map(capabilities.get, BF16_INSTRUCTIONS)) else "fp32"
 
 
-PART = 2**17  # elements at a time; stays in a cache
+PART = 2**17  # elements that a CPU adds at a time; they stay in its cache
 
 
 class _Cast(torch.autograd.Function):
@@ -36,14 +36,15 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> None:
         if ctx.weight.grad is None:
-            ctx.weight.grad = gradient.to_dense().to(ctx.weight.dtype)
-        elif gradient.is_sparse:
-            ctx.weight.grad.index_add_(0, gradient._indices()[0], gradient._values().to(ctx.weight.dtype))
+            ctx.weight.grad = torch.zeros_like(ctx.weight, memory_format=torch.contiguous_format)
+        total = ctx.weight.grad
+        if gradient.is_sparse:
+            total.index_add_(0, gradient._indices()[0], gradient._values().to(total.dtype))
+        elif gradient.is_cpu:  # it adds tensors of two dtypes by making one of them anew
+            for part, more in zip(total.view(-1).split(PART), gradient.reshape(-1).split(PART), strict=True):
+                part += more
         else:
-            # Added as they are, tensors of two dtypes are first copied as a whole.
-            parts = zip(ctx.weight.grad.view(-1).split(PART), gradient.reshape(-1).split(PART), strict=True)
-            for total, part in parts:
-                total += part
+            total += gradient
 
 
 @contextmanager
@@ -66,21 +67,17 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
     # Wrappers for several processes wait for gradients to arrive by autograd's own way.
     cast = (lambda weight: weight.to(torch.bfloat16)) if torch.distributed.is_initialized() else _Cast.apply
     casts: dict[Tensor, Tensor] = {}  # a weight that is tied is cast once
-    # Of a large vocabulary a pass reads few rows: their gradient need not be as large as the whole matrix.
-    dense = [] if torch.distributed.is_initialized() else [module for module, _, _ in owners if _has_dense_rows(module)]
+    # Of a large vocabulary a pass reads few rows: on a CPU their gradient is not made as large as the whole matrix.
+    is_sparse = {module: module.sparse for module, _, _ in owners if isinstance(module, nn.Embedding)}
     try:
         for module, name, weight in owners:
             casts[weight] = casts[weight] if weight in casts else cast(weight)
             module._parameters[name] = casts[weight]  # type: ignore[assignment]
-        for module in dense:
-            module.sparse = True
+        for embedding, sparse in is_sparse.items():
+            embedding.sparse = sparse or (embedding.weight.is_cpu and not torch.distributed.is_initialized())
         yield
     finally:
-        for module in dense:
-            module.sparse = False
+        for embedding, sparse in is_sparse.items():
+            embedding.sparse = sparse
         for module, name, weight in owners:
             module._parameters[name] = weight
-
-
-def _has_dense_rows(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and not module.sparse
