@@ -38,12 +38,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(method, lora, dropout_model, 
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_stopped_at_any_step(step, dropout_model, tmp_path, stop_after):
-    assert run(dropout_model, tmp_path / "whole") == 0
+@pytest.mark.parametrize("step, precision", [*((step, "fp32") for step in range(1, STEPS + 1)), (2, "bf16")])
+def test_stopped_at_any_step(step, precision, dropout_model, tmp_path, stop_after):
+    more = ["--precision", precision]
+    assert run(dropout_model, tmp_path / "whole", *more) == 0
     stop_after(step, signal.SIGINT)
-    assert run(dropout_model, tmp_path / "stopped") == 130
-    assert run(dropout_model, tmp_path / "stopped", "--resume") == 0
+    assert run(dropout_model, tmp_path / "stopped", *more) == 130
+    assert run(dropout_model, tmp_path / "stopped", *more, "--resume") == 0
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
