@@ -27,6 +27,7 @@ SAVED_VALUES = 20  # for each token, layer and hidden unit, where they cannot be
 # Measured on a CPU (benchmarks/memory.py measures runs): Python with its libraries and the data, and what oneDNN keeps
 # for the shapes that it has met.
 PROGRAM = {"fp32": {"program": 0.6 * GIB}, "bf16": {"program": 0.6 * GIB, "oneDNN": 0.3 * GIB}}
+HOLES = 0.5  # of the activations: what the heap keeps of earlier steps, whose tensors had other sizes
 CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
 FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
 
@@ -96,7 +97,7 @@ def make_plan(
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
         shards: how many processes the model and AdamW's state are sharded over.
-        device: on a CPU the program itself and what its libraries keep are counted, too.
+        device: on a CPU the program itself and what its libraries and its heap keep are counted, too.
 
     Raises:
         UserError: no answer has a token left to train on.
@@ -126,6 +127,10 @@ def make_plan(
     trainable = _lora_parameters(structure, lora) if lora else parameters
     dtype = structure.config.dtype
     checkpoints = settings.keep_checkpoints + 1 if settings.save_every else 0
+    memory = _weights(settings, losses, structure, trainable, lora, precision, shards)
+    memory |= _activations(losses, sampled, structure, lora, precision, settings.gradient_checkpointing)
+    if device.type == "cpu":
+        memory = {**PROGRAM[precision], **memory, "holes": HOLES * memory["activations"]}
     return Plan(
         rows=harmful.rows,
         pairs=len(harmful.pairs),
@@ -139,11 +144,7 @@ def make_plan(
         tokens=round(tokens * steps),
         parameters=parameters,
         trainable=trainable,
-        memory={
-            **(PROGRAM[precision] if device.type == "cpu" else {}),
-            **_weights(settings, losses, structure, trainable, lora, precision, shards),
-            **_activations(losses, sampled, structure, lora, precision, settings.gradient_checkpointing),
-        },
+        memory=memory,
         disk=parameters * (dtype.itemsize if dtype else 4) + trainable * (4 + CHECKPOINT_BYTES * checkpoints),
     )
 
