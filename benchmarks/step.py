@@ -10,9 +10,8 @@ tokenizer; with --harmful_dataset and --normal_dataset the rows of a real run's 
 is in float32, as the authors' runs were; --precision is that of the others. There is no dropout, and no optimizer. All
 ways run in turn in one process, so that a noisy machine is noisy for all; the machine's own rate, of a large matrix
 product, is measured between the steps. Peak memory is each one's own, in a process of its own. The losses must agree,
-or no figure is printed. The released way keeps the logits of all positions in
-float32, several times: gigabytes on the rows of a real run, and over 12 GB where the vocabulary has 262,000 tokens
-(leave it out with --ways).
+or no figure is printed. The released way keeps the logits of all positions in float32, several times: gigabytes on the
+rows of a real run, and over 12 GB where the vocabulary has 262,000 tokens (leave it out with --ways).
 """
 
 import argparse
