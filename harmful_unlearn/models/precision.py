@@ -65,7 +65,8 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
         if weight is not None and weight.dtype == torch.float32 and not (weight.is_meta or is_sharded(weight))
     ]
     # Wrappers for several processes wait for gradients to arrive by autograd's own way.
-    cast = (lambda weight: weight.to(torch.bfloat16)) if torch.distributed.is_initialized() else _Cast.apply
+    is_alone = not torch.distributed.is_initialized()
+    cast = _Cast.apply if is_alone else (lambda weight: weight.to(torch.bfloat16))
     casts: dict[Tensor, Tensor] = {}  # a weight that is tied is cast once
     # Of a large vocabulary a pass reads few rows: on a CPU their gradient is not made as large as the whole matrix.
     is_sparse = {module: module.sparse for module, _, _ in owners if isinstance(module, nn.Embedding)}
@@ -74,7 +75,7 @@ def computing_in(precision: str, model: nn.Module) -> Iterator[None]:
             casts[weight] = casts[weight] if weight in casts else cast(weight)
             module._parameters[name] = casts[weight]  # type: ignore[assignment]
         for embedding, sparse in is_sparse.items():
-            embedding.sparse = sparse or (embedding.weight.is_cpu and not torch.distributed.is_initialized())
+            embedding.sparse = sparse or (embedding.weight.is_cpu and is_alone)
         yield
     finally:
         for embedding, sparse in is_sparse.items():
