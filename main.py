@@ -27,7 +27,7 @@ from harmful_unlearn import cli
 from harmful_unlearn.cli import flag
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.generation import Decoding, configure
+from harmful_unlearn.evals.inference.generation import Decoding, configure
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import load_adapter
 from harmful_unlearn.models.offload import execution_device

@@ -32,8 +32,15 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair, prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.generation import NEXT_QUESTION, TOKENS_PER_BATCH, Decoding, Request, configure, generate
-from harmful_unlearn.evals.likelihood import answer_nll
+from harmful_unlearn.evals.inference.generation import (
+    NEXT_QUESTION,
+    TOKENS_PER_BATCH,
+    Decoding,
+    Request,
+    configure,
+    generate,
+)
+from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.models.loading import context_length, load_config, load_model, load_tokenizer
 from harmful_unlearn.storage.files import user_path
 

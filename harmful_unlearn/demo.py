@@ -40,7 +40,7 @@ from harmful_unlearn.demo_world.world import QUICK, Size, World, build_world, wr
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import figures, measure, read_answers
-from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol

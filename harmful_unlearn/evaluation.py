@@ -29,10 +29,10 @@ from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import figures, measure
-from harmful_unlearn.evals.generation import TOKENS_PER_BATCH, Decoding
+from harmful_unlearn.evals.inference import vllm_backend
+from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import judge_name, make_judge
 from harmful_unlearn.evals.metrics import bleurt, lm_harness

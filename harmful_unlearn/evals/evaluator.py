@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
-from harmful_unlearn.evals.generation import Answer, Decoding, Request, check_room, generate
+from harmful_unlearn.evals.inference import vllm_backend
+from harmful_unlearn.evals.inference.generation import Answer, Decoding, Request, check_room, generate
+from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.likelihood import answer_nll
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.metrics.scoring import Estimate
 from harmful_unlearn.evals.protocol import EvalProtocol, sha256_of

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from harmful_unlearn.data.truthfulqa import Choices
-from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
 
 

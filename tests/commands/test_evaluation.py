@@ -11,8 +11,8 @@ import pytest
 
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import vllm_backend
 from harmful_unlearn.evals.evaluator import read_answers
+from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evaluation import main, parse_flags, trainings_of
 from harmful_unlearn.models import loading
 from harmful_unlearn.storage.run_record import read_trainings

@@ -15,9 +15,9 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import figures, measure
-from harmful_unlearn.evals.generation import Answer, Decoding
+from harmful_unlearn.evals.inference.generation import Answer, Decoding
+from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.likelihood import answer_nll
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 

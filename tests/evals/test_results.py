@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.generation import Decoding
+from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.evals.results import cell, credentials, results_markdown, write_prompts, write_results

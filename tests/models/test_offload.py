@@ -15,8 +15,8 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.evals import evaluated_model
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep
-from harmful_unlearn.evals.generation import Decoding, Request, generate
-from harmful_unlearn.evals.likelihood import answer_nll
+from harmful_unlearn.evals.inference.generation import Decoding, Request, generate
+from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.losses.fused_linear import has_plain_head
 from harmful_unlearn.losses.objective import Objective

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError, is_out_of_memory
-from harmful_unlearn.evals.generation import Decoding, configure
+from harmful_unlearn.evals.inference.generation import Decoding, configure
 from harmful_unlearn.evals.judges.base import BROKEN, THRESHOLD, Verdict, shortened
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.precision import resolve_precision

@@ -8,8 +8,8 @@ import torch
 
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals import vllm_backend
-from harmful_unlearn.evals.generation import Answer, Decoding, Request
+from harmful_unlearn.evals.inference import vllm_backend
+from harmful_unlearn.evals.inference.generation import Answer, Decoding, Request
 
 REQUESTS = [
     Request("Why?", Decoding(), (0, 0)),

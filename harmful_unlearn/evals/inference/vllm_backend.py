@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.generation import NEXT_QUESTION, Answer, Request
+from harmful_unlearn.evals.inference.generation import NEXT_QUESTION, Answer, Request
 
 
 def check_usable() -> None:

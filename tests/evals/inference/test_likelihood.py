@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
-from harmful_unlearn.evals import likelihood
-from harmful_unlearn.evals.likelihood import answer_nll
+from harmful_unlearn.evals.inference import likelihood
+from harmful_unlearn.evals.inference.likelihood import answer_nll
 
 PAIRS = [
     Pair("Why?", "Because it is so."),

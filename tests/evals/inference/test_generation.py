@@ -19,7 +19,7 @@ from transformers import (
 
 from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.generation import Decoding, Request, batches_of, configure, generate
+from harmful_unlearn.evals.inference.generation import Decoding, Request, batches_of, configure, generate
 from tests.helpers.tiny import TINY
 
 QUESTIONS = [

@@ -1,0 +1,1 @@
+"""Running a model: its answers to prompts, and the likelihood that it gives to answers."""
