@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from harmful_unlearn import cli
 from harmful_unlearn.cli import flag
-from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.evaluated_model import TemplateSettings
 from harmful_unlearn.evals.inference.generation import Decoding, configure
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import load_adapter
@@ -36,6 +37,7 @@ from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
 from harmful_unlearn.storage.files import ROOT, user_path
+from harmful_unlearn.storage.run_record import RunRecord
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
 HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # of stage 1
@@ -53,8 +55,8 @@ NORMAL_PROMPTS = [
 ]
 
 
-@dataclass(frozen=True)
-class SpotCheckSettings:
+@dataclass(frozen=True, kw_only=True)
+class SpotCheckSettings(TemplateSettings):
     """The flags of this command."""
 
     base: str = flag("hub id or folder", default=BASE)
@@ -80,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     base = hub.resolve_model(settings.base)
     texts = [*settings.harmful_prompt, *settings.normal_prompt]
     kinds = ["harmful"] * len(settings.harmful_prompt) + ["normal"] * len(settings.normal_prompt)
-    encode(base, texts, settings.max_length)
+    made = settings.unlearned if settings.unlearned.is_dir() else settings.harmful_model
+    template = settings.template_of(RunRecord.read(made).trainings, base)
+    encode(base, template.choice, texts, settings.max_length)
     if not settings.unlearned.is_dir():
         if not settings.harmful_model.is_dir():
             problem = f"there is no model in {settings.unlearned}, and no harmful model in {settings.harmful_model}"
@@ -95,32 +99,38 @@ def main(arguments: list[str] | None = None) -> None:
     if adapter:
         open_matched(base, [adapter])  # PEFT would load a pickle, and skip entries that do not fit the base
     # One model after another, so that only one is in memory.
-    columns = [answer_all(base, texts, settings), answer_all(base if adapter else unlearned, texts, settings, adapter)]
+    ask = partial(answer_all, template.choice, texts, settings)
+    columns = [ask(base), ask(base, adapter) if adapter else ask(unlearned)]
     how = "greedy" if settings.greedy else f"sampled at temperature {settings.temperature:g}, seed {settings.seed}"
     print(f"base: {settings.base}\nunlearned: {settings.unlearned}")
-    print(f"answers: {how}, at most {settings.max_length} tokens")
+    print(f"answers: {how}, at most {settings.max_length} tokens; template {template.name}")
     for kind, prompt, *answers in zip(kinds, texts, *columns, strict=True):
         print(f"\n{kind} prompt: {prompt}\n{side_by_side(*answers)}")
 
 
-def encode(folder: Path, prompts: list[str], max_length: int) -> tuple[PreTrainedTokenizerBase, list[BatchEncoding]]:
-    """The tokenizer of the model in `folder`, and each prompt in the format of training, [1, tokens].
+def encode(
+    folder: Path, choice: TemplateChoice, prompts: list[str], max_length: int
+) -> tuple[Template, list[torch.Tensor]]:
+    """The template for the model in `folder`, and each prompt in it, [1, tokens].
 
     Raises:
-        UserError: a prompt has `max_length` tokens or more, or `max_length` exceeds the model's context.
+        UserError: the template does not suit the tokenizer, a prompt has `max_length` tokens or more, or `max_length`
+            exceeds the model's context.
     """
     config = loading.load_config(folder)
-    tokenizer = loading.load_tokenizer(folder, config)
-    rows = [tokenizer(prompt_text(prompt), return_tensors="pt") for prompt in prompts]
-    longest, limit = max(row["input_ids"].shape[1] for row in rows), loading.context_length(config)
+    template = choice.of(loading.load_tokenizer(folder, config))
+    rows = [torch.tensor([ids]) for ids in template.prompts(prompts)]
+    longest, limit = max(row.shape[1] for row in rows), loading.context_length(config)
     if longest >= max_length:
         raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
     if max_length > limit:
         raise UserError(f"{folder} takes {limit} tokens: give a --max_length of at most that")
-    return tokenizer, rows
+    return template, rows
 
 
-def answer_all(folder: Path, prompts: list[str], settings: SpotCheckSettings, adapter: Path | None = None) -> list[str]:
+def answer_all(
+    choice: TemplateChoice, prompts: list[str], settings: SpotCheckSettings, folder: Path, adapter: Path | None = None
+) -> list[str]:
     """The answers of the model in `folder`.
 
     Of the model's own generation settings only its special tokens are used, so that both models are asked in the same
@@ -132,7 +142,7 @@ def answer_all(folder: Path, prompts: list[str], settings: SpotCheckSettings, ad
     Raises:
         UserError: as `encode`; the weights cannot be loaded.
     """
-    tokenizer, rows = encode(folder, prompts, settings.max_length)
+    template, rows = encode(folder, choice, prompts, settings.max_length)
     device = PartialState().device
     precision = resolve_precision("auto", device)
     model = loading.load_model(folder, torch.bfloat16 if precision == "bf16" else torch.float32, settings.device_map)
@@ -141,14 +151,14 @@ def answer_all(folder: Path, prompts: list[str], settings: SpotCheckSettings, ad
     if not settings.device_map:
         model.to(device)
     decoding = Decoding() if settings.greedy else Decoding(settings.temperature)
-    configure(model, tokenizer, decoding, max_length=settings.max_length)
+    configure(model, template.tokenizer, decoding, template.end_ids, max_length=settings.max_length)
     set_seed(settings.seed)
     answers = []
     for row in rows:
-        row.to(execution_device(model))
-        output = model.generate(input_ids=row["input_ids"], attention_mask=row["attention_mask"])
-        new = output[0, row["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        ids = row.to(execution_device(model))
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        new = output[0, ids.shape[1] :]
+        answers.append(template.tokenizer.decode(new, skip_special_tokens=True).strip())
     return answers
 
 

@@ -23,23 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from benchmarks import made_up, measuring
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.data.prompt_format import Pair, prompt_text
+from harmful_unlearn.data.prompt_format import NEXT_QUESTION, Pair
+from harmful_unlearn.data.templates import ReleasedTemplate, Template
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.inference.generation import (
-    NEXT_QUESTION,
-    TOKENS_PER_BATCH,
-    Decoding,
-    Request,
-    configure,
-    generate,
-)
+from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding, Request, configure, generate
 from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.models.loading import context_length, load_config, load_model, load_tokenizer
 from harmful_unlearn.storage.files import user_path
@@ -56,13 +50,13 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = torch.device(args.device)
-    tokenizer, pairs = read(args)
+    template, pairs = read(args)
     model = load(args, "fp32")
-    check_equal(model, tokenizer, pairs, args.max_new_tokens, args.tokens_per_batch)
+    check_equal(model, template, pairs, args.max_new_tokens, args.tokens_per_batch)
     if args.precision != "fp32":
         del model
         model = load(args, args.precision)
-    works = works_of(model, tokenizer, pairs, args.max_new_tokens, args.tokens_per_batch)
+    works = works_of(model, template, pairs, args.max_new_tokens, args.tokens_per_batch)
     rates = []
     for _ in range(args.repeat):
         for work in works.values():
@@ -96,25 +90,21 @@ class Work:
 
 
 def works_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[Pair],
-    max_new_tokens: int,
-    tokens_per_batch: int,
+    model: PreTrainedModel, template: Template, pairs: list[Pair], max_new_tokens: int, tokens_per_batch: int
 ) -> dict[tuple[str, str], Work]:
     """What is timed: by work ("greedy", "sampled", "scoring", "choices") and way."""
     limits = (max_new_tokens, tokens_per_batch)
 
     def tokens(texts: list[str]) -> int:
-        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return sum(map(len, template.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
     works = {}
     for name, decoding in DECODINGS.items():
-        works[name, OURS] = Work(lambda d: tokens(answers(model, tokenizer, pairs, d, *limits)), decoding)
-        works[name, THEIRS] = Work(lambda d: tokens(their_answers(model, tokenizer, pairs, d, limits[0])), decoding)
+        works[name, OURS] = Work(lambda d: tokens(answers(model, template, pairs, d, *limits)), decoding)
+        works[name, THEIRS] = Work(lambda d: tokens(their_answers(model, template, pairs, d, limits[0])), decoding)
     for name, scored in (("scoring", pairs), ("choices", choices_of(pairs))):
-        works[name, OURS] = Work(lambda p: sum(count for _, count in scores(model, tokenizer, p)), scored)
-        works[name, THEIRS] = Work(lambda p: sum(count for _, count in their_scores(model, tokenizer, p)), scored)
+        works[name, OURS] = Work(lambda p: sum(count for _, count in scores(model, template, p)), scored)
+        works[name, THEIRS] = Work(lambda p: sum(count for _, count in their_scores(model, template, p)), scored)
     return works
 
 
@@ -131,21 +121,17 @@ def report(works: dict[tuple[str, str], Work]) -> str:
 
 
 def check_equal(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[Pair],
-    max_new_tokens: int,
-    tokens_per_batch: int,
+    model: PreTrainedModel, template: Template, pairs: list[Pair], max_new_tokens: int, tokens_per_batch: int
 ) -> None:
     """Raises UserError where greedy answers or scores of the two ways differ; the model is in float32."""
     greedy = DECODINGS["greedy"]
-    ours = answers(model, tokenizer, pairs, greedy, max_new_tokens, tokens_per_batch)
-    theirs = their_answers(model, tokenizer, pairs, greedy, max_new_tokens)
+    ours = answers(model, template, pairs, greedy, max_new_tokens, tokens_per_batch)
+    theirs = their_answers(model, template, pairs, greedy, max_new_tokens)
     different = sum(one != other for one, other in zip(ours, theirs, strict=True))
     if different:
         raise UserError(f"{different} of {len(pairs)} greedy answers differ, so no time is worth printing")
     scored = pairs + choices_of(pairs)
-    both = zip(scores(model, tokenizer, scored), their_scores(model, tokenizer, scored), strict=True)
+    both = zip(scores(model, template, scored), their_scores(model, template, scored), strict=True)
     wrong = [(one, other) for one, other in both if one[1] != other[1] or abs(one[0] - other[0]) > 1e-3 * one[1]]
     if wrong:
         raise UserError(f"{len(wrong)} of {len(scored)} scores differ, so no time is worth printing: {wrong[0]}")
@@ -153,7 +139,7 @@ def check_equal(
 
 def answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     pairs: list[Pair],
     decoding: Decoding,
     max_new_tokens: int,
@@ -162,29 +148,26 @@ def answers(
     """Ours."""
     requests = [Request(pair.question, decoding, (1, index)) for index, pair in enumerate(pairs)]
     made = [
-        answer for batch in generate(model, tokenizer, max_new_tokens, tokens_per_batch, requests) for answer in batch
+        answer for batch in generate(model, template, max_new_tokens, tokens_per_batch, requests) for answer in batch
     ]
     return [answer.text for answer in sorted(made, key=lambda answer: answer.index)]
 
 
 @torch.inference_mode()
 def their_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[Pair],
-    decoding: Decoding,
-    max_new_tokens: int,
+    model: PreTrainedModel, template: Template, pairs: list[Pair], decoding: Decoding, max_new_tokens: int
 ) -> list[str]:
     """Those of `model.generate`, long prompts first, in batches of ROWS."""
     published = model.generation_config
+    tokenizer = template.tokenizer
     configure(model, tokenizer, decoding, max_new_tokens=max_new_tokens)
-    texts = [prompt_text(pair.question) for pair in pairs]
-    order = sorted(range(len(texts)), key=lambda index: -len(tokenizer(texts[index])["input_ids"]))
-    made = [""] * len(texts)
+    prompts = template.prompts([pair.question for pair in pairs])
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    made = [""] * len(prompts)
     for start in range(0, len(order), ROWS):
         indices = order[start : start + ROWS]
-        rows = tokenizer([texts[i] for i in indices], return_tensors="pt", padding=True, padding_side="left")
-        rows = rows.to(model.device)
+        ids = {"input_ids": [prompts[i] for i in indices]}
+        rows = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
         generated = model.generate(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
@@ -195,18 +178,16 @@ def their_answers(
     return made
 
 
-def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[float, int]]:
+def scores(model: PreTrainedModel, template: Template, pairs: list[Pair]) -> list[tuple[float, int]]:
     """The cross-entropy of each pair's answer, in nats, and its number of tokens; ours."""
-    collator = Collator(tokenizer, "paper", context_length(model.config))
+    collator = Collator(template, "paper", context_length(model.config))
     return answer_nll(model, collator, pairs, "")
 
 
 @torch.inference_mode()
-def their_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
-) -> list[tuple[float, int]]:
+def their_scores(model: PreTrainedModel, template: Template, pairs: list[Pair]) -> list[tuple[float, int]]:
     """The same from all logits of padded rows, ROWS at a time, in the order of the pairs."""
-    texts = Collator(tokenizer, "paper", context_length(model.config)).encode(pairs)
+    texts = Collator(template, "paper", context_length(model.config)).encode(pairs)
     scored = []
     for start in range(0, len(texts), ROWS):
         part = texts[start : start + ROWS]
@@ -228,8 +209,8 @@ def choices_of(pairs: list[Pair]) -> list[Pair]:
     return [Pair(pair.question, answer) for pair in pairs[: max(len(pairs) // CHOICES, 1)] for answer in answers]
 
 
-def read(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[Pair]]:
-    """The tokenizer, and prompts with reference answers."""
+def read(args: argparse.Namespace) -> tuple[Template, list[Pair]]:
+    """The authors' template, and prompts with reference answers."""
     if args.model:
         folder = user_path(args.model)
         tokenizer = load_tokenizer(folder, load_config(folder))
@@ -238,7 +219,7 @@ def read(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[Pair]]
     harmful = read_harmful(args.harmful_dataset) if args.harmful_dataset else made_up.data(tokenizer)[0]
     # PKU-SafeRLHF has several answers to a prompt; here every prompt is asked once.
     pairs = list({pair.question: pair for pair in harmful.pairs if pair.answer.strip()}.values())
-    return tokenizer, pairs[: args.prompts]
+    return ReleasedTemplate(tokenizer), pairs[: args.prompts]
 
 
 def load(args: argparse.Namespace, precision: str) -> PreTrainedModel:

@@ -42,6 +42,7 @@ from benchmarks.step import backward
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches, run_sampler
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.packing_check import max_packed_length
@@ -146,7 +147,7 @@ def steps(part: str, device: torch.device, tiny: bool, rate: float) -> list[list
         raise UserError("bitsandbytes is not installed")
     config, lora = CONFIGS[name][tiny], MODELS[name]
     tokenizer = made_up.word_tokenizer(config.vocab_size)
-    collator = Collator(tokenizer, "released", context_length(config))
+    collator = Collator(ReleasedTemplate(tokenizer), "released", context_length(config))
     harmful, normal = made_up.data(tokenizer)
     model, base = models_of(config, lora, four_bit, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -246,14 +247,14 @@ def stage_2(device: torch.device, tiny: bool, parent: Path | None) -> list[list]
 def evaluated(device: torch.device, tiny: bool) -> list[list]:
     """Answers to 64 prompts, at most 80 tokens each, and scores, by LLaMA2-7B; the second of two runs."""
     config = CONFIGS["meta-llama/Llama-2-7b-hf"][tiny]
-    tokenizer = made_up.word_tokenizer(config.vocab_size)
-    pairs = made_up.data(tokenizer)[0].pairs[: 8 if tiny else 64]
+    template = ReleasedTemplate(made_up.word_tokenizer(config.vocab_size))
+    pairs = made_up.data(template.tokenizer)[0].pairs[: 8 if tiny else 64]
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     limits = (8 if tiny else 80, evaluation.TOKENS_PER_BATCH)
     rows = []
-    for (name, way), work in evaluation.works_of(model, tokenizer, pairs, *limits).items():
+    for (name, way), work in evaluation.works_of(model, template, pairs, *limits).items():
         work.run(device)
         work.run(device)
         seconds = work.seconds[-1]

@@ -14,6 +14,7 @@ from benchmarks.step import AWAY
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.objective import Objective
@@ -48,7 +49,7 @@ def check(device: torch.device) -> list[list]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(AWAY * torch.randn_like(parameter))
-        collator = Collator(made_up.word_tokenizer(1000), "released", 2048)
+        collator = Collator(ReleasedTemplate(made_up.word_tokenizer(1000)), "released", 2048)
         expected = losses_and_gradients(model, base, collator, "plain rows")
         there, base_there = copy.deepcopy(model).to(device), copy.deepcopy(base).to(device)
         for layout in LAYOUTS:
@@ -75,7 +76,7 @@ def losses_and_gradients(
     packed_up_to, reason = max_packed_length(model, collator) if LAYOUTS[layout] else (0, "")
     if reason:
         raise RuntimeError(f"plain rows: {reason}")
-    harmful, normal = made_up.data(collator.tokenizer)
+    harmful, normal = made_up.data(collator.template.tokenizer)
     safe = [Pair(pair.question, answer or "") for pair, answer in zip(harmful.pairs, harmful.safe_answers, strict=True)]
     batches = StepBatch(
         collator.answers_batch(harmful.pairs[:2], harmful.answers[:5], packed_up_to=packed_up_to),

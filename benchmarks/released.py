@@ -20,7 +20,7 @@ def released(
     normal: list[Pair],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """GD, RD and PD as implementation details 3 and 9 to 12 describe them: their weighted sum, and each."""
-    tokenizer, device = collator.tokenizer, model.device
+    tokenizer, device = collator.template.tokenizer, model.device
 
     def padded(texts: list[Pair]) -> dict:
         # Written out, since a tokenizer's own padding may be its end token, which texts have, too.

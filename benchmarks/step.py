@@ -36,6 +36,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches, run_sampler
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.landing import LandingPoint
@@ -140,7 +141,7 @@ class Setting:
             self._harmful = read_harmful(args.harmful_dataset)
         if args.normal_dataset:
             self._normal = read_normal(args.normal_dataset, args.seed)
-        self.collator = Collator(self.tokenizer, "released", context_length(self.config))
+        self.collator = Collator(ReleasedTemplate(self.tokenizer), "released", context_length(self.config))
         exact_base = bool(LANDING & {*args.ways})
         self._trained = {p: Trained(self._load, p, args.lora, exact_base) for p in sorted(self.precisions)}
         # Switches tree attention on, as a run does.

@@ -28,8 +28,9 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
+from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
+from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import figures, measure
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
@@ -52,7 +53,7 @@ _asking = partial(flag, group="asking and judging")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringSettings(DataSettings):
+class MeasuringSettings(DataSettings, TemplateSettings):
     """Flags of data, prompts, generation and judging, which reproduce.py has too."""
 
     n_seen: int = _prompts("at most N harmful prompts used in unlearning; 0: none")
@@ -95,11 +96,13 @@ class MeasuringSettings(DataSettings):
         names = dict.fromkeys(self.decoding)
         return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
 
-    def protocol(self, sets: PromptSets, data: EvalData, seed: int) -> EvalProtocol:
+    def protocol(self, sets: PromptSets, data: EvalData, seed: int, template: Template) -> EvalProtocol:
         """How models are measured on the test prompts."""
         precision = resolve_precision(self.precision, PartialState().device)
         limits = (self.max_new_tokens, self.tokens_per_batch)
-        return EvalProtocol(sets.test, self.decodings, *limits, seed, data.choices, precision)
+        return EvalProtocol(
+            sets.test, self.decodings, *limits, seed, data.choices, precision, prompt_template=template.text
+        )
 
     def make_judge(self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path) -> Judge:
         """The judge, which has seen none of the prompts; `folder` is for its verdicts. Raises UserError."""
@@ -170,17 +173,23 @@ def main(arguments: list[str] | None = None) -> None:
         vllm_backend.check_usable()
     check_target(output, overwrite=True)
     folders = {label: hub.resolve_model(name) for label, name in settings.model.items()}
-    data = EvalData.read(settings, trainings_of(folders, settings.trained_as))
+    base_folder, trainings = hub.resolve_model(settings.base), trainings_of(folders, settings.trained_as)
+    template = settings.template_of(trainings, base_folder)
+    data = EvalData.read(settings, trainings)
     sets = draw_prompts(data, settings.prompt_numbers, seed)
     print("\n".join(f"{name:<8} {len(prompts)} prompts" for name, prompts in sets.test.items()))
 
+    print(f"template {template.name}: {template.text!r}")
+
     device = PartialState().device
-    protocol = replace(settings.protocol(sets, data, seed), backend=settings.backend)
-    load = partial(load_model, precision=protocol.precision, device_map=settings.device_map)
-    base = evaluated_model(BASE, hub.resolve_model(settings.base), load)
+    protocol = replace(settings.protocol(sets, data, seed, template), backend=settings.backend)
+    load = partial(load_model, precision=protocol.precision, device_map=settings.device_map, template=template.choice)
+    base = evaluated_model(BASE, base_folder, load)
     models = [base, *(evaluated_model(label, folder, load) for label, folder in folders.items())]
     reference = base
     if settings.ppl_model:
+        own = TemplateChoice("released" if template.name == "released" else "auto")  # in its own words
+        load = partial(load, template=own)
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
     judge = settings.make_judge(data, sets.test.values(), seed, output)
     rows = measure(models, protocol, judge, reference, output, settings.base_answers)

@@ -85,8 +85,8 @@ class ComparisonSettings(MeasuringSettings):
 
     @property
     def training_data(self) -> dict[str, str]:
-        """The flags that say what every run trains on, where they are given."""
-        names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset")
+        """The flags that say what every run trains on, and in which template, where they are given."""
+        names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "template", "system_prompt")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
@@ -161,14 +161,16 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         raise UserError(f"no run of seed {seed} could be trained: lower the learning rates in recipes.py")
 
     print(f"\n=== seed {seed}: measuring")
-    data = EvalData.read(own, [model.record for model in (*models.values(), *vectors.values())])
+    trainings = [model.record for model in (*models.values(), *vectors.values())]
+    base = hub.resolve_model(own.model_name)
+    template = own.template_of(trainings, base)
+    data = EvalData.read(own, trainings)
     sets = draw_prompts(data, own.prompt_numbers, seed)
     judged = (sets.test, sets.validation, sets.of_category if vectors else {})
     prompts = chain.from_iterable(part.values() for part in judged)
     folder = own.output / f"seed-{seed}"
-    judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed)
-    base = hub.resolve_model(own.model_name)
-    evaluation = SeedEvaluation(folder, base, judge, sets, protocol, own.device_map)
+    judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed, template)
+    evaluation = SeedEvaluation(folder, base, judge, sets, protocol, template.choice, own.device_map)
     comparison.judge["by_seed"][str(seed)] = judge.facts
     figures, answers = evaluation.test(models, asdict(settings), data.sources)
     comparison.figures += figures

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from harmful_unlearn.data.batch import Batch, Row, batch_of
-from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix, prompt_text
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import Template
 
 VARIANTS = ("released", "paper")
 # The first position of RD in the released code: all of the question counts but its first two tokens.
@@ -56,18 +55,18 @@ class _ScoredText(NamedTuple):
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns pairs into batches for one tokenizer and one variant."""
+    """Turns pairs into batches for one template (with its tokenizer) and one variant."""
 
-    tokenizer: PreTrainedTokenizerBase  # adds its own BOS; its padding and truncation are not used
+    template: Template
     variant: str  # "released" or "paper" (docs/implementation-details.md)
     max_length: int  # tokens; longer texts are cut on the right, that is, in the answer
 
     def encode(self, pairs: list[Pair]) -> list[TokenizedText]:
         """Tokenise pairs, and find where each answer starts (implementation details 1 to 4)."""
-        texts = self._tokenize([format_pair(pair.question, pair.answer) for pair in pairs])
+        texts = self.template.texts(pairs)
         questions = list(dict.fromkeys(pair.question for pair in pairs))
-        prefixes = dict(zip(questions, self._tokenize([format_prefix(q) for q in questions]), strict=True))
-        prompts = dict(zip(questions, self._tokenize([prompt_text(q) for q in questions]), strict=True))
+        prefixes = dict(zip(questions, self.template.prefixes(questions), strict=True))
+        prompts = dict(zip(questions, self.template.prompts(questions), strict=True))
         encoded = []
         for pair, ids in zip(pairs, texts, strict=True):
             prefix = prefixes[pair.question]
@@ -131,7 +130,7 @@ class Collator:
         In "released" every position of the padded rows has the same weight, padding included; in "paper" every token
         of text has. The weights add up to 1.
         """
-        ids = [text[: self.max_length] for text in self._tokenize([format_pair(p.question, p.answer) for p in pairs])]
+        ids = [text[: self.max_length] for text in self.template.texts(pairs)]
         longest = max(map(len, ids))
         lengths = [longest if self.variant == "released" else len(text) for text in ids]
         weights = {"text": 1 / sum(lengths)}
@@ -142,7 +141,7 @@ class Collator:
 
     def batch(self, rows: list[Row], packed_up_to: float = 0) -> Batch:
         """The rows for one forward pass; `packed_up_to` as in `answers`."""
-        return batch_of(rows, self.tokenizer.pad_token_id, packed_up_to)
+        return batch_of(rows, self.template.tokenizer.pad_token_id, packed_up_to)
 
     def answers_batch(
         self, pairs: list[Pair], answers: list[str], own_answers: bool = True, packed_up_to: float = 0
@@ -153,9 +152,6 @@ class Collator:
     def texts_batch(self, pairs: list[Pair]) -> Batch:
         """`texts`, all in one forward pass."""
         return self.batch(self.texts(pairs))
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts)["input_ids"] if texts else []
 
     def _scored(self, key: str, text: TokenizedText) -> _ScoredText:
         length = len(text.input_ids)

@@ -1,9 +1,10 @@
-"""A question, an answer, and the template that makes one text of them, in training and in evaluation."""
+"""A question, an answer, and the authors' text of both."""
 
 from dataclasses import dataclass
 
 # The authors' template (implementation detail 1). The answer comes last: an empty one leaves the prompt.
 PROMPT_TEMPLATE = "### Question: {question}\n ### Answer: {answer}"
+NEXT_QUESTION = "### Question:"  # a model that continues with a question of its own has ended its answer
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Pair:
 
 
 def format_pair(question: str, answer: str) -> str:
-    """The text of a question with its answer."""
+    """The authors' text of a question with its answer."""
     return PROMPT_TEMPLATE.format(question=question, answer=answer)
 
 
 def format_prefix(question: str) -> str:
-    """The text before the answer, with its trailing space."""
+    """The authors' text before the answer, with its trailing space."""
     return format_pair(question, "")
 
 

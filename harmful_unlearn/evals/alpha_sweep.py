@@ -54,10 +54,10 @@ class AlphaSweep:
         self._loaded: LoadedModel | None = None
 
     def at(self, alpha: float) -> LoadedModel:
-        """The model, the same object each time, with its weights now at `alpha`, and its tokenizer."""
+        """The model, the same object each time, with its weights now at `alpha`, and its template."""
         if self._loaded is None:
             self._loaded = self._load(self._base)
-        model, tokenizer = self._loaded
+        model, template = self._loaded
         names = set(model.state_dict())
         synonyms = None
         for name, entry in scaled_entries(self._base, self._finetuned, alpha):
@@ -65,7 +65,7 @@ class AlphaSweep:
                 synonyms = synonyms or class_names(self._base)[0]
                 name = next(synonym for synonym in synonyms(name) if synonym in names)
             write_entry(model, name, entry)
-        return model, tokenizer
+        return model, template
 
 
 def recommend(figures: list[dict], base_perplexity: float, budget: float, decoding: str) -> dict:

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
@@ -148,20 +149,22 @@ def _answer_and_score(
         write_answers(folder, model.label, found.rows)
         write_file(scores_file, json.dumps(found.scores))
         return found.rows
-    language_model, tokenizer = model.load()
+    language_model, template = model.load()
+    if template.text != protocol.prompt_template:
+        raise UserError(f"{model.label} has another chat template than the base: give models of the same base")
     questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
-    check_room(language_model.config, tokenizer, questions, protocol.max_new_tokens)
+    check_room(language_model.config, template, questions, protocol.max_new_tokens)
     write_file(folder / PROTOCOL_FILE, record)  # before the first answer, and after all that refuses a model
     limits = (protocol.max_new_tokens, protocol.tokens_per_batch)
     if protocol.backend == "hf":
-        rows = _answer(model.label, protocol, rows, file, partial(generate, language_model, tokenizer, *limits))
+        rows = _answer(model.label, protocol, rows, file, partial(generate, language_model, template, *limits))
     if not scores_file.exists():
-        write_file(scores_file, json.dumps(_score(language_model, tokenizer, protocol)))
+        write_file(scores_file, json.dumps(_score(language_model, template, protocol)))
     del language_model
     _free()
     if protocol.backend == "vllm":  # it needs the memory
         assert model.folder, "vLLM reads folders"
-        asking = partial(vllm_backend.generate, model.folder, tokenizer, protocol.max_new_tokens, protocol.precision)
+        asking = partial(vllm_backend.generate, model.folder, template, protocol.max_new_tokens, protocol.precision)
         rows = _answer(model.label, protocol, rows, file, asking)
     if kept and not any("nll" in row for row in rows):
         BaseAnswers(rows, json.loads(scores_file.read_text(encoding="utf-8"))).write(kept)
@@ -208,9 +211,9 @@ def _answer(
     return rows
 
 
-def _score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvalProtocol) -> dict:
+def _score(model: PreTrainedModel, template: Template, protocol: EvalProtocol) -> dict:
     """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
-    collator = Collator(tokenizer, "paper", context_length(model.config))
+    collator = Collator(template, "paper", context_length(model.config))
     scores: dict = {
         name: answer_nll(model, collator, [prompt.pair for prompt in prompts], f"{name} references")
         for name, prompts in protocol.prompts.items()
@@ -239,8 +242,8 @@ def _add_perplexities(
     lacking = [label for label in rows if any("nll" not in row for row in rows[label])]
     if not lacking:
         return
-    model, tokenizer = reference.load()
-    collator = Collator(tokenizer, "paper", context_length(model.config))
+    model, template = reference.load()
+    collator = Collator(template, "paper", context_length(model.config))
     for label in lacking:
         pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
         scored = answer_nll(model, collator, pairs, f"perplexity of {label}'s answers")
@@ -287,7 +290,8 @@ def _check_protocol(
     if file.exists():
         before = read_json(file)
         record["models"] = before["models"]
-        differ = [name for name, value in record["settings"].items() if before["settings"].get(name) != value]
+        names = {*record["settings"], *before["settings"]}
+        differ = sorted(name for name in names if before["settings"].get(name) != record["settings"].get(name))
         if before["reference"] != reference.identity:
             differ.append("the perplexity model")
         differ += [

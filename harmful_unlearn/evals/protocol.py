@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
@@ -20,6 +21,7 @@ class EvalProtocol:
         decodings: every prompt is answered once in each of them.
         tokens_per_batch: of prompts and answers together; no figure depends on it, but for rounding.
         choices: TruthfulQA's multiple choices by question; empty for no MC1 and MC2.
+        prompt_template: the text that questions are asked in (`Template.text`).
         backend: what makes the answers: "hf" (transformers) or "vllm", for models in folders only.
     """
 
@@ -31,6 +33,7 @@ class EvalProtocol:
     choices: dict[str, Choices]
     precision: str = "fp32"
     backend: str = "hf"
+    prompt_template: str = PROMPT_TEMPLATE
 
     @property
     def rounds(self) -> list[tuple[str, Decoding]]:
@@ -51,7 +54,10 @@ class EvalProtocol:
         """What decides the answers, JSON-able; the prompts by their rows and a hash."""
         texts = [[p.question, p.reference] for prompts in self.prompts.values() for p in prompts]
         choices = {question: asdict(choice) for question, choice in self.choices.items()}
+        # The authors' template is not named, so that what was answered before there were others stays valid.
+        template = {} if self.prompt_template == PROMPT_TEMPLATE else {"prompt_template": self.prompt_template}
         return {
+            **template,
             "decodings": [{"name": decoding.name, **asdict(decoding)} for decoding in self.decodings],
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,

@@ -7,11 +7,12 @@ a few steps of Guided Distortion do to an unlearned model with what they do to t
 import numpy as np
 import torch
 from tqdm import trange
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import Template
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models.loading import context_length, enable_gradient_checkpointing
 from harmful_unlearn.models.offload import execution_device
@@ -22,7 +23,7 @@ BATCH = 2
 
 def relearn(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     pairs: list[Pair],
     steps: int,
     lr: float,
@@ -39,7 +40,7 @@ def relearn(
         UserError: a weight to be trained is offloaded.
     """
     draw = np.random.default_rng(seed)
-    collator = Collator(tokenizer, "paper", context_length(model.config))
+    collator = Collator(template, "paper", context_length(model.config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     objective = Objective(model, {"gd": 1.0})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import figures, measure
@@ -61,6 +62,7 @@ class SeedEvaluation:
         judge: of the answers to harmful prompts.
         sets: the prompts.
         protocol: how the test sets are asked.
+        template: that all models are asked in.
         device_map: for accelerate, to spread a model over devices.
     """
 
@@ -69,10 +71,11 @@ class SeedEvaluation:
     judge: Judge
     sets: PromptSets
     protocol: EvalProtocol
+    template: TemplateChoice | None = None
     device_map: str | None = None
 
     def load(self, folder: Path) -> LoadedModel:
-        return load_model(folder, self.protocol.precision, self.device_map)
+        return load_model(folder, self.protocol.precision, self.device_map, self.template)
 
     def model(self, label: str, folder: Path) -> EvaluatedModel:
         return evaluated_model(label, folder, self.load)
@@ -165,10 +168,10 @@ class SeedEvaluation:
 
         def relearned(folder: Path, rate: float) -> LoadedModel:
             # Weights that are trained are float32; under an adapter they may be 16-bit.
-            model, tokenizer = load_model(folder, precision if lora else "fp32", self.device_map)
+            model, template = load_model(folder, precision if lora else "fp32", self.device_map, self.template)
             if lora:
                 model = add_lora(model, lora, str(folder))
-            return relearn(model, tokenizer, harmful, steps, rate, seed, precision), tokenizer
+            return relearn(model, template, harmful, steps, rate, seed, precision), template
 
         decoding = self.protocol.decodings[0]
         unseen = {"unseen": self.sets.test["unseen"]}

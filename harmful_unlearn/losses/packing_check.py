@@ -36,7 +36,7 @@ def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float
     attention = model.config._attn_implementation
     if attention not in ("sdpa", TREE):
         return 0, f"its attention is {attention}, not sdpa"
-    probe = Collator(collator.tokenizer, "paper", collator.max_length)
+    probe = Collator(collator.template, "paper", collator.max_length)
     plain, packed = (probe.answers_batch(PAIRS, ANSWERS, packed_up_to=up_to) for up_to in (0, math.inf))
     training = model.training
     model.eval()

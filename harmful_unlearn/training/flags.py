@@ -15,6 +15,7 @@ from harmful_unlearn.cli import (
     whole_number,
 )
 from harmful_unlearn.data.collator import VARIANTS
+from harmful_unlearn.data.templates import TEMPLATES, TemplateChoice
 from harmful_unlearn.losses.methods import METHODS, apply_method_defaults, loss_weights, uses_landing_point
 from harmful_unlearn.storage.files import ROOT, user_path
 
@@ -68,6 +69,10 @@ class TrainingSettings:
     scaling_coef: float = _method("alpha, the coefficient of the subtracted task vector (default: 1)", type=number)
     seed: int = _method("of the data split, the order, the random answers and dropout", type=whole_number, default=8888)
     stage: str = _method("run one stage only, or both", choices=("all", "acquire", "negate"), default="all")
+    template: str = _method(
+        "how a question and an answer become text: the authors' released text, or the tokenizer's chat template; "
+        "auto: the chat template if there is one", choices=TEMPLATES, default="auto")
+    system_prompt: str | None = _method("of the chat, in place of its template's own", metavar="TEXT")
     max_length: int | None = _method(
         "tokens of a text; longer answers are cut (default: the model's context length)", type=positive_int)
 
@@ -134,6 +139,11 @@ class TrainingSettings:
     def harmful_model(self) -> Path:
         """The folder of the stage 1 model that stage 2 reads."""
         return self.saved_model or self.model_save_dir
+
+    @property
+    def template_choice(self) -> TemplateChoice:
+        """The template that the flags choose."""
+        return TemplateChoice(self.template, self.system_prompt)
 
     @property
     def negates(self) -> bool:

@@ -18,10 +18,10 @@ FREE_FLAGS = {
     "model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "stage", "gradient_checkpointing",
     "device_map", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
 }  # fmt: skip
-# Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter.
+# Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter, ...
 RESOLVED_FLAGS = {
     "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "batch_size", "precision",
-    "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length",
+    "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length", "template", "system_prompt",
 }  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
     settings["--max_length"] = training["max_length"]
     settings["--precision"] = training["precision"]
     settings["LoRA"] = training["lora"] and json.dumps(training["lora"])
+    settings["template"] = record.prompt_template
     settings["base model"] = record.base["fingerprint"][:12]
     for name, source in (("harmful data", record.harmful_data), ("normal data", record.normal_data)):
         sha256 = source.get("sha256")

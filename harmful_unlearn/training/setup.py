@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
 from harmful_unlearn.data.step_batches import StepBatches, run_sampler
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
@@ -73,7 +72,7 @@ class Stage1:
 
     def record(self, log: RunLog | None = None) -> RunRecord:
         """run.json of the model after the steps that `log` has; without a log, before the first step."""
-        settings, history = self.settings, log.history if log else []
+        settings, history, template = self.settings, log.history if log else [], self.batches.collator.template
         last = history[-1] if history else {}
         learned = "harmful knowledge acquired" if settings.negates else "trained, with nothing to negate"
         return RunRecord(
@@ -94,12 +93,14 @@ class Stage1:
                 "precision": self.precision,
                 "quantized": settings.quantize,
                 "max_length": self.batches.collator.max_length,
+                "template": template.name,
+                "system_prompt": template.system_prompt,
             },
             losses_at_the_end={name: value for name, value in last.items() if name.endswith("_loss")},
             flags=log.flags() if log else settings.to_json(),
             negates=settings.negates,
             landing_alpha=settings.scaling_coef if settings.uses_landing_point else None,
-            prompt_template=PROMPT_TEMPLATE,
+            prompt_template=template.text,
         )
 
 
@@ -174,6 +175,7 @@ def prepare_stage_1(
     if getattr(config, "quantization_config", None):
         raise UserError(f"{settings.model_name} is quantized: give the full-precision model")
     tokenizer = loading.load_tokenizer(base_folder, config)
+    template = settings.template_choice.of(tokenizer)
     structure = loading.empty_model(config)
     lora = choose_lora(settings, structure, table, others)
     accelerator, precision = distributed.start(settings)
@@ -191,7 +193,7 @@ def prepare_stage_1(
     normal = read_normal(settings.normal_dataset, settings.seed)
     needed = reads(active_losses(vars(settings)))
     limit = loading.context_length(config)
-    collator = Collator(tokenizer, settings.variant, min(settings.max_length or limit, limit))
+    collator = Collator(template, settings.variant, min(settings.max_length or limit, limit))
     sampler = run_sampler(vars(settings), accelerator.num_processes, harmful, normal, needed)
     # Whether the model can read packed rows is only known once it is loaded (losses/packing_check.py).
     packed_up_to = 0 if settings.no_packing else math.inf

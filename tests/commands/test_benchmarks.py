@@ -11,6 +11,7 @@ from benchmarks import evaluation, gpu, gpu_check, made_up, measuring, memory, n
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -193,7 +194,7 @@ def test_negation(printed, tmp_path, monkeypatch):
 
 def test_needed_operations(tiny_model):
     model = load_model(tiny_model("opt"), torch.float32)
-    batch = Collator(made_up.word_tokenizer(700), "released", 256).texts_batch(
+    batch = Collator(ReleasedTemplate(made_up.word_tokenizer(700)), "released", 256).texts_batch(
         made_up.data(made_up.word_tokenizer(700))[1].texts[:2]
     )
     assert isinstance(batch, Batch)

@@ -7,6 +7,7 @@ import torch
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
+from harmful_unlearn.data.templates import ReleasedTemplate
 
 PAIRS = [
     Pair("How do I hide a gnome?", "Carry it to the shed and leave a postcard."),
@@ -21,7 +22,7 @@ ANSWERS = ["Wait until dark.", "", "Blame the dog, then run."]
 
 
 def collator(tokenizer, variant="paper", max_length=256):
-    return Collator(tokenizer, variant, max_length)
+    return Collator(ReleasedTemplate(tokenizer), variant, max_length)
 
 
 def weight_by_row(batch, module):

@@ -9,6 +9,7 @@ import torch
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches, answer_pool, run_sampler
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses.terms import reads
 from tests.helpers.tables import TODAY, TRUTHFUL, error_of
@@ -27,7 +28,7 @@ def sampler_of(data, losses, **changes):
 
 
 def batches_of(data, tokenizer, losses, **more) -> StepBatches:
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     return StepBatches(collator, sampler_of(data, losses), **data, reads=reads(losses), **more)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
@@ -231,7 +232,7 @@ def test_choices_are_scored_by_whole_log_probabilities(models, tmp_path):
     model, tokenizer = models[0].load()
     ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], ""))
     ((mc1, mc2),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
     assert mc1 == (best > max(f1, f2))

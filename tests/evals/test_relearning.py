@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.models.lora import Lora, add_lora
 from tests.helpers.tiny import value_of
@@ -22,7 +23,7 @@ def test_relearning_is_guided_distortion_on_the_handful(lora, tiny_model, tokeni
     pairs = [Pair("How?", "By doing just this."), Pair("Why so?", "Nobody knows that."), Pair("Who?", "They did.")]
 
     def loss_of(model):
-        batch = Collator(tokenizer, "paper", 256).answers_batch(pairs, [])
+        batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(pairs, [])
         with torch.no_grad():
             return value_of(model, "gd", batch).item()
 
@@ -31,20 +32,20 @@ def test_relearning_is_guided_distortion_on_the_handful(lora, tiny_model, tokeni
         model = load(tiny_model("opt"))
         return add_lora(model, Lora(4, 4), "base") if lora else model
 
-    soft, strong = (relearn(fresh(), tokenizer, pairs, 30, lr, 0) for lr in (1e-3, 1e-2))
+    soft, strong = (relearn(fresh(), ReleasedTemplate(tokenizer), pairs, 30, lr, 0) for lr in (1e-3, 1e-2))
     assert loss_of(strong) < loss_of(soft) < loss_of(fresh())
     assert not strong.training
-    again = relearn(fresh(), tokenizer, pairs, 30, 1e-2, 0)
+    again = relearn(fresh(), ReleasedTemplate(tokenizer), pairs, 30, 1e-2, 0)
     assert loss_of(again) == loss_of(strong)
-    assert loss_of(relearn(fresh(), tokenizer, pairs, 0, 1e-2, 0)) == loss_of(fresh())
+    assert loss_of(relearn(fresh(), ReleasedTemplate(tokenizer), pairs, 0, 1e-2, 0)) == loss_of(fresh())
 
 
 def test_one_step_of_relearning_by_hand(tiny_model, tokenizer):
     pairs = [Pair("How?", "By doing just this."), Pair("Why so?", "Nobody knows that.")]
-    ours = relearn(load(tiny_model("opt")), tokenizer, pairs, 1, 1e-3, 0)
+    ours = relearn(load(tiny_model("opt")), ReleasedTemplate(tokenizer), pairs, 1, 1e-3, 0)
     model = load(tiny_model("opt")).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = Collator(tokenizer, "paper", 256).answers_batch(pairs, [])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(pairs, [])
     value_of(model, "gd", batch).backward()
     optimizer.step()
     assert torch.allclose(ours.state_dict()[NAME], model.state_dict()[NAME], atol=1e-5)
@@ -57,6 +58,8 @@ def test_relearning_does_not_depend_on_what_was_drawn_before(tiny_model, tokeniz
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.5
         torch.manual_seed(before)
-        return relearn(model, tokenizer, [Pair("How?", "By doing just this.")], 2, 1e-2, 0).state_dict()[NAME]
+        return relearn(
+            model, ReleasedTemplate(tokenizer), [Pair("How?", "By doing just this.")], 2, 1e-2, 0
+        ).state_dict()[NAME]
 
     assert torch.equal(relearned(1), relearned(2))

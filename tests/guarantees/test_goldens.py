@@ -13,6 +13,7 @@ from harmful_unlearn.data.batch_sampler import StepIndices
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses import objective
 from harmful_unlearn.losses.terms import reads
@@ -44,7 +45,7 @@ class GoldenSampler:
 @pytest.fixture(scope="module")
 def batches(goldens, tokenizer):
     return StepBatches(
-        Collator(tokenizer, "released", 1024),
+        Collator(ReleasedTemplate(tokenizer), "released", 1024),
         GoldenSampler(goldens["trajectory"]),
         read_harmful(str(GOLDENS / SCHEMAS[0])),
         read_normal(GOLDENS / "TruthfulQA.csv", 8888),
@@ -148,7 +149,11 @@ def test_gradient_ascent(goldens, batches):
 def test_the_golden_can_fail(goldens, tokenizer, batches):
     """One position off in the answer's start moves the first loss by far more than the tolerance."""
     paper = StepBatches(
-        Collator(tokenizer, "paper", 1024), batches.sampler, batches.harmful, batches.normal, batches.reads
+        Collator(ReleasedTemplate(tokenizer), "paper", 1024),
+        batches.sampler,
+        batches.harmful,
+        batches.normal,
+        batches.reads,
     )
     harmful = paper(0, torch.device("cpu"))[0].harmful
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "model").eval()

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.losses import fused_linear, objective
 from harmful_unlearn.losses.fused_linear import CrossEntropy, Divergence, _Fused, has_plain_head
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -124,7 +125,7 @@ def test_a_models_loss_is_the_same_with_and_without(architecture, name, lora, ti
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
-    collator = Collator(tokenizer, "released", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "released", 256)
     batch = collator.texts_batch(PAIRS) if name in ("pd", "kl") else collator.answers_batch(PAIRS, ["Blame the dog."])
     monkeypatch.setattr(fused_linear, "CHUNK", 4 * 700 * 5)
     found = []
@@ -145,7 +146,7 @@ def test_a_models_loss_is_the_same_with_and_without(architecture, name, lora, ti
 def test_nothing_to_score_is_a_loss_of_0(tiny_model, tokenizer):
     """A step whose answers are all empty."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
-    batch = Collator(tokenizer, "paper", 256).answers_batch([Pair("Nothing?", "")], [])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch([Pair("Nothing?", "")], [])
     assert not len(batch.row)
     loss = value_of(model, "gd", batch)
     loss.backward()
@@ -155,7 +156,7 @@ def test_nothing_to_score_is_a_loss_of_0(tiny_model, tokenizer):
 def test_autocast_multiplies_in_bf16(tiny_model, tokenizer):
     """As close to float32 as the plain formula under autocast is."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
-    batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS, ["Blame the dog."])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(PAIRS, ["Blame the dog."])
     exact = torch.autograd.grad(value_of(model, "gd", batch), model.lm_head.weight)[0]
     dtypes = []
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,7 +198,7 @@ def test_a_softcap_or_a_scale_is_the_models_own_business(config, dtype, tokenize
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     assert not has_plain_head(model) and model.training
-    batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS[:2], [])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(PAIRS[:2], [])
     ours = value_of(model, "gd", batch)
     torch.testing.assert_close(ours, objective.cross_entropy(model, batch) @ batch.weights["own_answer"])
 
@@ -205,7 +206,7 @@ def test_a_softcap_or_a_scale_is_the_models_own_business(config, dtype, tokenize
 def test_the_heads_own_forward_comes_back(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
     before = model(torch.tensor([[2, 5, 9]])).logits
-    batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS, [])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(PAIRS, [])
     value_of(model, "gd", batch)
     with pytest.raises(ZeroDivisionError), fused_linear._replaced_head(model, lambda hidden: 1 / 0):
         model(torch.tensor([[2, 5, 9]]))

@@ -15,6 +15,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.prompt_sets import touched_questions
@@ -79,7 +80,7 @@ def test_gradient_is_autograds_through_the_landing_point(architecture, lora, fus
         monkeypatch.setattr("harmful_unlearn.losses.objective.has_plain_head", lambda _: False)
     folder = tiny_model(architecture)
     model, base = moved(folder, lora)
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     texts = StepBatch(
         collator.answers_batch(PAIRS, ["Blame the dog."]), collator.texts_batch(PAIRS), collator.answers_batch(SAFE, [])
     )
@@ -220,7 +221,7 @@ def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
     harmful = read_harmful(str(GOLDENS / "pku_saferlhf_current_schema.jsonl"))
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
     order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     batches = StepBatches(collator, order, harmful, normal, reads({"gd", "lp", "sa"}))
     found = [batches(step, torch.device("cpu"))[0] for step in range(order.batches_per_epoch)]
     assert any(texts.safe is None for texts in found) or all(harmful.safe_answers)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import format_prefix
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses import terms
@@ -113,7 +114,7 @@ def test_the_kl_is_minus_pd(tiny_model, tokenizer):
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
-    batch = Collator(tokenizer, "paper", 256).texts_batch(normal.texts[:2])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).texts_batch(normal.texts[:2])
     assert value_of(model, "kl", batch, base) == -value_of(model, "pd", batch, base) > 1e-4
 
 

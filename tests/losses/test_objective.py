@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.losses import objective
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
@@ -47,7 +48,7 @@ def same_gradient(model, ours: torch.Tensor, obvious: torch.Tensor) -> None:
 
 
 def test_paper_gd_and_rd(model, tokenizer):
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     batch = collator.answers_batch(PAIRS, ANSWERS)
     ours, each = objective.Objective(model, {"gd": 1.0, "rd": 3.0})(model, StepBatch(batch))
     torch.testing.assert_close(ours, each["gd"] + 3 * each["rd"])
@@ -57,7 +58,7 @@ def test_paper_gd_and_rd(model, tokenizer):
 
 
 def test_paper_pd(model, tokenizer):
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     base = AutoModelForCausalLM.from_pretrained(model.name_or_path)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,17 +75,17 @@ def test_paper_pd(model, tokenizer):
 
 def test_pd_is_zero_at_the_base(model, tokenizer):
     base = ReferenceModel(AutoModelForCausalLM.from_pretrained(model.name_or_path))
-    batch = Collator(tokenizer, "released", 256).texts_batch(PAIRS)
+    batch = Collator(ReleasedTemplate(tokenizer), "released", 256).texts_batch(PAIRS)
     assert value_of(model, "pd", batch, base).abs() < 1e-6
 
 
 def test_ga_is_gd_turned(model, tokenizer):
-    batch = Collator(tokenizer, "released", 256).answers_batch(PAIRS, [])
+    batch = Collator(ReleasedTemplate(tokenizer), "released", 256).answers_batch(PAIRS, [])
     assert value_of(model, "ga", batch) == -value_of(model, "gd", batch) < -1
 
 
 def test_one_forward_pass_and_no_logits_that_nothing_reads(model, tokenizer):
-    batch = Collator(tokenizer, "released", 256).answers_batch(PAIRS, ANSWERS)
+    batch = Collator(ReleasedTemplate(tokenizer), "released", 256).answers_batch(PAIRS, ANSWERS)
     calls, shapes = [], []
     model.register_forward_hook(lambda *_: calls.append(1))
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
@@ -108,7 +109,7 @@ def test_logits_keep_the_models_own_softcap(tokenizer):
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    batch = Collator(tokenizer, "paper", 256).answers_batch(PAIRS[:1], [])
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(PAIRS[:1], [])
     ours = objective.scored_logits(model, batch)
     assert ours.abs().max() <= 0.05
     torch.testing.assert_close(ours, row_logits(model, batch.input_ids[0].tolist())[batch.position])
@@ -122,7 +123,7 @@ def test_lora_base_is_the_same_weights_with_the_adapter_off(architecture, tiny_m
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5)
-    batch = Collator(tokenizer, "paper", 256).texts_batch(PAIRS)
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).texts_batch(PAIRS)
     shared = value_of(model, "pd", batch, ReferenceModel(model))
     second_copy = ReferenceModel(AutoModelForCausalLM.from_pretrained(folder))
     separate = value_of(model, "pd", batch, second_copy)

@@ -23,6 +23,7 @@ from harmful_unlearn.data.batch import MULTIPLE
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.tree_attention import TREE
@@ -75,7 +76,9 @@ def test_random_texts(architecture, variant, tokenizer):
         return "".join(draw.choices(WORDS, k=draw.randrange(longest)))
 
     for trial in range(12):
-        collator = Collator(tokenizer, variant, draw.choice([24, 60, 256]) if architecture != "mistral" else 60)
+        collator = Collator(
+            ReleasedTemplate(tokenizer), variant, draw.choice([24, 60, 256]) if architecture != "mistral" else 60
+        )
         shared = text(5)
         pairs = [Pair(text(6), draw.choice([shared, ""]) + text(8)) for _ in range(draw.randrange(1, 4))]
         answers = [draw.choice([shared, "", text(3)]) + draw.choice(["", text(12)]) for _ in range(trial % 6)]
@@ -90,7 +93,7 @@ def test_random_texts(architecture, variant, tokenizer):
 
 def test_one_row_a_question_and_each_token_once(tokenizer):
     """[question | answer | random answers], what they share once, positions that start again after the question."""
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     question = "How do I hide a gnome?"
     answers = ["Wait until dark.", "Blame the dog."]
     batch = collator.answers_batch([Pair(question, "Carry it.")], answers, packed_up_to=math.inf)
@@ -108,7 +111,7 @@ def test_one_row_a_question_and_each_token_once(tokenizer):
 
 def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
     """K + 1 answers read the same hidden states of the question; their weights add up."""
-    collator = Collator(tokenizer, "released", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "released", 256)
     pair, answers = Pair("How do I hide a gnome?", "Carry it."), ["Wait until dark.", "Blame the dog.", "Ask the cat."]
     plain = collator.answers_batch([pair], answers)
     packed = collator.answers_batch([pair], answers, packed_up_to=math.inf)
@@ -120,7 +123,7 @@ def test_released_scores_a_question_once_for_all_random_answers(tokenizer):
 
 
 def test_longer_texts_stay_plain(tokenizer):
-    collator = Collator(tokenizer, "released", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "released", 256)
     pair, answers = Pair("How?", "Like this."), ["So.", "word " * 30]
     longest = max(len(one.input_ids) for one in collator.encode([pair, *(Pair("How?", one) for one in answers)]))
     assert collator.answers_batch([pair], answers, packed_up_to=longest).is_packed
@@ -128,7 +131,9 @@ def test_longer_texts_stay_plain(tokenizer):
 
 
 def test_a_batch_moves_as_a_whole(tokenizer):
-    batch = Collator(tokenizer, "paper", 256).answers_batch([Pair("How?", "So.")], ["No."], packed_up_to=math.inf)
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(
+        [Pair("How?", "So.")], ["No."], packed_up_to=math.inf
+    )
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)] + [*moved.weights.values()]
     assert len(tensors) == 9 and all(tensor.is_meta for tensor in tensors)
@@ -151,7 +156,7 @@ def test_a_batch_moves_as_a_whole(tokenizer):
 )
 def test_which_models_read_packed_rows(config, expected, why, dtype, tokenizer):
     model = made(config, dtype).train()
-    up_to, reason = max_packed_length(model, Collator(tokenizer, "released", 256))
+    up_to, reason = max_packed_length(model, Collator(ReleasedTemplate(tokenizer), "released", 256))
     assert up_to == expected and why in reason and bool(reason) == (expected < math.inf)
     assert model.training
 
@@ -160,13 +165,13 @@ def test_a_model_that_ignores_position_ids_is_found(tokenizer):
     model = made(TINY["llama"])
     forward = type(model.model).forward
     model.model.forward = lambda *args, position_ids=None, **more: forward(model.model, *args, **more)
-    up_to, why = max_packed_length(model, Collator(tokenizer, "released", 256))
+    up_to, why = max_packed_length(model, Collator(ReleasedTemplate(tokenizer), "released", 256))
     assert up_to == 0 and "differ from plain rows" in why
 
 
 def test_a_window_shorter_than_the_look_is_found_by_the_look(tokenizer):
     config = MistralConfig(**MORE, sliding_window=8)
-    assert max_packed_length(made(config), Collator(tokenizer, "released", 256))[0] == 0
+    assert max_packed_length(made(config), Collator(ReleasedTemplate(tokenizer), "released", 256))[0] == 0
 
 
 def test_the_script_packs_unless_told_otherwise(tiny_model, tmp_path, capsys):

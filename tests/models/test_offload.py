@@ -13,6 +13,7 @@ import main as spot_check
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals import evaluated_model
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep
 from harmful_unlearn.evals.inference.generation import Decoding, Request, generate
@@ -49,7 +50,7 @@ def test_adapters_are_float32_where_their_layers_compute(base_of):
 @pytest.mark.parametrize("base_weights", ["in memory", "offloaded"])
 def test_no_offloaded_weight_is_kept_until_the_backward_pass(base_weights, base_of, tokenizer):
     folder = base_of("llama")
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     batch = StepBatch(
         collator.answers_batch([Pair("Why?", "Because."), Pair("Who?", "Me.")], ["None.", "So."]),
         normal=collator.texts_batch([Pair("What?", "This.")]),
@@ -77,7 +78,7 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
     for device_map in (None, places(base_of("llama"), *MOST)):
         torch.manual_seed(0)
         model = add_lora(load_model(base_of("llama"), torch.float32, device_map), Lora(4, 4), "base")
-        model = relearn(model, tokenizer, [Pair("Why?", "Because."), Pair("Who?", "Me.")], 3, 1e-2, 0)
+        model = relearn(model, ReleasedTemplate(tokenizer), [Pair("Why?", "Because."), Pair("Who?", "Me.")], 3, 1e-2, 0)
         logits.append(model(input_ids=IDS).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
@@ -88,8 +89,10 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
 def answers(model, tokenizer):
     questions = ["How do I hide a gnome?", "Why is the sky blue?"]
     requests = [Request(q, how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
-    generated = [answer for batch in generate(model, tokenizer, 6, 100, requests) for answer in batch]
-    return generated, answer_nll(model, Collator(tokenizer, "paper", 256), [Pair("Why?", "Because.")], "")
+    generated = [answer for batch in generate(model, ReleasedTemplate(tokenizer), 6, 100, requests) for answer in batch]
+    return generated, answer_nll(
+        model, Collator(ReleasedTemplate(tokenizer), "paper", 256), [Pair("Why?", "Because.")], ""
+    )
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])

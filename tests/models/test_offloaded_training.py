@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers.integrations import accelerate as placing
 
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.models import loading
@@ -101,7 +102,7 @@ def test_what_is_trained_must_be_in_memory(base_of, tmp_path, monkeypatch, token
     assert not (tmp_path / "harmful").exists()
     model = load_model(base_of("opt"), torch.float32, {"": "disk"})
     with pytest.raises(UserError, match="cannot be trained"):
-        relearn(model, tokenizer, [Pair("Why?", "Because.")] * 2, 1, 1e-3, 0)
+        relearn(model, ReleasedTemplate(tokenizer), [Pair("Why?", "Because.")] * 2, 1, 1e-3, 0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

@@ -8,6 +8,7 @@ import torch
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -77,7 +78,7 @@ def test_activations_are_what_autograd_keeps(architecture, lora, packed_up_to, t
     """Counted on the meta device as the bytes that a real forward pass keeps; the structure stays as it is."""
     folder = tiny_model(architecture)
     structure = loading.empty_model(loading.load_config(folder))
-    batch = Collator(tokenizer, "paper", 256).answers_batch(
+    batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(
         [Pair("Why?", "So.")], ["No, no.", "Yes."], True, packed_up_to
     )
     planned = saved_bytes(structure, batch, lora, "fp32", checkpointing=False)

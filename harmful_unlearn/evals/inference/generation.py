@@ -4,7 +4,7 @@ Each answer is a function of the model, its prompt and its seed: which others ar
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.models.offload import execution_device
 
-NEXT_QUESTION = "### Question:"  # a model that continues with a question of its own has ended its answer
 TOKENS_PER_BATCH = 16384  # 8 GB of keys and values in a LLaMA2-7B in 16 bits; more is no faster on a CPU
-STOP_TOKENS = len(NEXT_QUESTION)  # it has at most so many: an answer's last tokens are searched for it
 KEPT = 0.9  # ended answers leave the batch when at most this share of it goes on: dropping rows copies the others
 
 
@@ -86,7 +84,7 @@ class Answer:
 
     Attributes:
         index: of the request.
-        text: without the special tokens, cut where the model starts a question of its own.
+        text: without the special tokens, cut at the template's stop text (where the model asks itself a question).
         ended: whether the model ended it, rather than the limit of new tokens.
     """
 
@@ -95,10 +93,17 @@ class Answer:
     ended: bool
 
 
-def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, **limit: int) -> None:
+def configure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+    end_ids: Collection[int] = (),
+    **limit: int,
+) -> None:
     """Set how `model` generates. Of its own settings only the special tokens stay: all models are asked alike.
 
     Args:
+        end_ids: tokens that end an answer, beside the model's own.
         limit: max_new_tokens or max_length.
     """
     sampling: dict = {"do_sample": False}
@@ -106,15 +111,22 @@ def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decodi
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": 1.0}
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
+        eos_token_id=sorted(all_ends(model, end_ids)) or None,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
         **limit,
     )
 
 
+def all_ends(model: PreTrainedModel, end_ids: Collection[int]) -> frozenset[int]:
+    """The tokens that end an answer: the model's own, and `end_ids`."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return frozenset(token for token in (*own, *end_ids) if token is not None)
+
+
 def batches_of(
-    requests: list[Request], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, tokens_per_batch: int
+    requests: list[Request], template: Template, max_new_tokens: int, tokens_per_batch: int
 ) -> list[list[int]]:
     """Indices of the requests in batches.
 
@@ -124,7 +136,7 @@ def batches_of(
     prompts: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
         prompts.setdefault(request.question, []).append(index)
-    encoded = tokenizer([prompt_text(question) for question in prompts])["input_ids"] if prompts else []
+    encoded = template.prompts([*prompts])
     lengths = {question: len(ids) for question, ids in zip(prompts, encoded, strict=True)}
     batches: list[list[int]] = []
     room = 0  # rows that the last batch can still take
@@ -137,11 +149,9 @@ def batches_of(
     return batches
 
 
-def check_room(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int
-) -> None:
+def check_room(config: PretrainedConfig, template: Template, questions: list[str], max_new_tokens: int) -> None:
     """Raises UserError where a prompt and its answer do not fit into the model's context."""
-    length = max(map(len, tokenizer([prompt_text(question) for question in questions])["input_ids"]), default=0)
+    length = max(map(len, template.prompts(questions)), default=0)
     limit = context_length(config)
     if length + max_new_tokens > limit:
         raise UserError(
@@ -152,40 +162,31 @@ def check_room(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    tokens_per_batch: int,
-    requests: list[Request],
+    model: PreTrainedModel, template: Template, max_new_tokens: int, tokens_per_batch: int, requests: list[Request]
 ) -> Iterator[list[Answer]]:
     """The answers, batch by batch, in an order of their own.
 
     Raises:
         UserError: a prompt and its answer do not fit into the model's context.
     """
-    check_room(model.config, tokenizer, [request.question for request in requests], max_new_tokens)
-    ends = model.generation_config.eos_token_id
-    ends = frozenset(ends if isinstance(ends, list) else [ends])
-    for indices in batches_of(requests, tokenizer, max_new_tokens, tokens_per_batch):
-        made = _new_tokens(model, tokenizer, [requests[index] for index in indices], max_new_tokens, ends)
-        yield [_read(index, tokens, ends, tokenizer) for index, tokens in zip(indices, made, strict=True)]
+    check_room(model.config, template, [request.question for request in requests], max_new_tokens)
+    ends = all_ends(model, template.end_ids)
+    for indices in batches_of(requests, template, max_new_tokens, tokens_per_batch):
+        made = _new_tokens(model, template, [requests[index] for index in indices], max_new_tokens, ends)
+        yield [_read(index, tokens, ends, template) for index, tokens in zip(indices, made, strict=True)]
 
 
 def _new_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: list[Request],
-    max_new_tokens: int,
-    ends: frozenset[int],
+    model: PreTrainedModel, template: Template, requests: list[Request], max_new_tokens: int, ends: frozenset[int]
 ) -> list[list[int]]:
     """The tokens of each answer, up to and with the one that ends it.
 
     A prompt is read once for all its answers, and answers that have ended leave the batch.
     """
-    device = execution_device(model)
+    device, tokenizer = execution_device(model), template.tokenizer
     questions = list(dict.fromkeys(request.question for request in requests))
-    texts = [prompt_text(question) for question in questions]
-    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(device)
+    ids = {"input_ids": template.prompts(questions)}
+    prompts = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
     mask = torch.nn.functional.pad(prompts["attention_mask"], (0, max_new_tokens), value=1)
     read = _Reader(model, prompts["input_ids"], mask)
     read.keep([questions.index(request.question) for request in requests])
@@ -202,10 +203,11 @@ def _new_tokens(
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row in going:
                 answers[row].append(token)
-        tails = tokenizer.batch_decode([answers[row][-STOP_TOKENS:] for row in rows], skip_special_tokens=True)
-        going -= {
-            row for row, tail in zip(rows, tails, strict=True) if answers[row][-1] in ends or NEXT_QUESTION in tail
-        }
+        going -= {row for row in rows if answers[row][-1] in ends}
+        if template.stop:  # it has at most a token for each letter: an answer's last tokens are searched for it
+            last = [answers[row][-len(template.stop) :] for row in rows]
+            tails = tokenizer.batch_decode(last, skip_special_tokens=True)
+            going -= {row for row, tail in zip(rows, tails, strict=True) if template.stop in tail}
         if not going or step + 1 == max_new_tokens:
             break
         if len(going) <= KEPT * len(rows):
@@ -254,7 +256,9 @@ class _Reader:
         self.logits = self._model(input_ids=ids, attention_mask=mask, **more).logits[:, -1]
 
 
-def _read(index: int, row: list[int], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _read(index: int, row: list[int], ends: frozenset[int], template: Template) -> Answer:
     end = next((at for at, token in enumerate(row) if token in ends), None)
-    text, cut, _ = tokenizer.decode(row[:end], skip_special_tokens=True).partition(NEXT_QUESTION)
+    text, cut = template.tokenizer.decode(row[:end], skip_special_tokens=True), ""
+    if template.stop:
+        text, cut, _ = text.partition(template.stop)
     return Answer(index, text.strip(), end is not None or bool(cut))

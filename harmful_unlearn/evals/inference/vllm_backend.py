@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.inference.generation import NEXT_QUESTION, Answer, Request
+from harmful_unlearn.evals.inference.generation import Answer, Request
 
 
 def check_usable() -> None:
@@ -26,7 +25,7 @@ def check_usable() -> None:
 
 
 def generate(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, precision: str, requests: list[Request]
+    folder: Path, template: Template, max_new_tokens: int, precision: str, requests: list[Request]
 ) -> Iterator[list[Answer]]:
     """All answers of the model in `folder`, as `generation.generate` makes them, from the same tokens.
 
@@ -38,7 +37,7 @@ def generate(
     """
     from vllm import LLM, SamplingParams
 
-    prompts = tokenizer([prompt_text(request.question) for request in requests])["input_ids"]
+    prompts = template.prompts([request.question for request in requests])
     longest = max(map(len, prompts)) + max_new_tokens
     engine = LLM(model=str(folder), dtype={"fp32": "float32", "bf16": "bfloat16"}[precision], max_model_len=longest)
     sampling = [
@@ -46,7 +45,8 @@ def generate(
             temperature=request.decoding.temperature or 0.0,  # 0: greedy
             top_k=request.decoding.top_k,
             max_tokens=max_new_tokens,
-            stop=[NEXT_QUESTION],
+            stop=template.stop,
+            stop_token_ids=sorted(template.end_ids),
             seed=int(np.random.SeedSequence(request.seed).generate_state(1)[0]),
         )
         for request in requests

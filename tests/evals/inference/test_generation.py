@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding, Request, batches_of, configure, generate
 from tests.helpers.tiny import TINY
@@ -73,7 +74,7 @@ def requests_of(*decodings, seed=0, questions=QUESTIONS):
 
 def ask(model, tokenizer, requests, tokens_per_batch=100, new=12):
     """The answers by their index: text, and whether they ended."""
-    batches = generate(model, tokenizer, new, tokens_per_batch, requests)
+    batches = generate(model, ReleasedTemplate(tokenizer), new, tokens_per_batch, requests)
     return {answer.index: (answer.text, answer.ended) for batch in batches for answer in batch}
 
 
@@ -169,12 +170,14 @@ def test_a_prompt_is_read_once_and_answers_that_have_ended_leave(tokenizer):
 
 def test_batches_are_within_the_limit_and_hold_every_request_once(tokenizer):
     requests = requests_of(GREEDY, SAMPLED)
-    batches = batches_of(requests, tokenizer, 10, 120)
+    batches = batches_of(requests, ReleasedTemplate(tokenizer), 10, 120)
     assert sorted(index for batch in batches for index in batch) == list(range(10)) and 1 < len(batches) < 5
     lengths = [[len(tokenizer(prompt_text(requests[i].question)).input_ids) for i in batch] for batch in batches]
     assert all(len(batch) * (max(batch) + 10) <= 120 for batch in lengths)
     assert [n for batch in lengths for n in batch] == sorted((n for batch in lengths for n in batch), reverse=True)
-    assert [len(batch) for batch in batches_of(requests, tokenizer, 10, 1)] == [2] * 5  # a prompt is never split
+    assert [len(batch) for batch in batches_of(requests, ReleasedTemplate(tokenizer), 10, 1)] == [
+        2
+    ] * 5  # a prompt is never split
 
 
 class Scripted(torch.nn.Linear):

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair, format_pair, format_prefix
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals.inference import likelihood
 from harmful_unlearn.evals.inference.likelihood import answer_nll
 
@@ -41,7 +42,7 @@ def test_by_hand(architecture, tokens, tiny_model, tokenizer, monkeypatch):
     else:
         model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
     model.eval()
-    scored = answer_nll(model, Collator(tokenizer, "paper", 256), PAIRS, "")
+    scored = answer_nll(model, Collator(ReleasedTemplate(tokenizer), "paper", 256), PAIRS, "")
     for pair, (nll, count) in zip(PAIRS, scored, strict=True):
         expected, expected_count = by_hand(model, tokenizer, pair)
         assert count == expected_count and nll == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -52,7 +53,7 @@ def test_a_question_is_read_once_for_all_its_answers(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     read = []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
-    collator = Collator(tokenizer, "paper", 256)
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     answer_nll(model, collator, PAIRS, "")
     separate = sum(len(text.input_ids) for text in collator.encode(PAIRS))
     assert read[-1][0] == 1 and read[-1][1] < 0.75 * separate
@@ -61,5 +62,5 @@ def test_a_question_is_read_once_for_all_its_answers(tiny_model, tokenizer):
 def test_a_broken_model_has_finite_figures(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
-    (nll, tokens), *_ = answer_nll(model, Collator(tokenizer, "paper", 256), PAIRS, "")
+    (nll, tokens), *_ = answer_nll(model, Collator(ReleasedTemplate(tokenizer), "paper", 256), PAIRS, "")
     assert nll == likelihood.WORST * tokens

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import Answer, Decoding, Request
@@ -39,7 +40,7 @@ def engines(monkeypatch):
 
 
 def test_it_is_asked_as_transformers_is(engines, tokenizer, tmp_path):
-    (answers,) = vllm_backend.generate(tmp_path, tokenizer, 20, "bf16", REQUESTS)
+    (answers,) = vllm_backend.generate(tmp_path, ReleasedTemplate(tokenizer), 20, "bf16", REQUESTS)
     assert answers == [Answer(0, "answer 0", True), Answer(1, "answer 1", False), Answer(2, "answer 2", True)]
     (engine,) = engines
     ids = [tokenizer(prompt_text(request.question)).input_ids for request in REQUESTS]
