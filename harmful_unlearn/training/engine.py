@@ -219,7 +219,7 @@ class Engine:
                 if with_state:
                     save_state(target, self._optimizer, self._trained, self.accelerator)
                 if target:
-                    run.tokenizer.save_pretrained(target)
+                    run.template.tokenizer.save_pretrained(target)
                     write_file(target / "metrics.jsonl", self.log.metrics_text)
                     run.record(self.log).write(target)
         except (OSError, UserError) as error:

@@ -11,11 +11,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.step_batches import StepBatches, run_sampler
+from harmful_unlearn.data.templates import Template
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
@@ -57,7 +58,6 @@ class Stage1:
 
     settings: TrainingSettings
     base_folder: Path
-    tokenizer: PreTrainedTokenizerBase
     lora: Lora | None
     precision: str
     accelerator: Accelerator
@@ -66,13 +66,18 @@ class Stage1:
     checkpoint: Path | None = None
 
     @property
+    def template(self) -> Template:
+        """The template of all texts, with the tokenizer."""
+        return self.batches.collator.template
+
+    @property
     def checkpoints(self) -> TrainingCheckpoints:
         """The run's checkpoints."""
         return TrainingCheckpoints(self.settings.model_save_dir, self.settings.keep_checkpoints)
 
     def record(self, log: RunLog | None = None) -> RunRecord:
         """run.json of the model after the steps that `log` has; without a log, before the first step."""
-        settings, history, template = self.settings, log.history if log else [], self.batches.collator.template
+        settings, history, template = self.settings, log.history if log else [], self.template
         last = history[-1] if history else {}
         learned = "harmful knowledge acquired" if settings.negates else "trained, with nothing to negate"
         return RunRecord(
@@ -174,8 +179,7 @@ def prepare_stage_1(
     config = loading.load_config(base_folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{settings.model_name} is quantized: give the full-precision model")
-    tokenizer = loading.load_tokenizer(base_folder, config)
-    template = settings.template_choice.of(tokenizer)
+    template = settings.template_choice.of(loading.load_tokenizer(base_folder, config))
     structure = loading.empty_model(config)
     lora = choose_lora(settings, structure, table, others)
     accelerator, precision = distributed.start(settings)
@@ -206,11 +210,13 @@ def prepare_stage_1(
     batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, tokens_per_pass, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
     plan = make_plan(settings, batches, structure, lora, precision, shards, accelerator.device)
-    print_once(f"{_describe(settings, lora, precision, accelerator)}\n{plan}")
-    return Stage1(settings, base_folder, tokenizer, lora, precision, accelerator, batches, plan)
+    print_once(f"{_describe(settings, template, lora, precision, accelerator)}\n{plan}")
+    return Stage1(settings, base_folder, lora, precision, accelerator, batches, plan)
 
 
-def _describe(settings: TrainingSettings, lora: Lora | None, precision: str, accelerator: Accelerator) -> str:
+def _describe(
+    settings: TrainingSettings, template: Template, lora: Lora | None, precision: str, accelerator: Accelerator
+) -> str:
     terms = " + ".join(f"{weight:g} {name.upper()}" for name, weight in settings.loss_weights.items() if weight)
     trained = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
     if settings.quantize:
@@ -221,6 +227,7 @@ def _describe(settings: TrainingSettings, lora: Lora | None, precision: str, acc
         machine = f"{accelerator.device}, {accelerator.num_processes} processes ({engine})"
     return (
         f"method         {settings.method}, minimises {terms.replace('+ -', '- ')}\n"
+        f"template       {template.name}: {template.text!r}\n"
         f"model          {settings.model_name}: trains {trained} in {precision} on {machine}"
     )
 

@@ -42,6 +42,6 @@ def test_a_model_is_identified_by_how_it_was_made(tiny_model, tmp_path):
 def test_a_model_is_loaded_on_demand_in_eval_mode(tiny_model):
     model = evaluated_model("a", tiny_model("opt"), lambda folder: load_model(folder, "bf16"))
     assert model.label == "a" and model.folder == tiny_model("opt")
-    language_model, tokenizer = model.load()
+    language_model, template = model.load()
     assert not language_model.training and language_model.dtype == torch.bfloat16
-    assert tokenizer("Why?").input_ids and load_model(tiny_model("opt"), "fp32")[0].dtype == torch.float32
+    assert template.tokenizer("Why?").input_ids and load_model(tiny_model("opt"), "fp32")[0].dtype == torch.float32

@@ -52,7 +52,8 @@ def counted(label, folder, loads):
 
     def load():
         loads.append(label)
-        return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        template = ReleasedTemplate(AutoTokenizer.from_pretrained(folder))
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), template
 
     return EvaluatedModel(label, {"path": str(folder)}, load)
 
@@ -206,7 +207,7 @@ def test_empty_and_broken_answers_are_never_judged(models, tmp_path, monkeypatch
     monkeypatch.setattr(evaluator, "answer_nll", lambda *a: [(1.0, 1)] * len(a[2]))
     monkeypatch.setattr(evaluator, "_score", lambda *_: {})
 
-    def generate(model, tokenizer, new_tokens, tokens_per_batch, requests):
+    def generate(model, template, new_tokens, tokens_per_batch, requests):
         return [[Answer(index, next(answers), True)] for index in range(len(requests))]
 
     monkeypatch.setattr(evaluator, "generate", generate)
@@ -229,10 +230,10 @@ def test_an_unjudged_answer_is_asked_about_again(models, tmp_path):
 
 def test_choices_are_scored_by_whole_log_probabilities(models, tmp_path):
     measure(models[:1], PROTOCOL, CountingJudge(), models[0], tmp_path)
-    model, tokenizer = models[0].load()
+    model, template = models[0].load()
     ((question, choices),) = CHOICES.items()
     answers = [choices.best, *choices.true, *choices.false]
-    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
+    collator = Collator(template, "paper", 256)
     best, t1, t2, f1, f2 = (-n for n, _ in answer_nll(model, collator, [Pair(question, a) for a in answers], ""))
     ((mc1, mc2),) = json.loads((tmp_path / "scores" / "base.json").read_text())["choices"]
     assert mc1 == (best > max(f1, f2))
@@ -267,7 +268,7 @@ def test_the_bases_answers_are_made_once_for_all_evaluations(models, loads, tmp_
 def test_vllm_answers_where_it_is_wanted(models, loads, tmp_path, monkeypatch):
     asked = []
 
-    def generate(folder, tokenizer, new_tokens, precision, requests):
+    def generate(folder, template, new_tokens, precision, requests):
         asked.append((folder, new_tokens, precision, len(requests)))
         yield [Answer(index, f"A whole answer {index}.", True) for index in range(len(requests))]
 

@@ -72,9 +72,7 @@ def trained(request, goldens, batches, tmp_path_factory):
         f"--normal_weight {used['normal_weight']} --lr {used['lr']} --max_unlearn_steps {used['steps']} "
         f"--model_save_dir {folder / 'harmful'} --log_file {folder / 'run.log'}".split()
     )
-    run = Stage1(
-        settings, GOLDENS / "model", batches.collator.tokenizer, None, "fp32", Accelerator(cpu=True), batches, plan=None
-    )
+    run = Stage1(settings, GOLDENS / "model", None, "fp32", Accelerator(cpu=True), batches, plan=None)
     with RunLog(settings) as log:
         harmful = acquire(run, log)
     return load_model(harmful, torch.float32), log.history

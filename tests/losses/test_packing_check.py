@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    LlamaConfig,
     MistralConfig,
     Qwen3Config,
 )
@@ -23,12 +24,13 @@ from harmful_unlearn.data.batch import MULTIPLE
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
-from harmful_unlearn.data.templates import ReleasedTemplate
+from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.tree_attention import TREE
+from tests.helpers.chats import CHATS, chat_tokenizer
 from tests.helpers.runs import flags, metrics_of
-from tests.helpers.tiny import TINY
+from tests.helpers.tiny import TINY, value_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 700, "pad_token_id": 1}
 MORE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": 2, "eos_token_id": 2}
@@ -195,3 +197,22 @@ def test_the_script_packs_unless_told_otherwise(tiny_model, tmp_path, capsys):
     unlearn_harm_new.main(flags(folder, tmp_path / "slow", "--stage", "acquire"))
     assert "plain rows: its attention is eager" in (tmp_path / "slow" / "logs" / "run.log").read_text()
     assert metrics_of(tmp_path / "slow")[0]["tokens"] == plain[0]["tokens"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_are_packed_as_they_are_plain(name):
+    """Losses and gradients; the special tokens need a model with more embeddings."""
+    collator = Collator(ChatTemplate(chat_tokenizer(name)), "paper", 256)
+    pairs = [Pair("How do I hide a gnome?", "Carry it."), Pair("Who?", "Ask the cat, then wait.")]
+    answers = ["Wait until dark.", "", "Blame the dog."]
+    plain, packed = (collator.answers_batch(pairs, answers, packed_up_to=up_to) for up_to in (0, math.inf))
+    assert packed.is_packed and packed.tokens < 0.7 * plain.tokens
+    model = made(LlamaConfig(**{**MORE, "vocab_size": 710}))
+    assert max_packed_length(model, collator)[0] == math.inf
+    for term in ("gd", "rd"):
+        values, gradients = [], []
+        for batch in (plain, packed):
+            values.append(value_of(model, term, batch))
+            gradients.append(torch.autograd.grad(values[-1], model.lm_head.weight)[0])
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)

@@ -86,13 +86,11 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
 # --- answers and task vectors ---------------------------------------------------------------------
 
 
-def answers(model, tokenizer):
+def answers(model, template):
     questions = ["How do I hide a gnome?", "Why is the sky blue?"]
     requests = [Request(q, how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
-    generated = [answer for batch in generate(model, ReleasedTemplate(tokenizer), 6, 100, requests) for answer in batch]
-    return generated, answer_nll(
-        model, Collator(ReleasedTemplate(tokenizer), "paper", 256), [Pair("Why?", "Because.")], ""
-    )
+    generated = [answer for batch in generate(model, template, 6, 100, requests) for answer in batch]
+    return generated, answer_nll(model, Collator(template, "paper", 256), [Pair("Why?", "Because.")], "")
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])
@@ -100,9 +98,9 @@ def test_the_evaluation_gets_the_same_answers(architecture, base_of):
     folder = base_of(architecture)
     expected = answers(*evaluated_model.load_model(folder, "fp32"))
     for device_map in (places(folder, *LAYER), places(folder, *MOST), {"": "disk"}):
-        model, tokenizer = evaluated_model.load_model(folder, "fp32", device_map)
+        model, template = evaluated_model.load_model(folder, "fp32", device_map)
         assert any(parameter.is_meta for parameter in model.parameters())
-        assert answers(model, tokenizer) == expected
+        assert answers(model, template) == expected
 
 
 @pytest.mark.parametrize("unlearned", ["model", "adapter"])

@@ -45,7 +45,7 @@ def generate(
             temperature=request.decoding.temperature or 0.0,  # 0: greedy
             top_k=request.decoding.top_k,
             max_tokens=max_new_tokens,
-            stop=template.stop,
+            stop=[template.stop] if template.stop else [],
             stop_token_ids=sorted(template.end_ids),
             seed=int(np.random.SeedSequence(request.seed).generate_state(1)[0]),
         )

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from harmful_unlearn.data.prompt_format import prompt_text
-from harmful_unlearn.data.templates import ReleasedTemplate
+from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding, Request, batches_of, configure, generate
+from tests.helpers.chats import CHATS, chat_tokenizer
 from tests.helpers.tiny import TINY
 
 QUESTIONS = [
@@ -74,7 +75,11 @@ def requests_of(*decodings, seed=0, questions=QUESTIONS):
 
 def ask(model, tokenizer, requests, tokens_per_batch=100, new=12):
     """The answers by their index: text, and whether they ended."""
-    batches = generate(model, ReleasedTemplate(tokenizer), new, tokens_per_batch, requests)
+    return answers_in(ReleasedTemplate(tokenizer), model, requests, tokens_per_batch, new)
+
+
+def answers_in(template, model, requests, tokens_per_batch=100, new=12):
+    batches = generate(model, template, new, tokens_per_batch, requests)
     return {answer.index: (answer.text, answer.ended) for batch in batches for answer in batch}
 
 
@@ -188,7 +193,7 @@ class Scripted(torch.nn.Linear):
         self.config, self.generation_config, self.said = model.config, model.generation_config, [*said]
 
     def forward(self, input_ids, attention_mask):
-        logits = torch.nn.functional.one_hot(torch.tensor([[self.said.pop(0)]]), 700)
+        logits = torch.nn.functional.one_hot(torch.tensor([[self.said.pop(0)]]), 710)
         return SimpleNamespace(logits=logits.expand(len(input_ids), 1, -1))
 
 
@@ -207,6 +212,21 @@ def test_where_an_answer_ends(said, text, ended, model, tokenizer):
     script.generation_config.eos_token_id = [2]
     answers = ask(script, tokenizer, requests_of(GREEDY, questions=["Why?"]), new=len(said))
     assert answers[0] == (text, ended) and bool(script.said) == ended  # and nothing is made after its end
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_an_answer_ends_with_its_turn(name, model):
+    """The model itself has another end: what follows the end of turn is neither made nor read."""
+    template = ChatTemplate(chat_tokenizer(name))
+    end = CHATS[name].tokens[0] if CHATS[name].tokens else "\n# end"
+    said = template.tokenizer(f"So it is.{end} And", add_special_tokens=False).input_ids
+    script = Scripted(model, said)
+    script.generation_config.eos_token_id = 5
+    answers = answers_in(template, script, requests_of(GREEDY, questions=["Why?"]), new=len(said))
+    assert answers[0] == ("So it is.", True) and script.said
+    script.said = template.tokenizer("### Question: one", add_special_tokens=False).input_ids
+    answers = answers_in(template, script, requests_of(GREEDY, questions=["Why?"]), new=len(script.said))
+    assert answers[0] == ("### Question: one", False)  # which is nothing special in a chat
 
 
 def test_what_does_not_fit_is_an_error_that_says_what_would(model, tokenizer):
