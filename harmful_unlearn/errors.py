@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Training cannot continue: a loss or a gradient is not finite."""
+    """Training cannot continue: a loss or a gradient is not finite, or theta has left the base too far behind."""
 
 
 class NoSafeAnswers(UserError):

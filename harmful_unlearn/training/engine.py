@@ -24,7 +24,7 @@ from harmful_unlearn.training import distributed
 from harmful_unlearn.training.checkpointing import load_state, save_model, save_state
 from harmful_unlearn.training.distributed import is_main_process
 from harmful_unlearn.training.resume import free_folder
-from harmful_unlearn.training.run_log import RunLog, not_finite
+from harmful_unlearn.training.run_log import RunLog, largest_kl, not_finite
 from harmful_unlearn.training.setup import Stage1
 
 Terms = Callable[[PreTrainedModel, StepBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -119,11 +119,16 @@ class Engine:
         """Update the weights and the rate, and log the step's metrics.
 
         Raises:
-            Diverged: a loss or the gradient is NaN or infinite. The weights have not been updated then.
+            Diverged: a loss or the gradient is NaN or infinite, or the KL from the base above --max_kl. The weights
+                have not been updated then.
         """
         metrics = self._metrics(passes)
         if wrong := not_finite(metrics):
-            self._stop_diverged(metrics, wrong)
+            self._stop_diverged(metrics, f"is not finite ({wrong})", "lower --lr or a weight")
+        kl, fix = largest_kl(metrics)
+        if 0 < self.run.settings.max_kl < kl:
+            limit = f"above --max_kl {self.run.settings.max_kl:g} (0 never stops)"
+            self._stop_diverged(metrics, f"has a KL from the base of {kl:.3g} nats on normal text, {limit}", fix)
         if self._has_gradient:  # else nothing was to learn in this step
             self._optimizer.step()
         self._scheduler.step()
@@ -153,14 +158,14 @@ class Engine:
             "tokens": int(total["tokens"]),
         }
 
-    def _stop_diverged(self, metrics: dict, wrong: str) -> None:
+    def _stop_diverged(self, metrics: dict, problem: str, fix: str) -> None:
         step = metrics["step"]
         if math.isfinite(metrics["total_loss"]) and step > 1:  # the weights are still good
             self._save_checkpoint()
         newest = self.run.checkpoints.newest()
         weights = f"the last good weights are in {newest}" if newest else self._no_checkpoint()
-        self.log.warn(f"step {step} is not finite ({wrong})")
-        raise Diverged(f"step {step} is not finite ({wrong}); {weights}: lower --lr or a weight, start again")
+        self.log.warn(f"step {step} {problem}")
+        raise Diverged(f"step {step} {problem}; {weights}: {fix}, and start again")
 
     def after_step(self) -> None:
         """Save a checkpoint if one is due.

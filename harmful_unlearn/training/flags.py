@@ -63,6 +63,10 @@ class TrainingSettings:
     safe_weight: float = _method(
         "weight of the cross-entropy, at the landing point, of safe answers to the same harmful prompts (default: "
         "0)", type=not_negative)
+    max_kl: float = _method(
+        "stop when the KL divergence from the base on normal text, which PD maximises, passes so many nats; 0: never. "
+        "Far below 100 the model is already broken, and near it the released formula overflows",
+        type=not_negative, default=100.0)
     variant: str = _method(
         "losses as the released code computes them, or as the paper writes them (default: released)", choices=VARIANTS)
     k_random: int = _method("K, the random answers that RD draws in a step", type=positive_int, default=5)

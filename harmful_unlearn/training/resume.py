@@ -16,7 +16,7 @@ from harmful_unlearn.training.run_log import METRICS, PICTURE, beside
 # Flags that may change when a run is resumed. So may scaling_coef, unless a loss is computed at the landing point.
 FREE_FLAGS = {
     "model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "stage", "gradient_checkpointing",
-    "device_map", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
+    "device_map", "max_kl", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
 }  # fmt: skip
 # Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter, ...
 RESOLVED_FLAGS = {

@@ -15,6 +15,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from harmful_unlearn.losses.terms import LOSSES
 from harmful_unlearn.storage.files import ROOT, write_file
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import TrainingSettings
@@ -205,15 +206,13 @@ class RunLog:
 
     def _warn_of_kl(self, metrics: dict) -> None:
         """Warn once, when theta has moved far from the base on normal text."""
-        kls = {name: metrics.get(name) or 0 for name in ("pd_loss", "kl_loss", "lp_loss")}
-        worst = max(kls, key=lambda name: abs(kls[name]))
-        if self._warned_of_kl or abs(kls[worst]) <= KL_WARNING:
+        kl, fix = largest_kl(metrics)
+        if self._warned_of_kl or kl <= KL_WARNING:
             return
         self._warned_of_kl = True
         self.warn(
             f"step {metrics['step']}: the KL from the base on normal text has passed {KL_WARNING:g} nat; the "
-            "unlearned model will have that damage on normal prompts (docs/results.md): lower --lr, or "
-            f"{'lower' if worst == 'pd_loss' else 'raise'} --normal_weight"
+            f"unlearned model will have that damage on normal prompts (docs/results.md): {fix}"
         )
 
     def close(self) -> None:
@@ -272,6 +271,13 @@ def draw_losses(history: list[dict], path: Path) -> None:
     figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
     write_file(path, content.getvalue())
+
+
+def largest_kl(metrics: dict) -> tuple[float, str]:
+    """The largest KL divergence from the base in a step, in nats (0 if no loss is one), and what makes it smaller."""
+    kls = {name: abs(metrics.get(f"{name}_loss") or 0) for name, term in LOSSES.items() if term.diverges}
+    worst = max(kls, key=lambda name: kls[name])
+    return kls[worst], f"lower --lr, or {'lower' if LOSSES[worst].sign < 0 else 'raise'} --normal_weight"
 
 
 def not_finite(metrics: dict) -> str:

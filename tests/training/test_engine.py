@@ -60,6 +60,23 @@ def test_what_is_not_finite_stops_and_keeps_what_was_good(what, tiny_model, tmp_
     assert loss.item() == pytest.approx(whole[steps]["gd_loss"], rel=1e-5)
 
 
+def test_a_kl_beyond_its_limit_stops_the_run_and_a_larger_limit_continues_it(tiny_model, tmp_path, capsys):
+    base, more = tiny_model("opt"), ("--max_unlearn_steps", "6", "--lr", "1e-2", "--stage", "acquire")
+    main(flags(base, tmp_path / "whole", *more, "--max_kl", "0"))
+    whole = metrics_of(tmp_path / "whole")
+    kls = [-metrics["pd_loss"] for metrics in whole]
+    limit = sorted(kls)[-2] * 0.999
+    at = next(step for step, kl in enumerate(kls, 1) if kl > limit)
+    assert at > 1 and kls[at - 1] > 0.1
+    assert exit_code(lambda: main(flags(base, tmp_path, *more, "--max_kl", str(limit)))) == 2
+    said = capsys.readouterr().err
+    assert f"step {at} has a KL from the base of" in said and "lower --lr, or lower --normal_weight" in said
+    assert RunRecord.read(tmp_path / "harmful.checkpoints" / f"step-{at - 1}").training["steps"] == at - 1
+    main(flags(base, tmp_path, *more, "--max_kl", "1e9", "--resume"))
+    assert "--max_kl was" in capsys.readouterr().out
+    assert [metrics["total_loss"] for metrics in metrics_of(tmp_path)] == [metrics["total_loss"] for metrics in whole]
+
+
 def test_spoilt_from_the_start_keeps_nothing(tiny_model, tmp_path, capsys):
     assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path, "--lr", "1e30"))) == 2
     assert "no checkpoint was saved" in capsys.readouterr().err

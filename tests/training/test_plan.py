@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair, format_pair
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
@@ -40,9 +40,9 @@ def test_plan_counts_what_is_there(tiny_model, tmp_path, capsys):
     plan = run.plan
     seen = [run.batches.harmful.pairs[row] for row in range(4)]
     texts = seen + [run.batches.normal.texts[row] for row in run.batches.normal.train]
-    long = sum(len(ids) > 60 for ids in run.tokenizer([format_pair(p.question, p.answer) for p in texts])["input_ids"])
+    long = sum(len(ids) > 60 for ids in run.template.texts(texts))
     rd = [pair for step in (0, 1) for pair in run.batches.random_pairs(step)]
-    rd_long = sum(len(ids) > 60 for ids in run.tokenizer([format_pair(p.question, p.answer) for p in rd])["input_ids"])
+    rd_long = sum(len(ids) > 60 for ids in run.template.texts(rd))
     assert (plan.pairs_seen, plan.cut, plan.cut_in_rd) == (4, long, rd_long) and long and rd_long
     parts = [part for step in (0, 1) for part in run.batches(step, torch.device("cpu"))]
     exact = sum(batch.tokens for part in parts for batch in part if batch)
