@@ -59,6 +59,7 @@ class MeasuringSettings(DataSettings, TemplateSettings):
     n_seen: int = _prompts("at most N harmful prompts used in unlearning; 0: none")
     n_unseen: int = _prompts("at most N harmful prompts that it never touched; 0: none")
     n_normal: int = _prompts("at most N normal prompts held out; 0: none")
+    n_utility: int = _prompts("at most N tasks of --utility_dataset; 0: none")
     decoding: list[str] = _asking(
         "how answers are made; both may be given (default: sampled)",
         nargs="+",
@@ -88,7 +89,8 @@ class MeasuringSettings(DataSettings, TemplateSettings):
     @property
     def prompt_numbers(self) -> dict[str, int]:
         """The most prompts of each set."""
-        return {"seen": self.n_seen, "unseen": self.n_unseen, "normal": self.n_normal}
+        tasks = self.n_utility if self.utility_dataset else 0
+        return {"seen": self.n_seen, "unseen": self.n_unseen, "normal": self.n_normal, "utility": tasks}
 
     @property
     def decodings(self) -> list[Decoding]:

@@ -31,6 +31,7 @@ from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.metrics.scoring import Estimate
+from harmful_unlearn.evals.prompt_sets import HARMLESS
 from harmful_unlearn.evals.protocol import EvalProtocol, sha256_of
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
@@ -59,10 +60,13 @@ def measure(
         UserError: the folder holds answers to other prompts, with other settings, or of another model.
     """
     record = _check_protocol(models, protocol, reference, folder)
-    rows = {}
+    rows: dict[str, list[dict]] = {}
     for model in models:
         kept = folder_of(base_answers, protocol, model) if base_answers else None
-        rows[model.label] = _answer_and_score(model, protocol, record, folder, kept if model.label == BASE else None)
+        is_base = model.label == BASE
+        rows[model.label] = _answer_and_score(
+            model, protocol, record, folder, kept if is_base else None, [] if is_base else rows[BASE]
+        )
     _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():
         if _add_verdicts(answers, judge):
@@ -86,20 +90,22 @@ def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -
         for name, decoding in protocol.rounds:
             asked = _of(answers, name, decoding)
             verdicts = np.array([row["verdict"] for row in asked], dtype=str)
-            if name != "normal":
+            if name not in HARMLESS:
                 judged = verdicts != "unjudged"
                 add(label, name, decoding.name, "harmful_rate", scoring.ratio(verdicts == "harmful", judged, seed))
                 add(label, name, decoding.name, "unjudged_rate", scoring.mean(~judged, seed))
             add(label, name, decoding.name, "degenerate_rate", scoring.mean(verdicts == "degenerate", seed))
             scored = [(row["nll"], row["tokens"]) for row in asked]
             add(label, name, decoding.name, "answer_perplexity", _perplexity(scored, seed))
-            if name == "normal":
+            if name in HARMLESS:
                 base_answers = [row["answer"] for row in _of(rows[BASE], name, decoding)]
                 for metric, values in _utility(asked, base_answers).items():
                     add(label, name, decoding.name, metric, scoring.mean(values, seed))
         scores = json.loads(_scores_file(folder, label).read_text(encoding="utf-8"))
         for name in protocol.prompts:
             add(label, name, None, "reference_perplexity", _perplexity(scores[name], seed))
+        for decoding, scored in scores.get("base_answers", {}).items():
+            add(label, "utility", decoding, "base_answer_perplexity", _perplexity(scored, seed))
         if scores["choices"]:
             mc1, mc2 = zip(*scores["choices"], strict=True)
             add(label, "normal", None, "mc1", scoring.mean(mc1, seed))
@@ -132,12 +138,13 @@ def _of(rows: list[dict], name: str, decoding: Decoding) -> list[dict]:
 
 
 def _answer_and_score(
-    model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path, kept: Path | None
+    model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path, kept: Path | None, base_rows: list[dict]
 ) -> list[dict]:
     """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed.
 
     Args:
         kept: where complete answers and scores of this model are kept for other evaluations, or may be.
+        base_rows: the base's answers; of the base itself, none yet.
     """
     file, scores_file = _answers_file(folder, model.label), _scores_file(folder, model.label)
     rows = read_answers(file)
@@ -159,7 +166,7 @@ def _answer_and_score(
     if protocol.backend == "hf":
         rows = _answer(model.label, protocol, rows, file, partial(generate, language_model, template, *limits))
     if not scores_file.exists():
-        write_file(scores_file, json.dumps(_score(language_model, template, protocol)))
+        write_file(scores_file, json.dumps(_score(language_model, template, protocol, base_rows or rows)))
     del language_model
     _free()
     if protocol.backend == "vllm":  # it needs the memory
@@ -211,13 +218,24 @@ def _answer(
     return rows
 
 
-def _score(model: PreTrainedModel, template: Template, protocol: EvalProtocol) -> dict:
-    """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices."""
+def _score(model: PreTrainedModel, template: Template, protocol: EvalProtocol, base_rows: list[dict]) -> dict:
+    """Cross-entropies of the reference answers by set, and [MC1, MC2] of the normal questions that have choices.
+
+    Also, by decoding, the cross-entropies of the base's own answers to everyday tasks.
+    """
     collator = Collator(template, "paper", context_length(model.config))
     scores: dict = {
         name: answer_nll(model, collator, [prompt.pair for prompt in prompts], f"{name} references")
         for name, prompts in protocol.prompts.items()
     }
+    if "utility" in protocol.prompts:
+        answered = {
+            decoding.name: [Pair(row["prompt"], row["answer"]) for row in _of(base_rows, "utility", decoding)]
+            for decoding in protocol.decodings
+        }
+        scores["base_answers"] = {
+            name: answer_nll(model, collator, pairs, f"{name} answers of the base") for name, pairs in answered.items()
+        }
     questions = [p.question for p in protocol.prompts.get("normal", []) if p.question in protocol.choices]
     choices = [protocol.choices[question] for question in questions]
     pairs = [
@@ -257,15 +275,17 @@ def _add_perplexities(
 def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
     """Add a verdict to each answer that has none by this judge; returns whether there were any.
 
-    Degenerate answers and answers to normal prompts are not shown to the judge.
+    Degenerate answers and answers to harmless prompts are not shown to the judge.
     """
     # A judge of the same name with other facts (other labels, another server) judges again.
     judge_id = f"{judge.name} {sha256_of(judge.facts)[:16]}"
-    normal = [row for row in rows if row["set"] == "normal" and "verdict" not in row]
+    harmless = [row for row in rows if row["set"] in HARMLESS and "verdict" not in row]
     unjudged = [
-        row for row in rows if row["set"] != "normal" and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
+        row
+        for row in rows
+        if row["set"] not in HARMLESS and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
     ]
-    for row in normal:
+    for row in harmless:
         reason = scoring.degenerate(row["answer"])
         row |= {"verdict": "degenerate" if reason else "answered", "note": reason or ""}
     asked = []
@@ -278,7 +298,7 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
     for row, verdict in zip(asked, verdicts, strict=True):
         word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.harmful]
         row |= {"verdict": word, "score": verdict.score, "note": verdict.note}
-    return bool(unjudged or normal)
+    return bool(unjudged or harmless)
 
 
 def _check_protocol(

@@ -3,7 +3,7 @@
 The same prompt is in several rows of PKU-SafeRLHF, and each question of TruthfulQA is in two texts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from harmful_unlearn.cli import flag
 from harmful_unlearn.data.batch_sampler import BatchSampler
+from harmful_unlearn.data.instructions import Instructions, read_instructions
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import Reads, run_sampler
@@ -20,7 +21,8 @@ from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import reads
 from harmful_unlearn.storage.run_record import RunRecord
 
-SETS = ("seen", "unseen", "normal")
+SETS = ("seen", "unseen", "normal", "utility")
+HARMLESS = ("normal", "utility")  # answers to these are compared with others; those to all other sets are judged
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Prompt:
 
     Attributes:
         row: of the reference in its data, from 0. In harmful data it counts responses (two a row, response_0
-            first), in normal data questions.
+            first), in normal data questions, in utility data tasks that are complete.
         categories: kinds of harm that its reference is marked with.
     """
 
@@ -46,12 +48,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts by set ("seen", "unseen", "normal"): for testing and, apart from these, for choosing alpha.
+    """Prompts by set (SETS): for testing and, apart from these, for choosing alpha.
 
     Attributes:
         test: "seen" was trained on by GD or GA; no row of "unseen" was touched; no text of a "normal"
-            question was trained on. A set of which no prompts are asked for is missing.
-        validation: "unseen" and "normal" only, the latter with the texts of the validation part; a
+            question was trained on; "utility" are everyday tasks. A set of which no prompts are asked for is missing.
+        validation: "unseen", "utility" and "normal", the latter with the texts of the validation part; a
             question's other text may have been trained on.
         of_category: the "unseen" test prompts by kind of harm, at most as many of each as of "unseen".
     """
@@ -76,6 +78,9 @@ class DataSettings:
     )
     unseen_split: str | None = _data("of it; PKU-SafeRLHF has a split called test")
     normal_dataset: str | None = _data("as in training (default: the same)")
+    utility_dataset: str | None = _data(
+        "everyday tasks in Alpaca's columns (hub id, folder or file), to see what else a model has lost (default: none)"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,18 @@ class EvalData:
         unseen: the responses to draw unseen prompts from; may be the same.
         normal: the normal texts and their split.
         choices: the multiple choices of normal questions.
+        utility: everyday tasks with answers; may be none.
         trained: the harmful questions whose own answer was trained on (GD, GA), in every model that is compared.
             A training on one kind of harm counts only if there is no other.
         touched: the harmful questions of which any model read an answer, or drew one (RD).
-        sources: of "harmful" and "normal" data: name, revision, sha256, rows, ...
+        sources: of "harmful", "normal" and "utility" data: name, revision, sha256, rows, ...
     """
 
     responses: list[Response]
     unseen: list[Response]
     normal: NormalData
     choices: dict[str, Choices]
+    utility: list[Pair]
     trained: set[str]
     touched: set[str]
     sources: dict[str, dict]
@@ -134,6 +141,9 @@ class EvalData:
         normal_name = settings.normal_dataset or trainings[0].flags["normal_dataset"]
         normal, choices = read_normal(normal_name, seeds.pop()), read_choices(normal_name)
         sources = {"harmful": harmful_data().source, "normal": normal.source}
+        utility = read_instructions(settings.utility_dataset) if settings.utility_dataset else Instructions([], {})
+        if utility.pairs:
+            sources["utility"] = utility.source
         for training in trainings:
             _check_same_data("harmful", sources["harmful"], training.harmful_data)
             _check_same_data("normal", sources["normal"], training.normal_data)
@@ -148,7 +158,7 @@ class EvalData:
             elif own:
                 trained_on_all.append(own)
         trained = set.intersection(*(trained_on_all or trained_on_a_kind or [set()]))
-        return cls(responses, unseen, normal, choices, trained, touched, sources)
+        return cls(responses, unseen, normal, choices, utility.pairs, trained, touched, sources)
 
 
 def _harmful_location(settings: DataSettings, training: RunRecord) -> tuple[str, str | None, str]:
@@ -205,13 +215,13 @@ def touched_questions(
     return trained, touched
 
 
-def draw_prompts(data: EvalData, numbers: dict[str, int], seed: int) -> PromptSets:
+def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> PromptSets:
     """Draw the sets of a seed.
 
     Args:
         numbers: the most prompts of each set.
 
-    A third of the untouched prompts is kept for validation.
+    A third of the untouched prompts, and of the everyday tasks, is kept for validation.
 
     Raises:
         UserError: a set has no prompt.
@@ -225,11 +235,20 @@ def draw_prompts(data: EvalData, numbers: dict[str, int], seed: int) -> PromptSe
     untouched = shuffled(_harmful_prompts(data.unseen, lambda question: question not in data.touched), 1)
     validated = len(untouched) // 3
     held_out, validation = _normal_prompts(data.normal)
-    test = {"seen": seen, "unseen": untouched[validated:], "normal": shuffled(held_out, 2)}
+    tasks = {pair.question: Prompt(pair.question, pair.answer, row) for row, pair in enumerate(data.utility)}
+    utility = shuffled([*tasks.values()], 4)
+    tasks_validated = len(utility) // 3
+    test = {
+        "seen": seen,
+        "unseen": untouched[validated:],
+        "normal": shuffled(held_out, 2),
+        "utility": utility[tasks_validated:],
+    }
     for name, why in (
         ("seen", "the models that train on harmful pairs have none in common: measure fewer together"),
         ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),
         ("normal", "the test part of the normal data holds no question that was not trained on: give more data"),
+        ("utility", "none of its rows has both an instruction and an output: give another --utility_dataset"),
     ):
         if numbers[name] and not test[name]:
             raise UserError(f"there is no {name} prompt to measure on ({why}, or omit them: --n_{name} 0)")
@@ -242,6 +261,7 @@ def draw_prompts(data: EvalData, numbers: dict[str, int], seed: int) -> PromptSe
         validation={
             "unseen": untouched[:validated][: numbers["unseen"]],
             "normal": shuffled(validation, 3)[: numbers["normal"]],
+            **({"utility": utility[:tasks_validated][: numbers["utility"]]} if numbers["utility"] else {}),
         },
         of_category={kind: of_category[kind][: numbers["unseen"]] for kind in sorted(of_category)},
     )

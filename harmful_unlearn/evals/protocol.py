@@ -17,7 +17,7 @@ class EvalProtocol:
     """How models are measured.
 
     Attributes:
-        prompts: by set. Answers to "normal" are compared with references, those to the other sets are judged.
+        prompts: by set. Answers to those in HARMLESS are compared with others, those to the other sets are judged.
         decodings: every prompt is answered once in each of them.
         tokens_per_batch: of prompts and answers together; no figure depends on it, but for rounding.
         choices: TruthfulQA's multiple choices by question; empty for no MC1 and MC2.

@@ -22,7 +22,7 @@ from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
-SHOWN = {"seen": 5, "unseen": 10, "normal": 5}  # prompts that the report shows with all answers
+SHOWN = {"seen": 5, "unseen": 10, "normal": 5, "utility": 5}  # prompts that the report shows with all answers
 
 
 @dataclass(frozen=True)

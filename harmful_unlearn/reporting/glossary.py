@@ -2,10 +2,12 @@
 
 SET_TITLES = {
     "seen": "Harmful prompts used in unlearning", "unseen": "Unseen harmful prompts", "normal": "Normal prompts",
+    "utility": "Everyday tasks",
 }  # fmt: skip
 METRIC_TITLES = {
     "harmful_rate": "harmful rate, %", "degenerate_rate": "degenerate, %", "unjudged_rate": "unjudged, %",
-    "answer_perplexity": "perplexity", "reference_perplexity": "reference perplexity", "exact_match": "exact match, %",
+    "answer_perplexity": "perplexity", "reference_perplexity": "reference perplexity",
+    "base_answer_perplexity": "perplexity of the original's answers", "exact_match": "exact match, %",
     "rouge_reference": "ROUGE-L to reference", "rouge_base": "ROUGE-L to original",
     "bleurt_reference": "BLEURT to reference", "bleurt_base": "BLEURT to original", "mc1": "MC1", "mc2": "MC2",
 }  # fmt: skip
@@ -21,6 +23,8 @@ MEANINGS = {
     "reference_perplexity": "exp of the mean cross-entropy of a token of the data's answers given their prompts, "
     "under the model itself. Low on normal answers: knowledge was kept. Low on harmful answers: the harm is still "
     "known.",
+    "base_answer_perplexity": "The same of the original model's own answers to the prompts, under the model: how "
+    "surprising it now is what the original said.",
     "exact_match": "Share of answers with the same words in the same spelling as the reference.",
     "rouge_reference": "ROUGE-L, F-measure: words of the longest common subsequence with the reference, 0 to 1.",
     "rouge_base": "The same against the original model's answer to the prompt.",

@@ -74,6 +74,7 @@ def table_columns(report: ReportContext) -> tuple[list[Column], list[Column], li
         *columns("unseen", REFERENCES, "reference_perplexity"),
         *columns("normal", usual, "degenerate_rate", "exact_match", "rouge_reference", "rouge_base", "bleurt_base"),
         *columns("normal", REFERENCES, "reference_perplexity", "mc1", "mc2"),
+        *columns("utility", usual, "degenerate_rate", "rouge_base", "base_answer_perplexity"),
     ]
     ablated = [
         *columns("seen", usual, *harm),

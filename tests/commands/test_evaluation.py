@@ -98,6 +98,18 @@ def test_one_command_measures_models_beside_the_base(world, tmp_path, capsys):
     assert rouge == pytest.approx(sum(bool(re.search("[a-z0-9]", answer.lower())) for answer in answers) / 5)
 
 
+def test_everyday_tasks(world, tmp_path, capsys):
+    tasks = tmp_path / "tasks.jsonl"
+    rows = [{"instruction": f"Count to {n}.", "input": "", "output": f"up to {n}"} for n in range(12)]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(flags(world, tmp_path / "out", "--utility_dataset", str(tasks), "--n_utility", "3"))
+    results = results_of(tmp_path / "out")
+    asked = [row for row in results["figures"] if row["set"] == "utility"]
+    assert {row["metric"] for row in asked} >= {"degenerate_rate", "rouge_base", "base_answer_perplexity"}
+    assert {row["n"] for row in asked} == {3} and results["data"]["utility"]["rows"] == 12
+    assert "## utility prompts" in capsys.readouterr().out
+
+
 def test_a_second_run_changes_nothing_and_loads_no_model(world, tmp_path, monkeypatch):
     main(flags(world, tmp_path))
     first = results_of(tmp_path)["figures"]

@@ -277,3 +277,26 @@ def test_vllm_answers_where_it_is_wanted(models, loads, tmp_path, monkeypatch):
     rows = measure([model], replace(PROTOCOL, backend="vllm"), CountingJudge(), model, tmp_path / "out")["base"]
     assert asked == [(tmp_path / "model", 8, "fp32", 10)] and loads == ["base", "base"]  # the model for scores alone
     assert {row["answer"] for row in rows} == {f"A whole answer {index}." for index in range(10)}
+
+
+def test_what_becomes_of_the_bases_own_answers(models, tmp_path):
+    """Everyday tasks are compared with the base, not judged; its own answers are scored under each model."""
+    prompts = {**PROMPTS, "utility": [Prompt("Count to three.", "1, 2, 3", 0), Prompt("Name a colour.", "Red.", 1)]}
+    protocol, judge = replace(PROTOCOL, prompts=prompts, decodings=[Decoding()]), CountingJudge()
+    rows = measure(models, protocol, judge, models[0], tmp_path)
+    assert not {pair.question for pair in judge.asked} & {"Count to three.", "Name a colour."}
+    assert {row["verdict"] for row in rows["sku"] if row["set"] == "utility"} <= {"answered", "degenerate"}
+    results = figures(rows, protocol, tmp_path)
+    of_tasks = {"set": "utility", "decoding": "greedy"}
+    assert value(results, model="base", metric="rouge_base", **of_tasks) > value(
+        results, model="sku", metric="rouge_base", **of_tasks
+    )
+    assert not [row for row in results if row["set"] == "utility" and row["metric"] == "harmful_rate"]
+    said = [Pair(row["prompt"], row["answer"]) for row in rows["base"] if row["set"] == "utility"]
+    for model in models:
+        language_model, template = model.load()
+        scored = answer_nll(language_model, Collator(template, "paper", 256), said, "")
+        expected = math.exp(sum(nll for nll, _ in scored) / sum(tokens for _, tokens in scored))
+        measured = value(results, model=model.label, metric="base_answer_perplexity", **of_tasks)
+        assert measured == pytest.approx(expected, rel=1e-5)
+    assert measure(models, protocol, judge, models[0], tmp_path) == rows

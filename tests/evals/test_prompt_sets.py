@@ -11,7 +11,7 @@ from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_qu
 from harmful_unlearn.losses.terms import reads
 from tests.helpers.tiny import GOLDENS
 
-NUMBERS = {"seen": 200, "unseen": 200, "normal": 200}
+NUMBERS = {"seen": 200, "unseen": 200, "normal": 200, "utility": 200}
 PKU = str(GOLDENS / "pku_saferlhf_current_schema.jsonl")
 
 
@@ -29,8 +29,11 @@ RESPONSES = [
 ]
 
 
+TASKS = [Pair(f"task {i % 9}", f"answer {i}") for i in range(12)]
+
+
 def drawn(trained, touched, numbers=NUMBERS, seed=0, unseen=RESPONSES, normal=NORMAL, responses=RESPONSES):
-    return draw_prompts(EvalData(responses, unseen, normal, {}, trained, touched, {}), numbers, seed)
+    return draw_prompts(EvalData(responses, unseen, normal, {}, TASKS, trained, touched, {}), numbers, seed)
 
 
 def test_sets_by_prompt():
@@ -72,9 +75,9 @@ def test_a_prompt_in_several_rows_is_one_prompt():
 
 
 def test_sizes_and_seeds():
-    few = {"seen": 1, "unseen": 5, "normal": 1}
+    few = {"seen": 1, "unseen": 5, "normal": 1, "utility": 1}
     one, same, other = (drawn({"h0", "h1"}, {"h0", "h1"}, few, seed) for seed in (1, 1, 2))
-    assert [len(one.test[name]) for name in few] == [1, 5, 1]
+    assert [len(one.test[name]) for name in few] == [1, 5, 1, 1]
     assert one == same and one.test["unseen"] != other.test["unseen"]
     all_of_them = drawn({"h0", "h1"}, {"h0", "h1"}, NUMBERS, 1)
     assert all_of_them.test["unseen"][:5] == one.test["unseen"]  # a smaller size is a part of a larger
@@ -114,3 +117,12 @@ def test_touched_is_what_the_steps_draw(losses, own, pool):
     drawn_from = {harmful.answer_questions[row] for draw in draws for row in draw.answer_rows}
     assert trained == (asked if own else set())
     assert touched == (set() if losses == {"ft"} else asked) | (drawn_from if pool else set())
+
+
+def test_everyday_tasks_are_asked_once_and_a_third_is_for_validation():
+    sets = drawn(set(), set(), numbers={**NUMBERS, "seen": 0, "utility": 5})
+    test, validation = ({prompt.question for prompt in part["utility"]} for part in (sets.test, sets.validation))
+    assert len(test) == 5 and len(validation) == 3 and not test & validation
+    assert all(TASKS[prompt.row] == prompt.pair for prompt in sets.test["utility"])
+    none = drawn(set(), set(), numbers={**NUMBERS, "seen": 0, "utility": 0})
+    assert "utility" not in none.test and "utility" not in none.validation
