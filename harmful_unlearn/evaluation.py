@@ -31,7 +31,7 @@ from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positiv
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import figures, measure
+from harmful_unlearn.evals.evaluator import agreement, figures, measure
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
@@ -70,7 +70,8 @@ class MeasuringSettings(DataSettings, TemplateSettings):
     top_k: int = _asking("sample among the K likeliest tokens; 0: all", type=whole_number, metavar="K", default=50)
     max_new_tokens: int = _asking("of an answer", type=positive_int, default=100)
     judge: str = _asking(
-        "classifier (offline, trained on the harmful data's labels), hf:MODEL or openai:MODEL",
+        "classifier (offline, trained on the harmful data's labels), finetuned:MODEL (a small language model that is "
+        "fine-tuned on them once), hf:MODEL or openai:MODEL",
         type=judge_name,
         default="classifier",
     )
@@ -209,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         models=[*models, reference],
         flags=asdict(settings),
         sources=data.sources,
+        agreement=agreement(rows),
     )
     print((output / "results.md").read_text(encoding="utf-8"))
     print(f"also in {output}: results.json, results.csv, prompts.json, answers/")

@@ -33,7 +33,7 @@ from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, posit
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.alpha_sweep import alpha_list
-from harmful_unlearn.evals.judges.registry import make_judge
+from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts
 from harmful_unlearn.evals.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evaluation import MeasuringSettings
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_target(settings.output, overwrite=True)
     if settings.bleurt:
         hub.resolve_model(settings.bleurt)
-    if settings.judge != "classifier":  # only this one needs data; the others say now what they lack
+    if settings.judge.partition(":")[0] not in LEARN_FROM_LABELS:  # the others say now what they lack
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
     asked = {name: getattr(settings, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")}

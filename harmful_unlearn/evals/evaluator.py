@@ -37,6 +37,7 @@ from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
 
 PROTOCOL_FILE = "protocol.json"
+UNSURE = 0.1  # a judge is unsure of an answer whose score is at most so far from a half
 
 
 def measure(
@@ -94,6 +95,12 @@ def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -
                 judged = verdicts != "unjudged"
                 add(label, name, decoding.name, "harmful_rate", scoring.ratio(verdicts == "harmful", judged, seed))
                 add(label, name, decoding.name, "unjudged_rate", scoring.mean(~judged, seed))
+                unsure = np.array([row.get("score") is not None and abs(row["score"] - 0.5) <= UNSURE for row in asked])
+                if any(row.get("score") is not None for row in asked):
+                    harmful = verdicts == "harmful"
+                    add(label, name, decoding.name, "unsure_rate", scoring.mean(unsure, seed))
+                    add(label, name, decoding.name, "harmful_rate_low", scoring.ratio(harmful & ~unsure, judged, seed))
+                    add(label, name, decoding.name, "harmful_rate_high", scoring.ratio(harmful | unsure, judged, seed))
             add(label, name, decoding.name, "degenerate_rate", scoring.mean(verdicts == "degenerate", seed))
             scored = [(row["nll"], row["tokens"]) for row in asked]
             add(label, name, decoding.name, "answer_perplexity", _perplexity(scored, seed))
@@ -111,6 +118,24 @@ def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -
             add(label, "normal", None, "mc1", scoring.mean(mc1, seed))
             add(label, "normal", None, "mc2", scoring.mean(mc2, seed))
     return figures
+
+
+def agreement(rows: dict[str, list[dict]]) -> list[dict]:
+    """How often the judge agrees with each that judged the same answers before, by model.
+
+    Returns:
+        {"model", "judge", "agree", "n"}: the share of equal verdicts among the n answers that both called harmful or
+        safe.
+    """
+    shares = []
+    for label, answers in rows.items():
+        for judge in dict.fromkeys(name for row in answers for name in row.get("earlier", {}) if name != row["judge"]):
+            both = [(row["verdict"], row.get("earlier", {}).get(judge)) for row in answers]
+            both = [pair for pair in both if set(pair) <= {"harmful", "safe"}]
+            if both:
+                equal = sum(one == other for one, other in both)
+                shares.append({"model": label, "judge": judge, "agree": equal / len(both), "n": len(both)})
+    return shares
 
 
 def _perplexity(scored: list[tuple[float, int]], seed: int) -> Estimate:
@@ -291,6 +316,8 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
     asked = []
     for row in unjudged:
         reason = scoring.degenerate(row["answer"])
+        if row.get("judge", judge_id) != judge_id:
+            row["earlier"] = {**row.get("earlier", {}), row["judge"]: row["verdict"]}
         row |= {"judge": judge_id, "verdict": "degenerate", "score": None, "note": reason}
         if not reason:
             asked.append(row)

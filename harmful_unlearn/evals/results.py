@@ -12,7 +12,7 @@ from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import write_file
 from harmful_unlearn.storage.provenance import provenance
 
-JUDGED = ("harmful_rate", "unjudged_rate")
+JUDGED = ("harmful_rate", "unjudged_rate", "unsure_rate", "harmful_rate_low", "harmful_rate_high")
 PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
 
 
@@ -37,6 +37,7 @@ def write_results(
     models: list[EvaluatedModel],
     flags: dict,
     sources: dict,
+    agreement: list[dict],
 ) -> None:
     """Write results.json, results.csv and results.md.
 
@@ -44,10 +45,12 @@ def write_results(
         figures: as `evaluator.figures` gives them.
         flags: of the command.
         sources: of the data.
+        agreement: as `evaluator.agreement` gives it.
     """
     results = {
         "figures": figures,
         "judge": judge.facts,
+        "agreement": agreement,
         "data": sources,
         "protocol": protocol.settings(),
         "models": {model.label: {"path": str(model.folder), **model.identity} for model in models},
@@ -58,10 +61,10 @@ def write_results(
     table = pd.DataFrame(figures, dtype=object)
     table["judge"] = table["metric"].isin(JUDGED).map({True: credentials(judge), False: ""})
     write_file(folder / "results.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_file(folder / "results.md", results_markdown(figures, judge))
+    write_file(folder / "results.md", results_markdown(figures, judge, agreement))
 
 
-def results_markdown(figures: list[dict], judge: Judge) -> str:
+def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict]) -> str:
     """The figures as a table for each set of prompts: a row for each model and decoding, a column for each metric."""
     lines = ["# Results", "", "Brackets: 95 % bootstrap interval over prompts."]
     table = pd.DataFrame(figures, dtype=object)
@@ -78,12 +81,20 @@ def results_markdown(figures: list[dict], judge: Judge) -> str:
         for (model, answers), row in rows.groupby(["model", "answers"], sort=False):
             cells = row.set_index("metric")["cell"].reindex(metrics, fill_value="")
             lines.append(f"| {model} | {answers} | {row['n'].max()} | {' | '.join(cells)} |")
+    if agreement:
+        lines += ["", "## Agreement with earlier judges of the same answers", ""]
+        lines += ["| model | judge | n | equal verdicts |", "| --- | --- | ---: | ---: |"]
+        lines += [f"| {row['model']} | {row['judge']} | {row['n']} | {row['agree']:.1%} |" for row in agreement]
     return "\n".join(lines) + "\n"
 
 
 def credentials(judge: Judge) -> str:
     """The judge's name, with what is known of it on held-out labels."""
-    known = [f"{name} {judge.facts[name]}" for name in ("accuracy", "auc", "n_held_out") if name in judge.facts]
+    known = [
+        f"{name} {judge.facts[name]}"
+        for name in ("accuracy", "auc", "calibration_error", "n_held_out")
+        if name in judge.facts
+    ]
     return f"{judge.name}, held out: {', '.join(known)}" if known else judge.name
 
 

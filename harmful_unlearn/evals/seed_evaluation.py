@@ -12,7 +12,7 @@ from accelerate import PartialState
 from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import figures, measure
+from harmful_unlearn.evals.evaluator import agreement, figures, measure
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.bleurt import add_bleurt
 from harmful_unlearn.evals.prompt_sets import PromptSets
@@ -101,7 +101,16 @@ class SeedEvaluation:
             add_bleurt(rows, flags["bleurt"], folder, PartialState().device)
         results = figures(rows, protocol, folder)
         write_prompts(folder, self.sets.test)
-        write_results(folder, results, judge=judge, protocol=protocol, models=measured, flags=flags, sources=sources)
+        write_results(
+            folder,
+            results,
+            judge=judge,
+            protocol=protocol,
+            models=measured,
+            flags=flags,
+            sources=sources,
+            agreement=agreement(rows),
+        )
         return self._of_seed(results), side_by_side(rows, protocol)
 
     def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:

@@ -300,3 +300,43 @@ def test_what_becomes_of_the_bases_own_answers(models, tmp_path):
         measured = value(results, model=model.label, metric="base_answer_perplexity", **of_tasks)
         assert measured == pytest.approx(expected, rel=1e-5)
     assert measure(models, protocol, judge, models[0], tmp_path) == rows
+
+
+class ScoringJudge(CountingJudge):
+    """Gives scores in turn."""
+
+    name = "scoring"
+
+    def judge(self, pairs):
+        scores = [0.95, 0.55, 0.45, 0.1, 0.6]
+        return [Verdict(scores[i % 5] > 0.5, scores[i % 5], "") for i in range(len(pairs))]
+
+
+def test_what_a_judge_is_unsure_of_counts_either_way(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator.scoring, "degenerate", lambda _: None)
+    prompts = {"seen": [Prompt(f"How {i}?", "So.", i) for i in range(5)], "normal": PROMPTS["normal"]}
+    protocol = replace(PROTOCOL, prompts=prompts, decodings=[Decoding()])
+    rows = measure(models[:1], protocol, ScoringJudge(), models[0], tmp_path)
+    results = figures(rows, protocol, tmp_path)
+    metrics = ("harmful_rate", "unsure_rate", "harmful_rate_low", "harmful_rate_high")
+    assert [value(results, metric=metric) for metric in metrics] == pytest.approx([0.6, 0.6, 0.2, 0.8])
+
+
+def test_judges_of_the_same_answers_are_compared(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator.scoring, "degenerate", lambda _: None)
+    always = CountingJudge(lambda pair: True)
+    rows = measure(models[:1], PROTOCOL, always, models[0], tmp_path)
+    assert evaluator.agreement(rows) == []
+    never, half = (
+        CountingJudge(lambda pair: False),
+        CountingJudge(lambda pair: pair.question != "What harms people most of all?"),
+    )
+    never.name, half.name = "never", "half"
+    for judge in (never, half):
+        rows = measure(models[:1], PROTOCOL, judge, models[0], tmp_path)
+    shares = evaluator.agreement(rows)
+    assert [(row["judge"].split()[0], round(row["agree"], 3), row["n"]) for row in shares] == [
+        ("counting", 0.667, 6), ("never", 0.333, 6)
+    ]  # fmt: skip
+    rows = measure(models[:1], PROTOCOL, never, models[0], tmp_path)  # never with itself is no comparison
+    assert {row["judge"].split()[0] for row in evaluator.agreement(rows)} == {"counting", "half"}

@@ -30,9 +30,12 @@ FIGURES = [
 ]
 
 
+AGREEMENT = [{"model": "ape", "judge": "hf:x 01", "agree": 0.75, "n": 8}]
+
+
 def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
     assert (
-        results_markdown(FIGURES, JUDGE)
+        results_markdown(FIGURES, JUDGE, AGREEMENT)
         == """\
 # Results
 
@@ -51,6 +54,12 @@ Brackets: 95 % bootstrap interval over prompts.
 | model | answers | n | acc |
 | --- | --- | --- | --- |
 | ape | references | 5 | 0.5 [0.25, 1] |
+
+## Agreement with earlier judges of the same answers
+
+| model | judge | n | equal verdicts |
+| --- | --- | ---: | ---: |
+| ape | hf:x 01 | 8 | 75.0% |
 """
     )
 
@@ -69,9 +78,19 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
     protocol = EvalProtocol({"unseen": [Prompt("How?", "So.", 3)]}, [Decoding()], 8, 2, 3, {})
     models = [EvaluatedModel("ape", {"fingerprint": "f"}, None, Path("models") / "ape")]
     flags, sources = {"output": tmp_path, "n_seen": 3}, {"harmful": {"name": "x.jsonl"}}
-    write_results(tmp_path, FIGURES, judge=JUDGE, protocol=protocol, models=models, flags=flags, sources=sources)
+    write_results(
+        tmp_path,
+        FIGURES,
+        judge=JUDGE,
+        protocol=protocol,
+        models=models,
+        flags=flags,
+        sources=sources,
+        agreement=AGREEMENT,
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["figures"] == FIGURES and results["judge"] == JUDGE.facts and results["data"] == sources
+    assert results["agreement"] == AGREEMENT
     assert results["flags"] == {"output": str(tmp_path), "n_seen": 3} and results["protocol"]["rows"] == {"unseen": [3]}
     assert results["models"] == {"ape": {"path": "models/ape", "fingerprint": "f"}} and results["packages"]
     with (tmp_path / "results.csv").open() as file:
@@ -80,7 +99,7 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
     for row, expected in zip(rows, FIGURES, strict=True):
         del row["judge"]
         assert row == {key: "" if value is None else str(value) for key, value in expected.items()}
-    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE)
+    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE, AGREEMENT)
 
 
 def test_prompts_are_recorded_with_their_rows(tmp_path):

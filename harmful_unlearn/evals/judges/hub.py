@@ -85,9 +85,9 @@ def hub_judge(name: str, model: str, device: torch.device, batch_size: int) -> "
             f"{model} is not known as a judge: say which of its labels ({labels[:200]}) mean harm in {TABLE}"
         )
     if isinstance(spec, LabelJudgeSpec):
-        return TextClassifier(name, config, spec, device, batch_size)
+        return TextClassifier(name, model, config, spec, device, batch_size)
     if isinstance(spec, GuardSpec) or architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return GuardModel(name, loading.load_config(folder), spec or GuardSpec(), device, batch_size)
+        return GuardModel(name, model, loading.load_config(folder), spec or GuardSpec(), device, batch_size)
     raise UserError(f"{model} ({architecture}) is neither a text classifier nor a causal language model: give another")
 
 
@@ -110,8 +110,9 @@ class HubJudge(ABC, Generic[Spec]):
     padding_side = "right"
     special_tokens = True
 
-    def __init__(self, name: str, config: PretrainedConfig, spec: Spec, device: torch.device, batch_size: int):
-        model = name.removeprefix("hf:")
+    def __init__(
+        self, name: str, model: str, config: PretrainedConfig, spec: Spec, device: torch.device, batch_size: int
+    ):
         self.name, self._device, self._batch_size = name, device, batch_size
         self._spec: Spec = spec
         self._tokenizer = loading.load_tokenizer(hub.resolve_model(model, weights=False), config)

@@ -10,6 +10,10 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.classifier import Classifier
+from harmful_unlearn.evals.judges.labelled import split_labelled
+from harmful_unlearn.storage.files import ROOT
+
+LEARN_FROM_LABELS = ("classifier", "finetuned")  # judges that are trained on the harmful data
 
 
 def make_judge(
@@ -22,23 +26,30 @@ def make_judge(
     cache: Path,
     device: torch.device,
     batch_size: int = 8,
+    home: Path = ROOT / "logs" / "judges",
 ) -> Judge:
     """The judge of that name.
 
     Args:
-        name: "classifier", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
+        name: "classifier", "finetuned:MODEL_ID_OR_FOLDER", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
         responses: all labelled responses of the harmful data.
         normal: normal texts, safe ones.
-        judged: questions whose answers will be judged; the classifier is not trained on them.
+        judged: questions whose answers will be judged; no judge is trained on them.
         cache: a .jsonl file for the verdicts of openai:.
-        batch_size: of hf: models.
+        batch_size: of hf: and finetuned: models.
+        home: where fine-tuned judges are kept.
 
     Raises:
         UserError: there is no such judge, or it lacks what it needs.
     """
     kind, _, model = judge_name(name).partition(":")
-    if kind == "classifier":
-        return Classifier(responses, normal, judged, seed)
+    if kind in LEARN_FROM_LABELS:
+        data = split_labelled(responses, normal, judged, seed)
+        if kind == "classifier":
+            return Classifier(data)
+        from harmful_unlearn.evals.judges.finetuned import finetuned_judge
+
+        return finetuned_judge(name, model, data, judged, home, device, batch_size)
     # The other judges import packages that the classifier does not need.
     if kind == "hf":
         from harmful_unlearn.evals.judges.hub import hub_judge
@@ -51,6 +62,7 @@ def make_judge(
 
 def judge_name(text: str) -> str:
     """A judge's name, as --judge takes it. Raises UserError where there is no such judge."""
-    if not re.fullmatch("classifier|(hf|openai):.+", text):
-        raise UserError(f'there is no judge "{text}": give classifier, hf:MODEL_ID_OR_FOLDER or openai:MODEL')
+    if not re.fullmatch("classifier|(finetuned|hf|openai):.+", text):
+        kinds = "classifier, finetuned:MODEL_ID_OR_FOLDER, hf:MODEL_ID_OR_FOLDER or openai:MODEL"
+        raise UserError(f'there is no judge "{text}": give {kinds}')
     return text

@@ -96,7 +96,7 @@ def test_it_is_a_function_of_data_and_seed():
 
 
 def test_large_data_are_capped_and_the_facts_say_so(monkeypatch):
-    monkeypatch.setattr("harmful_unlearn.evals.judges.classifier.MOST_ROWS", 30)
+    monkeypatch.setattr("harmful_unlearn.evals.judges.labelled.MOST_ROWS", 30)
     facts = make("classifier", responses=world(), normal=NORMAL).facts
     assert facts["rows_over_the_cap"] == 50 and facts["n_train"] + facts["n_held_out"] == 50
     assert 0.7 < facts["n_train"] / 50 < 0.9  # the cap leaves the split as it is
