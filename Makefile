@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo reproduce-demo bench-gpu lint test test-slow fuzz data clean
+.PHONY: help setup demo laptop reproduce-demo bench-gpu lint test test-slow fuzz data clean
 
 help:
 	@echo "make demo            SKU end to end on a small offline world (no hub, no GPU); DEMO_FLAGS=..."
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow       the long tests"
 	@echo "make lint            ruff (lint and format) and mypy"
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
+	@echo "make laptop          SKU on a real language model of 135M parameters, from the hub, on a CPU; LAPTOP_MODEL=..."
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (half an hour)"
 	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"
@@ -29,6 +30,9 @@ setup: $(READY)
 
 demo: $(READY)
 	$(RUN) harmful_unlearn/demo.py $(DEMO_FLAGS)
+
+laptop: $(READY)
+	scripts/laptop.sh $(LAPTOP_FLAGS)
 
 reproduce-demo: $(READY)
 	scripts/reproduce_demo.sh $(REPRODUCE_FLAGS)

@@ -53,6 +53,8 @@ MODELS: dict[str, Lora | None] = {
     "Qwen/Qwen3-8B": Lora(r=32, alpha=16),
     "mistralai/Mistral-7B-v0.3": Lora(r=32, alpha=16),
     "google/gemma-2-9b": Lora(r=32, alpha=16),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": None,  # make laptop
+    "google/gemma-3-270m": None,
 }
 OTHER_MODELS = Lora(r=32, alpha=16, target_modules=("q_proj", "v_proj"))
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# SKU on a real language model, on a laptop: train, measure beside the base, and show answers side by side. It needs the
+# hub once, no GPU, and about 4 GB of memory. If it is interrupted, run it again: it continues.
+#
+#     make laptop                                          # sets up .venv first, then runs this script
+#     scripts/laptop.sh --n_unseen 20                      # more flags for reproduce.py
+#
+# Your own model and data, hub ids or paths:
+#     LAPTOP_MODEL   an instruct model                     (HuggingFaceTB/SmolLM2-135M-Instruct)
+#     LAPTOP_DATA    harmful data, PKU-SafeRLHF's columns  (PKU-Alignment/PKU-SafeRLHF)
+#     LAPTOP_UNSEEN  where unseen prompts come from        (its split "test"; of your own data, untouched rows)
+#     LAPTOP_NORMAL  normal data, TruthfulQA's columns     (fetched to dataloader/TruthfulQA.csv)
+#     LAPTOP_OUTPUT  where everything goes                 (logs/laptop)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+recipe=HuggingFaceTB/SmolLM2-135M-Instruct
+model=${LAPTOP_MODEL:-$recipe}
+output=${LAPTOP_OUTPUT:-logs/laptop}
+
+if [ -z "${LAPTOP_NORMAL:-}" ]; then
+    "$python" dataloader/fetch_truthfulqa.py
+    LAPTOP_NORMAL=dataloader/TruthfulQA.csv
+fi
+if [ -n "${LAPTOP_UNSEEN:-}" ]; then
+    unseen=(--unseen_dataset "$LAPTOP_UNSEEN")
+elif [ -z "${LAPTOP_DATA:-}" ]; then
+    unseen=(--unseen_split test)
+else
+    unseen=()
+fi
+
+"$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs sku --relearn_steps 0 \
+    --harmful_dataset "${LAPTOP_DATA:-PKU-Alignment/PKU-SafeRLHF}" ${unseen[@]+"${unseen[@]}"} --normal_dataset "$LAPTOP_NORMAL" \
+    --decoding greedy --max_new_tokens 80 --n_seen 50 --n_unseen 100 --n_normal 50 --output "$output" "$@"
+"$python" main.py --base "$model" --unlearned "$output/seed-8888/sku/unlearned" --greedy --max_length 120
