@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import main
 from harmful_unlearn import demo, reproduce
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.provenance import CODE_VERSION
@@ -59,8 +60,8 @@ def test_one_version():
 
 def test_top_level():
     files = "README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE Makefile pyproject.toml requirements.txt"
-    commands = "llm_unlearn.yml task_vector.py main.py .ci/run .github/workflows/test.yml scripts/reproduce_demo.sh"
-    folders = "harmful_unlearn docs dataloader logs tests benchmarks"
+    commands = "llm_unlearn.yml task_vector.py main.py .ci/run .github/workflows/test.yml"
+    folders = "scripts/reproduce_demo.sh scripts/laptop.sh harmful_unlearn docs dataloader logs tests benchmarks"
     for name in f"{files} {commands} {folders}".split():
         assert (ROOT / name).exists(), name
 
@@ -118,28 +119,54 @@ def test_workflow_runs_make_test_on_every_python():
 PARSERS = {"harmful_unlearn/demo.py": demo.parse_flags, "harmful_unlearn/reproduce.py": reproduce.parse_flags}
 
 
-def test_the_comparison_on_the_demo_runs_commands_that_exist(tmp_path):
-    """scripts/reproduce_demo.sh with a Python that only prints: its commands are read by their own parsers."""
-    (tmp_path / "scripts").mkdir()
-    script = Path(shutil.copy(ROOT / "scripts/reproduce_demo.sh", tmp_path / "scripts"))
+@pytest.fixture
+def dry_run(tmp_path):
+    """`dry_run("x.sh", flags, variables)`: a script with a Python that only prints, and the words of its commands."""
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/usr/bin/env bash\nprintf \'%q \' "$OMP_NUM_THREADS" "$@"\necho\n')
     python.chmod(0o755)
-    more = ["--harm_category", "Drugs, Weapons", "--seeds", "7"]
-    done = subprocess.run(
-        [script, *more], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": ""}
-    )
-    assert done.returncode == 0, done.stderr
-    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    (tmp_path / "scripts").mkdir()
+
+    def run(name, more=(), **variables):
+        script = Path(shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts"))
+        environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "", **variables}
+        done = subprocess.run([script, *more], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [shlex.split(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def test_the_comparison_on_the_demo_runs_commands_that_exist(dry_run, tmp_path):
+    """Its commands are read by their own parsers."""
+    commands = dry_run("reproduce_demo.sh", ["--harm_category", "Drugs, Weapons", "--seeds", "7"])
     parsed = [(command, PARSERS[command](flags)) for _, command, *flags in commands]
     assert [Path(command).stem for command, _ in parsed] == ["demo", "reproduce", "demo"] * 2
     assert [threads for threads, *_ in commands] == ["", "1", ""] * 2
     first, second = (flags for command, flags in parsed if "reproduce" in command)
     assert first.seeds == [7] and first.harm_category[-1] == "Drugs, Weapons" and len(first.harm_category) == 4
     assert second.recipe == "demo-no-refusals" and second.harm_category == ["Drugs, Weapons"]
-    python.write_text("#!/usr/bin/env bash\nexit 3\n")
-    assert subprocess.run([script]).returncode == 3
+    (tmp_path / ".venv/bin/python").write_text("#!/usr/bin/env bash\nexit 3\n")
+    assert subprocess.run([tmp_path / "scripts" / "reproduce_demo.sh"]).returncode == 3
+
+
+def test_the_laptop_run_takes_the_hubs_model_and_data_or_your_own(dry_run):
+    fetch, compare, spot_check = dry_run("laptop.sh")
+    assert fetch[1] == "dataloader/fetch_truthfulqa.py"
+    settings = reproduce.parse_flags(compare[2:])
+    assert settings.model_name == settings.recipe == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert settings.harmful_dataset == "PKU-Alignment/PKU-SafeRLHF" and settings.unseen_split == "test"
+    shown = main.parse_flags(spot_check[2:])
+    assert shown.unlearned.parts[-4:] == ("laptop", "seed-8888", "sku", "unlearned")
+    own = {"LAPTOP_MODEL": "m", "LAPTOP_DATA": "h.jsonl", "LAPTOP_NORMAL": "n.csv", "LAPTOP_OUTPUT": "a b"}
+    compare, spot_check = dry_run("laptop.sh", ["--n_unseen", "7"], **own)
+    settings = reproduce.parse_flags(compare[2:])
+    assert (settings.model_name, settings.harmful_dataset, settings.normal_dataset) == ("m", "h.jsonl", "n.csv")
+    assert settings.unseen_dataset is settings.unseen_split is None and settings.n_unseen == 7
+    assert main.parse_flags(spot_check[2:]).unlearned.parts[-4:] == ("a b", "seed-8888", "sku", "unlearned")
+    compare, _ = dry_run("laptop.sh", **own, LAPTOP_UNSEEN="u.jsonl")
+    assert reproduce.parse_flags(compare[2:]).unseen_dataset == "u.jsonl"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
