@@ -176,5 +176,5 @@ class TemplateChoice(NamedTuple):
         if self.name == "chat" or (self.name == "auto" and tokenizer.chat_template):
             return ChatTemplate(tokenizer, self.system_prompt)
         if self.system_prompt is not None:
-            raise UserError("--system_prompt belongs to a chat template, and there is none here: leave it out")
+            raise UserError("--system_prompt is part of a chat, and the template here is released: leave it out")
         return ReleasedTemplate(tokenizer)

@@ -136,5 +136,5 @@ def test_auto_takes_the_chat_template_where_there_is_one(tokenizer):
     assert isinstance(TemplateChoice().of(tokenizer), ReleasedTemplate)
     assert isinstance(TemplateChoice().of(chat_tokenizer("gemma")), ChatTemplate)
     assert isinstance(TemplateChoice("released").of(chat_tokenizer("gemma")), ReleasedTemplate)
-    with pytest.raises(UserError, match="--system_prompt belongs to a chat template"):
+    with pytest.raises(UserError, match="--system_prompt is part of a chat"):
         TemplateChoice("auto", "Be brief.").of(tokenizer)
