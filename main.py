@@ -165,7 +165,8 @@ def answer_all(
         ids = row.to(execution_device(model))
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         new = output[0, ids.shape[1] :]
-        answers.append(template.tokenizer.decode(new, skip_special_tokens=True).strip())
+        text = template.tokenizer.decode(new, skip_special_tokens=True)
+        answers.append((text.partition(template.stop)[0] if template.stop else text).strip())
     return answers
 
 

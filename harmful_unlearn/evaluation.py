@@ -240,7 +240,9 @@ def parse_flags(arguments: list[str] | None) -> EvaluationSettings:
     parser = FlagParser(description=title, epilog=usage)
     parser.add_settings(EvaluationSettings)
     args = parser.parse_args(arguments)
-    if not (args.n_seen or args.n_unseen or args.n_normal):
+    if args.backend == "vllm" and args.utility_dataset:  # the base's answers are scored before vLLM makes them
+        parser.error("--utility_dataset needs --backend hf")
+    if not (args.n_seen or args.n_unseen or args.n_normal or (args.utility_dataset and args.n_utility)):
         parser.error("there is nothing to measure on: give one of --n_seen, --n_unseen and --n_normal above 0")
     models: dict[str, str] = {}
     for text in args.model:

@@ -39,16 +39,18 @@ from harmful_unlearn.evals.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
+from harmful_unlearn.models.loading import load_config, load_tokenizer
 from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
 from harmful_unlearn.reporting.comparison import BASE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
+from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.resume import FREE_FLAGS
 
 # Flags of unlearn_harm_new.py that may have changed since a model was trained.
-IGNORED_FLAGS = FREE_FLAGS - {"gradient_checkpointing", "device_map"}
+IGNORED_FLAGS = FREE_FLAGS - {"gradient_checkpointing", "device_map"} | {"template", "system_prompt"}
 
 
 # fmt: off
@@ -86,8 +88,9 @@ class ComparisonSettings(MeasuringSettings):
     @property
     def training_data(self) -> dict[str, str]:
         """The flags that say what every run trains on, and in which template, where they are given."""
-        names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "template", "system_prompt")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "system_prompt")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given if self.template == "auto" else {**given, "template": self.template}
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
@@ -104,7 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     check_target(settings.output, overwrite=True)
     if settings.bleurt:
         hub.resolve_model(settings.bleurt)
-    if settings.judge.partition(":")[0] not in LEARN_FROM_LABELS:  # the others say now what they lack
+    kind, _, model = settings.judge.partition(":")
+    if kind == "finetuned":
+        hub.resolve_model(model, weights=False)
+    elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
     asked = {name: getattr(settings, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")}
@@ -139,10 +145,18 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         flags = training_flags([*as_words(own.training_data), *own.train_flags])
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
+    base = hub.resolve_model(own.model_name, weights=False)
+    sku = {**recipe.shared, **recipe.sku}
+    plans = {name: plan(own, base, seed, name, flags_of(recipe, run)) for name, run in own.compared_runs.items()}
+    kinds = {
+        kind: plan(own, base, seed, f"category-{kind.replace('/', '-')}", {**sku, "harm_category": kind})
+        for kind in own.harm_category
+    }
+
     print(f"\n=== seed {seed}: training")
     models, vectors = {}, {}
-    for name, run in own.compared_runs.items():
-        model, row = train(own, seed, name, flags_of(recipe, run)), comparison.methods[name]
+    for name, planned in plans.items():
+        model, row = train(*planned), comparison.methods[name]
         row.setdefault("command", model.command)
         if model.failure:
             notes = [row["note"]] if "note" in row else []
@@ -152,9 +166,8 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         if is_first:
             steps = (model.finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             comparison.losses[name] = [json.loads(step) for step in steps]
-    for kind in own.harm_category:
-        sku = {**recipe.shared, **recipe.sku, "harm_category": kind}
-        vector = train(own, seed, f"category-{kind.replace('/', '-')}", sku)
+    for kind, planned in kinds.items():
+        vector = train(*planned)
         if not vector.failure:
             vectors[kind] = vector
     if not models and not vectors:
@@ -191,14 +204,14 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         comparison.relearning += evaluation.relearning(models, figures, **comparison.relearning_settings)
 
 
-def train(settings: ComparisonSettings, seed: int, name: str, flags: Mapping[str, object]) -> TrainedModel:
-    """Run unlearn_harm_new.py with these flags, as far as its models are not there yet.
+def plan(
+    settings: ComparisonSettings, base: Path, seed: int, name: str, flags: Mapping[str, object]
+) -> tuple[TrainedModel, list[str]]:
+    """A model to train, or that is there already, and the words of its command. Raises UserError: it is another one.
 
-    A run whose losses stop being finite, or whose data lack safe answers, has failed: that is noted in its folder, and
-    it is not tried again.
-
-    Raises:
-        UserError: the folder holds a run with other flags, or training cannot start.
+    Args:
+        base: the folder of the base model.
+        flags: of the run.
     """
     folder = settings.output / f"seed-{seed}" / name
     words = as_words({"model_name": settings.model_name, **settings.training_data, **flags, "seed": seed})
@@ -207,9 +220,21 @@ def train(settings: ComparisonSettings, seed: int, name: str, flags: Mapping[str
     words += as_words({"model_save_dir": model.finetuned, "task_vector_saving_path": model.unlearned})
     words += ["--log_file", str(folder / "run.log"), "--overwrite"]
     if (model.finetuned / "run.json").is_file():
-        check_same_flags(model, training_flags(words).to_json())
+        check_same_flags(model, training_flags(words), base)
         words += ["--stage", "negate"]
-    failure = folder / "failed.txt"
+    return model, words
+
+
+def train(model: TrainedModel, words: list[str]) -> TrainedModel:
+    """Run unlearn_harm_new.py with these words, as far as its models are not there yet.
+
+    A run whose losses stop being finite, or whose data lack safe answers, has failed: that is noted in its folder, and
+    it is not tried again.
+
+    Raises:
+        UserError: training cannot start.
+    """
+    failure = model.folder / "failed.txt"
     if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{model.command}\n"):
         failure.unlink()  # the recipe has changed since
     if not failure.exists() and not (model.unlearned / "run.json").is_file():
@@ -222,7 +247,7 @@ def train(settings: ComparisonSettings, seed: int, name: str, flags: Mapping[str
         torch.cuda.empty_cache()
     if failure.exists():
         model = replace(model, failure=failure.read_text(encoding="utf-8").splitlines()[0])
-        print(f"{name}: {model.failure}")
+        print(f"{model.folder.name}: {model.failure}")
     return model
 
 
@@ -231,15 +256,21 @@ def as_words(flags: Mapping[str, object]) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def check_same_flags(model: TrainedModel, wanted: dict[str, object]) -> None:
-    """Raises UserError: the model was trained with other flags."""
+def check_same_flags(model: TrainedModel, wanted: TrainingSettings, base: Path) -> None:
+    """Raises UserError: the model was trained with other flags. The template is compared by what it resolves to."""
     had = {**training_flags([]).to_json(), **model.record.flags}
-    for name, value in wanted.items():
+    for name, value in wanted.to_json().items():
         if name not in IGNORED_FLAGS and value != had.get(name):
             raise UserError(
                 f"{model.folder} was trained with --{name} {had.get(name)}, and the recipe has {value} now: "
                 "remove that folder, or give another --output"
             )
+    template = wanted.template_choice.of(load_tokenizer(base, load_config(base)))
+    if model.record.prompt_template not in (None, template.text):
+        raise UserError(
+            f"{model.folder} was trained in the template {model.record.prompt_template!r}, and the flags say "
+            f"{template.text!r}: give its --template and --system_prompt, or another --output"
+        )
 
 
 def parse_flags(arguments: list[str] | None) -> ComparisonSettings:

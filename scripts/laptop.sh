@@ -3,9 +3,9 @@
 # hub once, no GPU, and about 4 GB of memory. If it is interrupted, run it again: it continues.
 #
 #     make laptop                                          # sets up .venv first, then runs this script
-#     scripts/laptop.sh --n_unseen 20                      # more flags for reproduce.py
+#     scripts/laptop.sh --n_unseen 20                      # more flags for reproduce.py, but --seeds and --output
 #
-# Your own model and data, hub ids or paths:
+# Your own model and data, hub ids or paths (from the repository, if they are relative):
 #     LAPTOP_MODEL   an instruct model                     (HuggingFaceTB/SmolLM2-135M-Instruct)
 #     LAPTOP_DATA    harmful data, PKU-SafeRLHF's columns  (PKU-Alignment/PKU-SafeRLHF)
 #     LAPTOP_UNSEEN  where unseen prompts come from        (its split "test"; of your own data, untouched rows)
@@ -32,5 +32,6 @@ fi
 
 "$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs sku --relearn_steps 0 \
     --harmful_dataset "${LAPTOP_DATA:-PKU-Alignment/PKU-SafeRLHF}" ${unseen[@]+"${unseen[@]}"} --normal_dataset "$LAPTOP_NORMAL" \
-    --decoding greedy --max_new_tokens 80 --n_seen 50 --n_unseen 100 --n_normal 50 --output "$output" "$@"
-"$python" main.py --base "$model" --unlearned "$output/seed-8888/sku/unlearned" --greedy --max_length 120
+    --decoding greedy --max_new_tokens 80 --n_seen 50 --n_unseen 100 --n_normal 50 \
+    "$@" --seeds 8888 --output "$output"
+"$python" main.py --base "$model" --unlearned "$output/seed-8888/sku/unlearned" --greedy --max_length 200

@@ -37,6 +37,7 @@ class TokenizedText:
     input_ids: list[int]  # of the complete text, cut to the collator's `max_length`
     # Where the released code has the answer start: the number of tokens of the prefix, less one (implementation
     # detail 3). It is the first answer token if the prefix's trailing space merges into that, as in byte-level BPE.
+    # In a chat it is the prompt's last token, so that the released GD predicts the first answer token there.
     start_loc: int
     # Where it starts: at the first token not shared with the tokenised prompt (without its trailing space, which some
     # tokenizers merge into the next word). `len(input_ids)` if the answer is empty.

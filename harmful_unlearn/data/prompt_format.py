@@ -9,10 +9,15 @@ NEXT_QUESTION = "### Question:"  # a model that continues with a question of its
 
 @dataclass(frozen=True)
 class Pair:
-    """A question and one answer to it."""
+    """A question and one answer to it.
+
+    Attributes:
+        ended: whether the answer is whole. In a chat the end of turn follows only a whole one.
+    """
 
     question: str
     answer: str
+    ended: bool = True
 
 
 def format_pair(question: str, answer: str) -> str:

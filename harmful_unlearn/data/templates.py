@@ -6,6 +6,7 @@ with its end of turn.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -87,11 +88,11 @@ class ChatTemplate(Template):
     """The tokenizer's chat template.
 
     A prompt is all that precedes the answer in a conversation, and so is the same in training and evaluation. A text
-    ends with the end of turn.
+    ends with the end of turn, where the template writes one and the answer is whole (`Pair.ended`).
 
     Raises:
         UserError: there is no chat template, it refuses the system prompt or such a conversation, or it loses the
-            question or the answer.
+            question, the answer or the system prompt.
     """
 
     name = "chat"
@@ -113,26 +114,33 @@ class ChatTemplate(Template):
         before, answer, after = whole.rpartition("{answer}")
         if not answer or "{question}" not in before:
             raise UserError("the chat template loses the question or the answer: give --template released")
+        if system_prompt and system_prompt.strip() not in before:  # some write it only where an answer is wanted
+            raise UserError("the chat template loses --system_prompt before an answer: leave it out")
         # A space between a model's prompt and its answer belongs to the answer's first token.
         between = before.removeprefix(asked)
         self._space = between if between != before and not between.strip() else ""
         self._rest = ""  # what follows the end of turn
-        end = after.strip()
-        ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-        if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+        words = list(takewhile(lambda token: token not in special, ids))
+        if words:  # answers are searched for it without their special tokens
+            self.stop = tokenizer.decode(words).strip()
+        elif ids:
             self.end_ids = frozenset(ids[:1])
             self._rest = after.partition(tokenizer.decode(ids[:1]))[2]
-        elif end:
-            self.stop = end
+        self._end = after.removesuffix(self._rest).rstrip()  # empty where the template writes no end of turn
         self.text = whole.removesuffix(self._rest).rstrip()
 
     def texts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        rendered = iter(self._render([pair for pair in pairs if pair.answer.strip()]))
         prompts = iter(self._prompts([pair.question for pair in pairs if not pair.answer.strip()]))
+        rendered = iter(self._render([pair for pair in pairs if pair.answer.strip()]))
+        whole = [
+            next(rendered).removesuffix(self._rest).rstrip() if pair.answer.strip() else next(prompts) for pair in pairs
+        ]
         return self._ids(
             [
-                next(rendered).removesuffix(self._rest).rstrip() if pair.answer.strip() else next(prompts)
-                for pair in pairs
+                text if pair.ended or not pair.answer.strip() else text.removesuffix(self._end)
+                for pair, text in zip(pairs, whole, strict=True)
             ]
         )
 

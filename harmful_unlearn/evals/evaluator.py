@@ -138,6 +138,11 @@ def agreement(rows: dict[str, list[dict]]) -> list[dict]:
     return shares
 
 
+def said(row: dict) -> Pair:
+    """What a model said: the prompt and its answer, in a row of an answers file."""
+    return Pair(row["prompt"], row["answer"], row["ended"])
+
+
 def _perplexity(scored: list[tuple[float, int]], seed: int) -> Estimate:
     """Of texts, each with its summed cross-entropy in nats and its number of tokens."""
     return scoring.perplexity([nll for nll, _ in scored], [tokens for _, tokens in scored], seed)
@@ -255,8 +260,7 @@ def _score(model: PreTrainedModel, template: Template, protocol: EvalProtocol, b
     }
     if "utility" in protocol.prompts:
         answered = {
-            decoding.name: [Pair(row["prompt"], row["answer"]) for row in _of(base_rows, "utility", decoding)]
-            for decoding in protocol.decodings
+            decoding.name: [said(row) for row in _of(base_rows, "utility", decoding)] for decoding in protocol.decodings
         }
         scores["base_answers"] = {
             name: answer_nll(model, collator, pairs, f"{name} answers of the base") for name, pairs in answered.items()
@@ -288,7 +292,7 @@ def _add_perplexities(
     model, template = reference.load()
     collator = Collator(template, "paper", context_length(model.config))
     for label in lacking:
-        pairs = [Pair(row["prompt"], row["answer"]) for row in rows[label]]
+        pairs = [said(row) for row in rows[label]]
         scored = answer_nll(model, collator, pairs, f"perplexity of {label}'s answers")
         for row, (nll, tokens) in zip(rows[label], scored, strict=True):
             row |= {"nll": nll, "tokens": tokens, "perplexity": float(np.exp(nll / tokens)) if tokens else None}

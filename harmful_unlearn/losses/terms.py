@@ -16,8 +16,8 @@ what `--variant released` averages over:
     L_GD  mean over texts of the mean over the positions       mean over texts of the mean over the answer's tokens,
           from the answer's first token to the last. The       the first included and nothing else
           last one predicts nothing and counts as 0; the
-          answer's first token is not predicted
-          (details 3, 4 and 9).
+          answer's first token is predicted only
+          in a chat template (details 3, 4 and 9).
     L_RD  as L_GD, but from token 2 of the text on: the        as L_GD
           question is predicted, too (detail 11).
     L_PD  mean over all positions of the padded rows,          mean over all tokens of text

@@ -127,8 +127,8 @@ class Engine:
             self._stop_diverged(metrics, f"is not finite ({wrong})", "lower --lr or a weight")
         kl, fix = largest_kl(metrics)
         if 0 < self.run.settings.max_kl < kl:
-            limit = f"above --max_kl {self.run.settings.max_kl:g} (0 never stops)"
-            self._stop_diverged(metrics, f"has a KL from the base of {kl:.3g} nats on normal text, {limit}", fix)
+            limit = f"above --max_kl {self.run.settings.max_kl:g} (0: no limit)"
+            self._stop_diverged(metrics, f"has a KL from the base of {kl:.3g} nats on normal text, {limit}", fix, False)
         if self._has_gradient:  # else nothing was to learn in this step
             self._optimizer.step()
         self._scheduler.step()
@@ -158,9 +158,10 @@ class Engine:
             "tokens": int(total["tokens"]),
         }
 
-    def _stop_diverged(self, metrics: dict, problem: str, fix: str) -> None:
+    def _stop_diverged(self, metrics: dict, problem: str, fix: str, may_be_good: bool = True) -> None:
+        """Raises Diverged. Weights that a finite loss was computed with are saved first, if they may be good."""
         step = metrics["step"]
-        if math.isfinite(metrics["total_loss"]) and step > 1:  # the weights are still good
+        if may_be_good and math.isfinite(metrics["total_loss"]) and step > 1:
             self._save_checkpoint()
         newest = self.run.checkpoints.newest()
         weights = f"the last good weights are in {newest}" if newest else self._no_checkpoint()

@@ -7,9 +7,15 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main as spot_check
+from harmful_unlearn import recipes
+from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluator import read_answers
 from harmful_unlearn.evaluation import main as evaluate
+from harmful_unlearn.recipes import Recipe
+from harmful_unlearn.reproduce import main as reproduce
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
 from tests.helpers.chats import CHATS
@@ -70,7 +76,13 @@ def test_an_evaluation_asks_as_was_trained(name, shown, world, tmp_path, capsys)
     assert shown in capsys.readouterr().out.splitlines()[3]
     protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())["settings"]
     assert shown in protocol.get("prompt_template", "### Answer")
-    assert len(read_answers(tmp_path / "out" / "answers" / "base.jsonl")) == 6
+    answers = read_answers(tmp_path / "out" / "answers" / "base.jsonl")
+    assert len(answers) == 6
+    assert not any(row["ended"] for row in answers)  # what was cut off has not said its end of turn
+    run = json.loads((world / name / "harmful" / "run.json").read_text())["training"]
+    template = TemplateChoice(run["template"], run["system_prompt"]).of(AutoTokenizer.from_pretrained(world / "base"))
+    texts = Collator(template, "paper", 128).encode([Pair(row["prompt"], row["answer"], False) for row in answers])
+    assert [row["tokens"] for row in answers] == [len(text.input_ids) - text.answer_start for text in texts]
 
 
 def test_templates_are_not_mixed(world, tmp_path):
@@ -120,3 +132,33 @@ def test_the_spot_check_follows_and_so_does_a_vector(world, tmp_path, capsys):
     (tmp_path / "half").rename(tmp_path / "unlearned")
     spot(tmp_path.parent, tmp_path.name, "--base", f"{world}/base")
     assert "template chat" in capsys.readouterr().out
+
+
+def test_a_comparison_continues_in_its_own_template_only(world, tmp_path, monkeypatch):
+    """A model that was trained before there were templates, and flags that resolve to the same one."""
+    weights = {"bad_weight": 1, "random_weight": 1, "normal_weight": 0.1}
+    shared = {"max_unlearn_steps": 2, "batch_size": 2, "max_length": 100}
+    monkeypatch.setitem(recipes.RECIPES, "tiny", Recipe(shared, weights, {"ft": {}}))
+    data = f"--harmful_dataset {world}/data/harmful.jsonl --normal_dataset {world}/data/normal.csv"
+    asked = (
+        "--n_seen 2 --n_unseen 2 --n_normal 2 --max_new_tokens 4 --decoding greedy --relearn_steps 0 --precision fp32"
+    )
+    command = f"--model_name {world}/base --recipe tiny --output {tmp_path} {data} {asked}".split()
+    reproduce([*command, "--runs", "sku", "--template", "released"])
+    record = tmp_path / "seed-8888" / "sku" / "copy" / "run.json"
+    run = json.loads(record.read_text())
+    for flag in ("template", "system_prompt", "max_kl"):
+        run["flags"].pop(flag)
+    run["training"].pop("template")
+    record.write_text(json.dumps(run))
+    for wrong in ([], ["--template", "chat"]):
+        with pytest.raises(UserError, match="was trained in the template '### Question"):
+            reproduce([*command, "--runs", "ft", "sku", *wrong])
+        assert not (tmp_path / "seed-8888" / "ft").exists()
+    reproduce([*command, "--runs", "ft", "sku", "--template", "released"])
+
+    briefed = [*command, "--output", str(tmp_path / "silent"), "--runs", "sku", "--system_prompt", ""]
+    reproduce(briefed)
+    reproduce([*briefed, "--template", "chat"])  # what auto is here
+    run = json.loads((tmp_path / "silent" / "seed-8888" / "sku" / "copy" / "run.json").read_text())
+    assert run["training"]["system_prompt"] == "" and "Be kind." not in run["prompt_template"]

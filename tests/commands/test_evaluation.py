@@ -216,6 +216,7 @@ def test_what_cannot_be_measured_is_one_line_that_names_the_fix(change, named, w
     [
         ["--temperature", "0"],
         ["--n_seen", "0", "--n_unseen", "0", "--n_normal", "0"],
+        ["--backend", "vllm", "--utility_dataset", "tasks.jsonl"],
         ["--decoding", "beam"],
         ["--model", "base=x"],
         ["--model", "sku=x"],

@@ -136,3 +136,11 @@ def test_numbers_out_of_range_exit_2(bad, capsys):
     with pytest.raises(SystemExit) as stop:
         spot_check.main(bad.split())
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_answers_end_where_the_model_asks_itself_a_question(tiny_model, capsys, monkeypatch):
+    decode = "Because.\n### Question: And who?"
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *_, **__: decode)
+    base = str(tiny_model("opt"))
+    said = run(capsys, "--base", base, "--unlearned", base, "--harmful_prompt", "Why?", "--greedy")
+    assert "Because." in said and "And who" not in said

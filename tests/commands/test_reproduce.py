@@ -226,6 +226,12 @@ def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(world, tmp_path):
     main(arguments)
 
 
+def test_a_judge_that_is_not_there_is_named_before_any_training(world, tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        main(flags(world, tmp_path, "--judge", "finetuned:./nowhere"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -88,6 +88,28 @@ def test_texts_that_the_template_rewrites(tmp_path):
     assert decoded(thinking, kept.input_ids[kept.answer_start :]) == " So. <|im_end|>"
 
 
+def test_what_was_cut_off_has_no_end_of_turn(chat):
+    template, known = chat
+    whole, cut = (Collator(template, "paper", 256).encode([Pair("Why?", "So it", ended)])[0] for ended in (True, False))
+    assert decoded(template, cut.input_ids) + end_of(known) == decoded(template, whole.input_ids)
+    assert cut.answer_start == whole.answer_start < len(cut.input_ids)
+
+
+def test_a_template_may_write_no_end_of_turn():
+    tokenizer = chat_tokenizer("smollm")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    template = ChatTemplate(tokenizer)
+    assert not template.end_ids and template.stop is None
+    assert template.texts([Pair("Why?", "So.")]) == template.texts([Pair("Why?", "So.", ended=False)])
+
+
+def test_a_stop_text_ends_before_a_special_token():
+    tokenizer = chat_tokenizer("plain words")
+    tokenizer.chat_template = CHATS["plain words"].jinja.replace("# end\n", "# end{{ eos_token }}\n")
+    template = ChatTemplate(tokenizer)
+    assert template.stop == "# end" and template.text.endswith("{answer}\n# end</s>")
+
+
 def test_random_texts_keep_their_prompt(chat):
     template, _ = chat
     draw, alphabet = random.Random(0), "abc #\n.?é窓<|>/{}think user[INST]"
@@ -111,6 +133,19 @@ def test_a_system_prompt(chat):
     assert briefed.text.count("Be brief.") == 1 and "Be kind." not in briefed.text
     assert briefed.choice == TemplateChoice("chat", "Be brief.")
     assert briefed.choice.of(template.tokenizer).text == briefed.text
+
+
+def test_a_system_prompt_that_is_only_written_where_an_answer_is_wanted_is_refused():
+    """As Mistral's templates do, with the last turn."""
+    tokenizer = chat_tokenizer("mistral")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }} {% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate(tokenizer).text == "[INST] {question} [/INST] {answer}</s>"
+    with pytest.raises(UserError, match="loses --system_prompt"):
+        ChatTemplate(tokenizer, "Be brief.")
 
 
 @pytest.mark.parametrize(

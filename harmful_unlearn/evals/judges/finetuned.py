@@ -1,7 +1,7 @@
 """`finetuned:MODEL`: a small language model, fine-tuned once on the harmful data's own labels to judge answers.
 
 It reads question and answer, so it knows more than the words of an answer. What was fine-tuned is kept in logs/judges/,
-in a folder for each model, data and settings, and serves every evaluation that asks none of its training prompts.
+in a folder for each model, settings and answers learned, and serves every evaluation that asks none of its prompts.
 """
 
 import hashlib
@@ -74,14 +74,17 @@ def finetuned_judge(
         "seed": data.facts["seed"],
     }
     asked = {_sha256(question) for question in judged}
-    folder = home / f"{base.name[:40]}-{_sha256(settings)[:12]}"
-    if not ((folder / CONTENT).is_file() and not asked & set(read_json(folder / CONTENT)["trained_on"])):
+    name_of_settings = f"{base.name[:40]}-{_sha256(settings)[:12]}"
+    folder = next((kept for kept in sorted(home.glob(f"{name_of_settings}-*")) if _may_judge(kept, asked)), None)
+    if folder is None:
+        rows = _balanced(data.train, training.answers, data.facts["seed"])
+        folder = home / f"{name_of_settings}-{_sha256(rows)[:12]}"
         with new_folder(folder, overwrite=True) as partial:
-            trained_on = _fine_tune(base, data, training, device, partial)
+            _fine_tune(base, rows, data.facts["seed"], training, device, partial)
             judge = TextClassifier(name, str(partial), AutoConfig.from_pretrained(partial), SPEC, device, batch_size)
             content = {
                 "facts": {**settings, **data.facts, **_measured(judge, data, training.held_out)},
-                "trained_on": sorted({_sha256(row.question) for row in trained_on}),
+                "trained_on": sorted({_sha256(row.question) for row in rows}),
             }
             write_file(partial / CONTENT, json.dumps(content, indent=1) + "\n")
     judge = TextClassifier(name, str(folder), AutoConfig.from_pretrained(folder), SPEC, device, batch_size)
@@ -89,12 +92,18 @@ def finetuned_judge(
     return judge
 
 
+def _may_judge(folder: Path, asked: set[str]) -> bool:
+    """Whether a complete judge is kept there that was trained on none of the questions `asked` (their hashes)."""
+    is_complete = all((folder / name).is_file() for name in (CONTENT, "config.json", "model.safetensors"))
+    return is_complete and not asked & set(read_json(folder / CONTENT)["trained_on"])
+
+
 def _fine_tune(
-    base: Path, data: LabelledSplit, training: JudgeTraining, device: torch.device, target: Path
-) -> list[LabelledAnswer]:
-    """Fine-tune the model in `base` and save it in `target`. Returns the answers it was trained on."""
+    base: Path, rows: list[LabelledAnswer], seed: int, training: JudgeTraining, device: torch.device, target: Path
+) -> None:
+    """Fine-tune the model in `base` on these answers, and save it in `target`."""
     tokenizer = loading.load_tokenizer(base, loading.load_config(base))
-    torch.manual_seed(data.facts["seed"])  # of the head's first weights, and of dropout
+    torch.manual_seed(seed)  # of the head's first weights, and of dropout
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             base,
@@ -107,7 +116,6 @@ def _fine_tune(
     except Exception as error:  # the type depends on the library's release and on the problem
         raise UserError(f"{base} cannot become a judge ({first_line(error)}): give another finetuned: model") from None
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    rows = _balanced(data.train, training.answers, data.facts["seed"])
     texts = [SPEC.template.format(question=row.question, answer=row.answer) for row in rows]
     ids = tokenizer(texts, truncation=True, max_length=training.tokens)["input_ids"]
     steps = max(1, len(rows) // training.batch_size)
@@ -128,7 +136,6 @@ def _fine_tune(
         optimizer.zero_grad()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return rows
 
 
 def _balanced(rows: list[LabelledAnswer], most: int, seed: int) -> list[LabelledAnswer]:

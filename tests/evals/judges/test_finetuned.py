@@ -44,9 +44,9 @@ def trainings(monkeypatch):
     """What each fine-tuning learned from."""
     lists, fine_tune = [], finetuned._fine_tune
 
-    def counted(*arguments):
-        lists.append(fine_tune(*arguments))
-        return lists[-1]
+    def counted(base, rows, *arguments):
+        lists.append(rows)
+        fine_tune(base, rows, *arguments)
 
     monkeypatch.setattr(finetuned, "_fine_tune", counted)
     return lists
@@ -83,12 +83,14 @@ def test_it_serves_all_prompts_that_it_was_not_trained_on(judge, trainings, home
     assert all(len(digest) == 64 for digest in known["trained_on"]) and "How" not in json.dumps(known)
     judge({"asked elsewhere"}, seed=7)
     assert len(trainings) == 1
-    folders = {*home.iterdir()}
-    judge({rows[0].question}, seed=7)
+    second = judge({rows[0].question}, seed=7)
     assert len(trainings) == 2 and rows[0].question not in {row.question for row in trainings[1]}
-    assert {*home.iterdir()} == folders  # the new one has taken the old one's place
-    known = json.loads((kept / "judge.json").read_text())
-    assert known["facts"]["prompts_left_out"] == 1
+    assert second.facts["prompts_left_out"] == 1 and (kept / "judge.json").is_file()
+    assert judge({"How 3?"}, seed=7).facts["prompts_left_out"] in (0, 1) and len(trainings) == 2  # both are kept
+    for folder in home.iterdir():
+        (folder / "config.json").unlink()
+    judge({"How 3?"}, seed=7)
+    assert len(trainings) == 3  # what is no longer complete is made again
 
 
 def test_what_cannot_be_a_judge_is_named(tmp_path):
