@@ -39,9 +39,11 @@ from harmful_unlearn.demo_world.judge import KINDS, LEGEND, TemplateJudge
 from harmful_unlearn.demo_world.world import QUICK, Size, World, build_world, write_data
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import figures, measure, read_answers
+from harmful_unlearn.evals.evaluator import measure
+from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.metrics import scoring
+from harmful_unlearn.evals.metrics.figures import figures
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
@@ -76,7 +78,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What a seed of the demo gave: figures as `evaluator.figures` gives them, seconds by step, and the command."""
+    """What a seed of the demo gave: figures as `metrics.figures` gives them, seconds by step, and the command."""
 
     figures: list[dict]
     seconds: dict[str, float]
@@ -249,7 +251,7 @@ def measure_models(home: Path, labels: list[str], world: World, seed: int) -> li
 
 
 def kind_figures(rows: dict[str, list[dict]], protocol: EvalProtocol, judge: TemplateJudge) -> list[dict]:
-    """The share of each kind of answer, in the form of `evaluator.figures`."""
+    """The share of each kind of answer, in the form of `metrics.figures`."""
     shares = []
     for name, decoding in protocol.rounds:
         for label, answers in rows.items():

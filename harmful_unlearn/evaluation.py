@@ -31,15 +31,16 @@ from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positiv
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import agreement, figures, measure
+from harmful_unlearn.evals.evaluator import measure
+from harmful_unlearn.evals.files.results import write_prompts, write_results
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.registry import judge_name, make_judge
 from harmful_unlearn.evals.metrics import bleurt, lm_harness
+from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.protocol import EvalProtocol
-from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models import hub
 from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.files import ROOT, check_target, resolved, user_path

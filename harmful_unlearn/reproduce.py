@@ -32,10 +32,10 @@ from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
-from harmful_unlearn.evals.alpha_sweep import alpha_list
+from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
+from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts
-from harmful_unlearn.evals.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmful_unlearn.training.run_log import RunLog
-from tests.helpers.resumed import run
-from tests.helpers.tiny import GOLDENS, TINY
+from tests.helpers.models.tiny import GOLDENS, TINY
+from tests.helpers.running.resumed import run
 
 
 @pytest.fixture(autouse=True)

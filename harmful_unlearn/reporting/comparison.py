@@ -10,7 +10,7 @@ BASE, SKU = "base", "sku"  # names of models that the report treats in a way of 
 class Comparison:
     """The content of comparison.json.
 
-    Rows of figures are dicts as `evaluator.figures` gives them, each with its "seed". Shares are of 1; the value None
+    Rows of figures are dicts as `metrics.figures` gives them, each with its "seed". Shares are of 1; the value None
     means that there was nothing to measure. An empty part is omitted from the report.
 
     Attributes:

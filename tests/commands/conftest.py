@@ -11,8 +11,8 @@ from dataloader import fetch_truthfulqa
 from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.storage.files import ROOT
-from tests.helpers.bad_input import GOOD, MAINS, SCRIPTS, Bad, check_refusal, listing, words_of
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.inputs.bad_input import GOOD, MAINS, SCRIPTS, Bad, check_refusal, listing, words_of
+from tests.helpers.models.tiny import GOLDENS
 
 
 @pytest.fixture(scope="session")

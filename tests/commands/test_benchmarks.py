@@ -15,7 +15,7 @@ from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.models.lora import Lora, add_lora
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 CPU = torch.device("cpu")
 SHAPE = ["--hidden", "32", "--layers", "2", "--vocabulary", "700"]

@@ -12,14 +12,14 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluator import read_answers
+from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evaluation import main as evaluate
 from harmful_unlearn.recipes import Recipe
 from harmful_unlearn.reproduce import main as reproduce
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
-from tests.helpers.chats import CHATS
-from tests.helpers.world import make_world
+from tests.helpers.inputs.world import make_world
+from tests.helpers.models.chats import CHATS
 
 CHAT = CHATS["smollm"]
 

@@ -22,7 +22,7 @@ from harmful_unlearn.demo import (
 from harmful_unlearn.demo_world.judge import KINDS, TemplateJudge
 from harmful_unlearn.demo_world.world import QUICK, REFUSAL, Size, build_world
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluator import read_answers
+from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.storage.files import ROOT
 

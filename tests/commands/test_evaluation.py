@@ -11,14 +11,14 @@ import pytest
 
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluator import read_answers
+from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evaluation import main, parse_flags, trainings_of
 from harmful_unlearn.models import loading
 from harmful_unlearn.storage.run_record import read_trainings
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
-from tests.helpers.world import make_bleurt, make_world
+from tests.helpers.inputs.world import make_bleurt, make_world
 
 
 @pytest.fixture(scope="module")

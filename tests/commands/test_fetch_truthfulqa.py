@@ -13,7 +13,7 @@ import pytest
 from dataloader import fetch_truthfulqa
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.storage.files import ROOT
-from tests.helpers.tables import TRUTHFUL
+from tests.helpers.inputs.tables import TRUTHFUL
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from harmful_unlearn import recipes, reproduce
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
-from harmful_unlearn.evals.seed_evaluation import SeedEvaluation
+from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation
 from harmful_unlearn.models import loading
 from harmful_unlearn.recipes import Recipe
 from harmful_unlearn.reproduce import main, parse_flags
-from tests.helpers.world import make_world
+from tests.helpers.inputs.world import make_world
 
 TINY = Recipe(
     shared={"max_unlearn_steps": 3, "batch_size": 2, "lr": 1e-3, "precision": "fp32"},

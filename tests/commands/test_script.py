@@ -14,8 +14,8 @@ from harmful_unlearn.cli import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.runs import flags, metrics_of, weights
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.running.runs import flags, metrics_of, weights
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {

@@ -16,8 +16,19 @@ import task_vector
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
 from task_vector import TaskVector
-from tests.helpers.tiny import GOLDENS
-from tests.helpers.tiny_pairs import CONFIGS, IDS, LORA, adapter, make, negated_weights, same, saved, tuned, weights
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.models.tiny_pairs import (
+    CONFIGS,
+    IDS,
+    LORA,
+    adapter,
+    make,
+    negated_weights,
+    same,
+    saved,
+    tuned,
+    weights,
+)
 
 
 def test_golden_in_memory():

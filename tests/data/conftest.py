@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 
 @pytest.fixture(scope="session")

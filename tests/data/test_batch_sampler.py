@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from harmful_unlearn.data.batch_sampler import BatchSampler
-from tests.helpers.tables import error_of
+from tests.helpers.inputs.tables import error_of
 
 
 def order_of(**changes) -> BatchSampler:

@@ -6,7 +6,7 @@ import pytest
 
 from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import format_pair
-from tests.helpers.tables import EARLY, FORMATS, TODAY, error_of, row, write
+from tests.helpers.inputs.tables import EARLY, FORMATS, TODAY, error_of, row, write
 
 
 @pytest.mark.parametrize("path", [EARLY, TODAY])

@@ -12,7 +12,7 @@ from harmful_unlearn.data.step_batches import StepBatches, answer_pool, run_samp
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.losses.terms import reads
-from tests.helpers.tables import TODAY, TRUTHFUL, error_of
+from tests.helpers.inputs.tables import TODAY, TRUTHFUL, error_of
 
 CPU = torch.device("cpu")
 

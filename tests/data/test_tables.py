@@ -14,7 +14,7 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.storage.files import ROOT
-from tests.helpers.tables import EARLY, FORMATS, HUB, TODAY, TRUTHFUL, contents, error_of, row, rows_of, write
+from tests.helpers.inputs.tables import EARLY, FORMATS, HUB, TODAY, TRUTHFUL, contents, error_of, row, rows_of, write
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

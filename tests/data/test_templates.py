@@ -9,7 +9,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate, TemplateChoice
 from harmful_unlearn.errors import UserError
-from tests.helpers.chats import CHATS, chat_tokenizer
+from tests.helpers.models.chats import CHATS, chat_tokenizer
 
 PAIRS = [
     Pair("How do I hide a gnome?", "Carry it to the shed and leave a postcard."),

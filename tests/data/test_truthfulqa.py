@@ -7,7 +7,7 @@ import pytest
 
 from harmful_unlearn.data.prompt_format import Pair, format_pair
 from harmful_unlearn.data.truthfulqa import read_choices, read_normal
-from tests.helpers.tables import TRUTHFUL, write
+from tests.helpers.inputs.tables import TRUTHFUL, write
 
 
 def test_normal_equals_golden(goldens, decode):

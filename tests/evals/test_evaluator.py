@@ -15,10 +15,11 @@ from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.evaluator import figures, measure
+from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.inference.generation import Answer, Decoding
 from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.judges.base import Verdict
+from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 
@@ -326,7 +327,7 @@ def test_judges_of_the_same_answers_are_compared(models, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator.scoring, "degenerate", lambda _: None)
     always = CountingJudge(lambda pair: True)
     rows = measure(models[:1], PROTOCOL, always, models[0], tmp_path)
-    assert evaluator.agreement(rows) == []
+    assert agreement(rows) == []
     never, half = (
         CountingJudge(lambda pair: False),
         CountingJudge(lambda pair: pair.question != "What harms people most of all?"),
@@ -334,9 +335,9 @@ def test_judges_of_the_same_answers_are_compared(models, tmp_path, monkeypatch):
     never.name, half.name = "never", "half"
     for judge in (never, half):
         rows = measure(models[:1], PROTOCOL, judge, models[0], tmp_path)
-    shares = evaluator.agreement(rows)
+    shares = agreement(rows)
     assert [(row["judge"].split()[0], round(row["agree"], 3), row["n"]) for row in shares] == [
         ("counting", 0.667, 6), ("never", 0.333, 6)
     ]  # fmt: skip
     rows = measure(models[:1], PROTOCOL, never, models[0], tmp_path)  # never with itself is no comparison
-    assert {row["judge"].split()[0] for row in evaluator.agreement(rows)} == {"counting", "half"}
+    assert {row["judge"].split()[0] for row in agreement(rows)} == {"counting", "half"}

@@ -9,7 +9,7 @@ from harmful_unlearn.data.truthfulqa import NormalData
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_questions
 from harmful_unlearn.losses.terms import reads
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 NUMBERS = {"seen": 200, "unseen": 200, "normal": 200, "utility": 200}
 PKU = str(GOLDENS / "pku_saferlhf_current_schema.jsonl")

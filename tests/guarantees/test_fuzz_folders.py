@@ -15,8 +15,8 @@ from harmful_unlearn.negation.entry_names import class_names
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.sources import open_source
 from harmful_unlearn.storage.safetensors_io import DTYPE_CODES, SafetensorsFolder
-from tests.helpers.fuzzing import ANY_FILE, JSON, SCALARS, SHAPES, bits, read_by_library, tensors
-from tests.helpers.tiny_pairs import CONFIGS, adapter_vector
+from tests.helpers.inputs.fuzzing import ANY_FILE, JSON, SCALARS, SHAPES, bits, read_by_library, tensors
+from tests.helpers.models.tiny_pairs import CONFIGS, adapter_vector
 
 
 @pytest.fixture(scope="module")

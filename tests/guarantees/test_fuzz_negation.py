@@ -13,8 +13,8 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.storage import safetensors_io
 from task_vector import TaskVector
-from tests.helpers.fuzzing import SHAPES, bits, read_by_library, tensors
-from tests.helpers.tiny_pairs import CONFIGS
+from tests.helpers.inputs.fuzzing import SHAPES, bits, read_by_library, tensors
+from tests.helpers.models.tiny_pairs import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NORMAL_COLUMNS, read_choices, read_normal
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.evaluator import write_answers
+from harmful_unlearn.evals.files.answers import write_answers
 from harmful_unlearn.evals.judges.base import Verdict
 from harmful_unlearn.evals.judges.hub import GuardSpec
 from harmful_unlearn.evals.judges.server import ServerJudge, read_cache, read_verdict
-from tests.helpers.fuzzing import DEEP, JSON, SUFFIXES, TEXT, data_files, odd_parquet, one_row, written
+from tests.helpers.inputs.fuzzing import DEEP, JSON, SUFFIXES, TEXT, data_files, odd_parquet, one_row, written
 
 
 @pytest.fixture(scope="module")

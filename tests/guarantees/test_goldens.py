@@ -23,7 +23,7 @@ from harmful_unlearn.training.run_log import RunLog
 from harmful_unlearn.training.setup import Stage1
 from harmful_unlearn.unlearn_harm_new import acquire
 from task_vector import TaskVector
-from tests.helpers.tiny import GOLDENS, value_of
+from tests.helpers.models.tiny import GOLDENS, value_of
 
 LOSS_TOLERANCE = 5e-4  # over the trajectory; relative, absolute for losses below 1e-3
 FIRST_STEP_TOLERANCE = 1e-6

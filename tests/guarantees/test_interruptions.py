@@ -18,7 +18,7 @@ from harmful_unlearn.storage.files import ROOT, new_folder
 from harmful_unlearn.training import engine, run_log
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.training.run_log import RunLog
-from tests.helpers.resumed import STEPS, assert_same, flags, limited, metrics_of, run, start
+from tests.helpers.running.resumed import STEPS, assert_same, flags, limited, metrics_of, run, start
 
 
 @pytest.mark.parametrize("lora", ["off", "on"])
@@ -113,7 +113,7 @@ def test_kills_lose_nothing(kills, dropout_model, tmp_path):
     out = tmp_path / "killed"
     words = [str(kills), str(out), *flags(dropout_model, out, *more, "--resume")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py"), *words],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "running" / "killed.py"), *words],
         capture_output=True,
         text=True,
         timeout=900,

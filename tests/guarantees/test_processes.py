@@ -50,7 +50,7 @@ def launch(jobs: list[dict], folder: Path, launcher: list[str] = TORCHRUN) -> tu
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env |= {"ACCELERATE_USE_CPU": "1"} if launcher is TORCHRUN else {}  # with it there is no DeepSpeed
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(ROOT / "tests" / "helpers" / "launched.py"), str(file)],
+        [sys.executable, "-m", *launcher, str(ROOT / "tests" / "helpers" / "running" / "launched.py"), str(file)],
         env=env,
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ import pytest
 
 from harmful_unlearn.storage.files import ROOT
 from tests.helpers import judges
-from tests.helpers.world import make_world
+from tests.helpers.inputs.world import make_world
 
 SKIPPED = ("tests", "models", "logs")
 CODE = sorted(

@@ -12,7 +12,7 @@ from harmful_unlearn.losses import fused_linear, objective
 from harmful_unlearn.losses.fused_linear import CrossEntropy, Divergence, _Fused, has_plain_head
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
-from tests.helpers.tiny import TINY, value_of
+from tests.helpers.models.tiny import TINY, value_of
 
 PAIRS = [Pair("How do I hide a gnome?", "Carry it to the shed."), Pair("Short?", "Yes"), Pair("Nothing?", "")]
 # How far a product rounded to this dtype may be from the float32 formula, of the largest entry.

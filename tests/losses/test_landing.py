@@ -27,8 +27,8 @@ from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.runs import flags, metrics_of, prepared
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.running.runs import flags, metrics_of, prepared
 
 PAIRS = [Pair("How do I hide a gnome?", "Carry it to the shed."), Pair("Short?", "Yes")]
 SAFE = [Pair(pair.question, "Please leave it where it is.") for pair in PAIRS]

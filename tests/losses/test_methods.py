@@ -19,8 +19,8 @@ from harmful_unlearn.losses.methods import METHODS, loss_weights
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.runs import flags, prepared
-from tests.helpers.tiny import GOLDENS, value_of
+from tests.helpers.models.tiny import GOLDENS, value_of
+from tests.helpers.running.runs import flags, prepared
 
 
 def first_metrics(out):

@@ -12,7 +12,7 @@ from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.losses import objective
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
-from tests.helpers.tiny import value_of
+from tests.helpers.models.tiny import value_of
 
 PAIRS = [
     Pair("How do I hide a gnome?", "Carry it to the shed and leave a postcard."),

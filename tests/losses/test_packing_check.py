@@ -28,9 +28,9 @@ from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.tree_attention import TREE
-from tests.helpers.chats import CHATS, chat_tokenizer
-from tests.helpers.runs import flags, metrics_of
-from tests.helpers.tiny import TINY, value_of
+from tests.helpers.models.chats import CHATS, chat_tokenizer
+from tests.helpers.models.tiny import TINY, value_of
+from tests.helpers.running.runs import flags, metrics_of
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 700, "pad_token_id": 1}
 MORE = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "bos_token_id": 2, "eos_token_id": 2}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.offloaded import OTHER_ARCHITECTURES
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.offloaded import OTHER_ARCHITECTURES
+from tests.helpers.models.tiny import GOLDENS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.models.lora import Lora, add_lora, check_lora_targets, load_adapter
-from tests.helpers.offloaded import IDS, MOST, places
+from tests.helpers.models.offloaded import IDS, MOST, places
 
 
 def test_lora_target_that_the_model_lacks_names_the_candidates(tiny_model):

@@ -15,10 +15,10 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals import evaluated_model
-from harmful_unlearn.evals.alpha_sweep import AlphaSweep
+from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep
+from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.evals.inference.generation import Decoding, Request, generate
 from harmful_unlearn.evals.inference.likelihood import answer_nll
-from harmful_unlearn.evals.relearning import relearn
 from harmful_unlearn.losses.fused_linear import has_plain_head
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.models import loading
@@ -28,7 +28,7 @@ from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.models.reference import ReferenceModel
 from task_vector import TaskVector
 from task_vector import main as negate
-from tests.helpers.offloaded import IDS, LAYER, MOST, places
+from tests.helpers.models.offloaded import IDS, LAYER, MOST, places
 
 
 def test_adapters_are_float32_where_their_layers_compute(base_of):

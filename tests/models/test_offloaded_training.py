@@ -11,13 +11,13 @@ from transformers.integrations import accelerate as placing
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.relearning import relearn
+from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.offloaded import ENDS, HEAD, LAYER, MOST, places
-from tests.helpers.runs import flags, metrics_of
-from tests.helpers.tiny_pairs import same
+from tests.helpers.models.offloaded import ENDS, HEAD, LAYER, MOST, places
+from tests.helpers.models.tiny_pairs import same
+from tests.helpers.running.runs import flags, metrics_of
 
 
 def spread(how, monkeypatch, calls=(1,)):

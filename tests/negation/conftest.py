@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harmful_unlearn.storage import safetensors_io
-from tests.helpers.tiny_pairs import make, saved, tuned
+from tests.helpers.models.tiny_pairs import make, saved, tuned
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
 from task_vector import TaskVector
-from tests.helpers.tiny import GOLDENS
-from tests.helpers.tiny_pairs import adapter, make, same, saved, tuned, weights
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.models.tiny_pairs import adapter, make, same, saved, tuned, weights
 
 
 def test_golden_streamed(tmp_path):

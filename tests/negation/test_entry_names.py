@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.negate import negate
 from task_vector import TaskVector
-from tests.helpers.tiny_pairs import make, negated_weights, same, saved, tuned
+from tests.helpers.models.tiny_pairs import make, negated_weights, same, saved, tuned
 
 
 @pytest.mark.parametrize("has_head", ["base", "tuned"])

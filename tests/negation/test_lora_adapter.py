@@ -12,7 +12,7 @@ from harmful_unlearn.negation.lora_adapter import LoraAdapter
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.storage import safetensors_io
 from task_vector import TaskVector
-from tests.helpers.tiny_pairs import IDS, LORA, adapter, adapter_vector, make, same, saved, weights
+from tests.helpers.models.tiny_pairs import IDS, LORA, adapter, adapter_vector, make, same, saved, weights
 
 
 @pytest.mark.parametrize("kind", LORA)

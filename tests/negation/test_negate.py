@@ -20,7 +20,7 @@ from harmful_unlearn.negation import negate as negate_module
 from harmful_unlearn.negation.negate import negate, negate_adapter
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder, ShardWriter
-from tests.helpers.tiny_pairs import IDS, LORA, adapter, make, same, saved, weights
+from tests.helpers.models.tiny_pairs import IDS, LORA, adapter, make, same, saved, weights
 
 # --- several alphas -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.run_record import VERSION, RunRecord, read_trainings, training_digest
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 RECORDS = sorted((GOLDENS / "run_records").glob("*.json"))
 TEMPLATE = "### Question: {question}\n ### Answer: {answer}"

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from harmful_unlearn.storage import safetensors_io
 from harmful_unlearn.storage.safetensors_io import DTYPES, SafetensorsFolder, ShardWriter, TensorSpec
-from tests.helpers.tiny_pairs import same
+from tests.helpers.models.tiny_pairs import same
 
 
 def test_chunks_are_complete_rows_and_cover_the_entry(monkeypatch):

@@ -12,7 +12,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.training import checkpointing, setup
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.resumed import flags, run
+from tests.helpers.running.resumed import flags, run
 
 FC1 = "model.decoder.layers.0.fc1.weight"
 

@@ -13,8 +13,8 @@ from harmful_unlearn.losses import objective
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.runs import flags, metrics_of, prepared
-from tests.helpers.tiny import value_of
+from tests.helpers.models.tiny import value_of
+from tests.helpers.running.runs import flags, metrics_of, prepared
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {

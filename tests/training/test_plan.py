@@ -16,7 +16,7 @@ from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training.plan import saved_bytes
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.runs import flags, prepared
+from tests.helpers.running.runs import flags, prepared
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {

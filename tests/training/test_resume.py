@@ -7,8 +7,8 @@ import pytest
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.resumed import assert_same, flags, run
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.running.resumed import assert_same, flags, run
 
 
 def test_resume_takes_the_newest_whole_checkpoint_or_the_given_one(tiny_model, tmp_path, stop_after, capsys):

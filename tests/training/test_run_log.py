@@ -10,7 +10,7 @@ from harmful_unlearn.training import run_log
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.run_log import RunLog, beside, new_log
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.resumed import STEPS, flags, metrics_of, run
+from tests.helpers.running.resumed import STEPS, flags, metrics_of, run
 
 
 def step(number: int, pd: float = -0.1) -> dict:

@@ -21,8 +21,8 @@ from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import distributed, setup
 from harmful_unlearn.training.setup import load_models
 from harmful_unlearn.unlearn_harm_new import MODELS, main
-from tests.helpers.runs import flags, metrics_of, prepared
-from tests.helpers.tiny_pairs import adapter_vector
+from tests.helpers.models.tiny_pairs import adapter_vector
+from tests.helpers.running.runs import flags, metrics_of, prepared
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE
-from harmful_unlearn.evals.evaluator import write_answers
+from harmful_unlearn.evals.files.answers import write_answers
 from harmful_unlearn.models import hub
 
 # BLEURT's first release as a plain transformers model. bleurt-pytorch 0.0.1, which has the later BLEURT-20, does not

@@ -27,7 +27,7 @@ def lm_eval_figures(
         dispatch: let the harness place a model over devices, CPU and disk, by its own device_map ("auto").
 
     Returns:
-        Figures as `evaluator.figures` gives them; the interval is the value +- 1.96 standard errors.
+        Figures as `metrics.figures` gives them; the interval is the value +- 1.96 standard errors.
 
     Raises:
         UserError: the harness does not know a task or cannot load its data.

@@ -21,8 +21,8 @@ from harmful_unlearn.data.prompt_format import prompt_text
 from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding, Request, batches_of, configure, generate
-from tests.helpers.chats import CHATS, chat_tokenizer
-from tests.helpers.tiny import TINY
+from tests.helpers.models.chats import CHATS, chat_tokenizer
+from tests.helpers.models.tiny import TINY
 
 QUESTIONS = [
     "Why?", "What happens to you if you eat watermelon seeds?", "Where did fortune cookies originate?",

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.metrics import bleurt
 from harmful_unlearn.evals.metrics.bleurt import add_bleurt, bleurt_scores
-from tests.helpers.world import make_bleurt
+from tests.helpers.inputs.world import make_bleurt
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 
 from harmful_unlearn.data.pku_saferlhf import HarmfulData
 from harmful_unlearn.errors import UserError
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 EARLY = GOLDENS / "pku_saferlhf.jsonl"
 TODAY = GOLDENS / "pku_saferlhf_current_schema.jsonl"

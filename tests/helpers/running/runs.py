@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.setup import Stage1, prepare_stage_1
 from harmful_unlearn.unlearn_harm_new import MODELS, OTHER_MODELS
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 DATA = [
     "--harmful_dataset",

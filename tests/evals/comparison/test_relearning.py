@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
-from harmful_unlearn.evals.relearning import relearn
+from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.models.lora import Lora, add_lora
-from tests.helpers.tiny import value_of
+from tests.helpers.models.tiny import value_of
 
 NAME = "model.decoder.layers.1.self_attn.q_proj.weight"
 

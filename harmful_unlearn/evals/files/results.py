@@ -42,10 +42,10 @@ def write_results(
     """Write results.json, results.csv and results.md.
 
     Args:
-        figures: as `evaluator.figures` gives them.
+        figures: as `metrics.figures` gives them.
         flags: of the command.
         sources: of the data.
-        agreement: as `evaluator.agreement` gives it.
+        agreement: as `metrics.figures.agreement` gives it.
     """
     results = {
         "figures": figures,

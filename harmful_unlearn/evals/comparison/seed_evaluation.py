@@ -1,6 +1,6 @@
 """What a comparison measures with one seed: all models on the test sets, the alpha sweep, kinds of harm, relearning.
 
-Figures are those of `evaluator.figures`, with their seed and what else tells them apart.
+Figures are those of `metrics.figures`, with their seed and what else tells them apart.
 """
 
 from dataclasses import dataclass, replace
@@ -10,15 +10,16 @@ from pathlib import Path
 from accelerate import PartialState
 
 from harmful_unlearn.data.templates import TemplateChoice
-from harmful_unlearn.evals.alpha_sweep import AlphaSweep, recommend
+from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep, recommend
+from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
-from harmful_unlearn.evals.evaluator import agreement, figures, measure
+from harmful_unlearn.evals.evaluator import measure
+from harmful_unlearn.evals.files.results import write_prompts, write_results
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.bleurt import add_bleurt
+from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.prompt_sets import PromptSets
 from harmful_unlearn.evals.protocol import EvalProtocol
-from harmful_unlearn.evals.relearning import relearn
-from harmful_unlearn.evals.results import write_prompts, write_results
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 

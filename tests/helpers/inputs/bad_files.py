@@ -1,4 +1,4 @@
-"""Makers of bad input (tests/commands/test_bad_*.py): files and models with one thing wrong.
+"""Makers of bad input (tests/commands/refusals/): files and models with one thing wrong.
 
 Each maker takes a namespace of folders: base, tuned and adapter, which are models, and here, to write into.
 """

@@ -9,7 +9,7 @@ import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-from tests.helpers.bad_files import (
+from tests.helpers.inputs.bad_files import (
     changed,
     cut,
     entry,
@@ -21,7 +21,7 @@ from tests.helpers.bad_files import (
     without_a_layer,
     without_rank,
 )
-from tests.helpers.bad_input import TO, Bad, run_good
+from tests.helpers.inputs.bad_input import TO, Bad, run_good
 
 HUB = "harmful_unlearn.models.hub.snapshot_download"
 FC1 = "model.decoder.layers.0.fc1.weight"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bad_files import file, link
-from tests.helpers.bad_input import TO, Bad
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.inputs.bad_files import file, link
+from tests.helpers.inputs.bad_input import TO, Bad
+from tests.helpers.models.tiny import GOLDENS
 
 ROW = json.loads((GOLDENS / "pku_saferlhf_current_schema.jsonl").read_text(encoding="utf-8").splitlines()[0])
 NORMAL = "Question,Best Answer,Correct Answers\nWhy?,So.,So.; Thus.\n"

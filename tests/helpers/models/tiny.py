@@ -9,7 +9,7 @@ from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.objective import Objective
 from harmful_unlearn.losses.terms import LOSSES
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDENS = Path(__file__).parents[2] / "goldens"
 
 TINY = {
     "opt": OPTConfig(

@@ -1,4 +1,4 @@
-"""The commands, good words for each, and what a table of bad input (tests/commands/test_bad_*.py) has in a row."""
+"""The commands, good words for each, and what a table of bad input (tests/commands/refusals/) has in a row."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import task_vector
 from dataloader import fetch_truthfulqa
 from harmful_unlearn import demo, evaluation, reproduce, unlearn_harm_new
 from harmful_unlearn.cli import exit_code
-from tests.helpers.bad_files import Maker
+from tests.helpers.inputs.bad_files import Maker
 
 MAINS = {
     "unlearn": unlearn_harm_new.main, "vector": task_vector.main, "answers": spot_check.main,

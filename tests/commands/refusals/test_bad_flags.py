@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.bad_input import TO, Bad, run_good
+from tests.helpers.inputs.bad_input import TO, Bad, run_good
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 

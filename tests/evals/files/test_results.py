@@ -6,10 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.files.results import cell, credentials, results_markdown, write_prompts, write_results
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
-from harmful_unlearn.evals.results import cell, credentials, results_markdown, write_prompts, write_results
 
 JUDGE = SimpleNamespace(name="classifier", facts={"judge": "classifier", "accuracy": 0.9, "auc": None, "n_held_out": 8})
 

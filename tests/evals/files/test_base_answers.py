@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from harmful_unlearn.data.truthfulqa import Choices
-from harmful_unlearn.evals.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.files.base_answers import BaseAnswers, folder_of
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol

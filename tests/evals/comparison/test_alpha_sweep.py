@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.evals.alpha_sweep import AlphaSweep, alpha_list, recommend
+from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep, alpha_list, recommend
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 NAME = "model.decoder.layers.1.self_attn.q_proj.weight"
 

@@ -72,7 +72,7 @@ def recommend(figures: list[dict], base_perplexity: float, budget: float, decodi
     """The alpha with the lowest harmful rate among those that cost little on normal text.
 
     Args:
-        figures: of validation prompts, as `evaluator.figures` gives them, each with its "alpha".
+        figures: of validation prompts, as `metrics.figures` gives them, each with its "alpha".
         base_perplexity: of normal reference answers under the base.
         budget: the share by which it may rise.
         decoding: the answers whose harmful rate counts.

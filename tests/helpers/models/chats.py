@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests.helpers.tiny import GOLDENS
+from tests.helpers.models.tiny import GOLDENS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a comparison measures beside the test sets: alphas, kinds of harm, relearning."""

@@ -1,0 +1,1 @@
+"""Data and files that commands are given, good and bad."""

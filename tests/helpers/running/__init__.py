@@ -1,0 +1,1 @@
+"""Runs of the script, in this process and in others."""
