@@ -18,7 +18,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import deepspeed, distributed
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers import runs
+from tests.helpers.running import runs
 
 # The gradient of this bias is zero but for rounding, which AdamW makes steps of.
 NOISE = "k_proj.bias"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main
-from tests.helpers import runs
+from tests.helpers.running import runs
 
 SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 STEPS = 6
