@@ -189,7 +189,7 @@ def unlearn_command(home: Path, seed: int, size: Size, **changes: object) -> lis
         "max_unlearn_steps": size.unlearning_steps,
         "batch_size": 2,
         "seed": seed,
-        "precision": "fp32",  # the same figures on every machine
+        "precision": "fp32",  # also on machines that have bf16
         "model_save_dir": shown(home / "harmful"),
         "task_vector_saving_path": shown(home / "unlearned"),
         "log_file": shown(home / "unlearn.log"),
@@ -244,7 +244,7 @@ def measure_models(home: Path, labels: list[str], world: World, seed: int) -> li
         seed=seed,
         choices={},
     )
-    load = partial(load_model, precision="fp32", device_map="cpu")  # the same figures on every machine
+    load = partial(load_model, precision="fp32", device_map="cpu")  # also on machines that have bf16 or a GPU
     models = [evaluated_model(label, home / label, load) for label in labels]
     rows = measure(models, protocol, judge, models[0], home / "evaluation")
     return figures(rows, protocol, home / "evaluation") + kind_figures(rows, protocol, judge)
