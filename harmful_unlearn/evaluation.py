@@ -61,6 +61,12 @@ class MeasuringSettings(DataSettings, TemplateSettings):
     n_unseen: int = _prompts("at most N harmful prompts that it never touched; 0: none")
     n_normal: int = _prompts("at most N normal prompts held out; 0: none")
     n_utility: int = _prompts("at most N tasks of --utility_dataset; 0: none")
+    prompts: str = flag(
+        "which part of the prompts: test, or validation, which holds others and no seen ones, to choose settings on",
+        group="data and prompts",
+        choices=("test", "validation"),
+        default="test",
+    )
     decoding: list[str] = _asking(
         "how answers are made; both may be given (default: sampled)",
         nargs="+",
@@ -99,6 +105,11 @@ class MeasuringSettings(DataSettings, TemplateSettings):
         """The decodings that --decoding names."""
         names = dict.fromkeys(self.decoding)
         return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
+
+    def draw(self, data: EvalData, seed: int) -> PromptSets:
+        """The prompts of a seed. With --prompts validation these stand in for the test prompts. Raises UserError."""
+        sets = draw_prompts(data, self.prompt_numbers, seed)
+        return replace(sets, test=sets.validation, of_category={}) if self.prompts == "validation" else sets
 
     def protocol(self, sets: PromptSets, data: EvalData, seed: int, template: Template) -> EvalProtocol:
         """How models are measured on the test prompts."""
@@ -180,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     base_folder, trainings = hub.resolve_model(settings.base), trainings_of(folders, settings.trained_as)
     template = settings.template_of(trainings, base_folder)
     data = EvalData.read(settings, trainings)
-    sets = draw_prompts(data, settings.prompt_numbers, seed)
+    sets = settings.draw(data, seed)
     print("\n".join(f"{name:<8} {len(prompts)} prompts" for name, prompts in sets.test.items()))
 
     print(f"template {template.name}: {template.text!r}")

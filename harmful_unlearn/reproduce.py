@@ -4,9 +4,9 @@
 With the choice of alpha, two kinds of harm, and three seeds:
     python harmful_unlearn/reproduce.py --model_name facebook/opt-2.7b --output logs/reproduce \\
         --seeds 8888 8889 8890 --alpha_sweep 0,0.25,...,2 --harm_category "Cybercrime" --harm_category "Drugs"
-Only some rows, without the relearning check:
+Only some rows, with other settings than the recipe's, on the prompts for choosing settings:
     python harmful_unlearn/reproduce.py --model_name B --recipe facebook/opt-2.7b --output O \\
-        --runs sku task_vector --relearn_steps 0
+        --runs sku task_vector --relearn_steps 0 --prompts validation --train_flags "--lr 5e-5"
 
 The hyper-parameters are in recipes.py, by model name (--recipe takes another model's). "{seed}" in a path is replaced
 by the seed. What OUTPUT holds already is not done again: after an interruption give the same command.
@@ -35,7 +35,7 @@ from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
-from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts
+from harmful_unlearn.evals.prompt_sets import EvalData
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
-    asked = {name: getattr(settings, name) for name in ("decoding", "temperature", "top_k", "max_new_tokens", "judge")}
+    names = ("prompts", "decoding", "temperature", "top_k", "max_new_tokens", "judge")
+    asked = {name: getattr(settings, name) for name in names}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     learning_rates = dict(zip(("soft", "strong"), settings.relearn_lr, strict=True))
     comparison = Comparison(
@@ -178,10 +179,12 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     base = hub.resolve_model(own.model_name)
     template = own.template_of(trainings, base)
     data = EvalData.read(own, trainings)
-    sets = draw_prompts(data, own.prompt_numbers, seed)
+    sets = own.draw(data, seed)
     judged = (sets.test, sets.validation, sets.of_category if vectors else {})
     prompts = chain.from_iterable(part.values() for part in judged)
     folder = own.output / f"seed-{seed}"
+    if own.prompts == "validation":
+        folder /= "validation"  # apart from the answers to test prompts
     judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed, template)
     evaluation = SeedEvaluation(folder, base, judge, sets, protocol, template.choice, own.device_map)
     comparison.judge["by_seed"][str(seed)] = judge.facts
@@ -282,6 +285,9 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):
         parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")
+    if args.prompts == "validation" and (args.relearn_steps or args.harm_category):
+        parser.error("relearning and kinds of harm are measured on test prompts: with --prompts validation give "
+                     "--relearn_steps 0 and no --harm_category")
     recipe = args.recipe or args.model_name
     if recipe not in RECIPES:
         known = ", ".join(RECIPES)

@@ -98,6 +98,29 @@ def test_seeds_have_models_and_data_of_their_own(world, tmp_path):
     assert not (comparison["sweep"] or comparison["categories"] or comparison["relearning"])
 
 
+def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path):
+    shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
+    main(flags(world, tmp_path, "--runs", "sku", "--prompts", "validation", "--alpha_sweep", "1", parts=False))
+    folder = tmp_path / "seed-0" / "validation"
+    asked = json.loads((folder / "evaluation" / "prompts.json").read_text())
+    tested = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())
+    assert set(asked) == {"unseen", "normal"} and all(asked.values())
+    for name, prompts in asked.items():
+        assert not {row["prompt"] for row in prompts} & {row["prompt"] for row in tested[name]}
+    assert not (tmp_path / "seed-0" / "evaluation").exists()
+    comparison = comparison_of(tmp_path)
+    assert comparison["settings"]["prompts"] == "validation"
+    rates = {
+        (row["set"], row["decoding"], row["metric"]): row["value"]
+        for row in comparison["figures"]
+        if row["model"] == "sku"
+    }
+    swept = [row for row in comparison["sweep"] if row["alpha"] == 1]
+    assert swept and all(rates[row["set"], row["decoding"], row["metric"]] == row["value"] for row in swept)
+    main(flags(world, tmp_path, "--runs", "sku", parts=False))  # the same models, on the test prompts
+    assert comparison_of(tmp_path)["settings"]["prompts"] == "test"
+
+
 def test_a_category_is_measured_on_its_own_unseen_prompts(whole, world):
     prompts = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
     answers = rows_of(whole / "seed-0" / "categories" / "answers" / "sum.jsonl")
@@ -244,6 +267,8 @@ def test_a_judge_that_is_not_there_is_named_before_any_training(world, tmp_path)
         ["--recipe", "gpt"],
         ["--seeds"],
         ["--relearn_lr", "1"],
+        ["--prompts", "validation"],
+        ["--prompts", "validation", "--relearn_steps", "0"],
     ],
 )
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
