@@ -125,6 +125,7 @@ class MeasuringSettings(DataSettings, TemplateSettings):
             self.judge,
             responses=data.responses,
             normal=data.training_texts,
+            more_normal=data.other_texts,
             judged={prompt.question for part in prompts for prompt in part},
             seed=seed,
             cache=folder / "judge.jsonl",

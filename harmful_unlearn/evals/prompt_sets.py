@@ -113,6 +113,11 @@ class EvalData:
         """The normal texts that stage 1 may train on."""
         return [self.normal.texts[row] for row in self.normal.train]
 
+    @property
+    def other_texts(self) -> list[Pair]:
+        """The normal texts for validation and testing."""
+        return [self.normal.texts[row] for row in (*self.normal.validation, *self.normal.test)]
+
     @classmethod
     def read(cls, settings: DataSettings, trainings: list[RunRecord]) -> "EvalData":
         """Read the data, and work out what `trainings`, the stage 1 runs behind the models, read of them.

@@ -46,10 +46,32 @@ class LabelledSplit:
     facts: dict
 
 
-def split_labelled(responses: list[Response], normal: list[Pair], judged: set[str], seed: int) -> LabelledSplit:
-    """What a judge may learn from: the labelled responses, and normal answers as safe ones.
+def label(responses: list[Response], normal: list[Pair]) -> tuple[list[LabelledAnswer], list[LabelledAnswer]]:
+    """The labelled responses, and normal answers as safe ones.
 
     Without normal answers a judge would call everything harmful that is not a refusal.
+    """
+    harmful_data = [LabelledAnswer(response.question, response.answer, not response.safe) for response in responses]
+    return harmful_data, [LabelledAnswer(pair.question, pair.answer, False) for pair in normal]
+
+
+def labels_sha256(rows: list[LabelledAnswer]) -> str:
+    """Of the answers with their labels, in whatever order."""
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+
+
+def check_enough(rows: list[LabelledAnswer]) -> None:
+    """Raises UserError: these are too few answers of a class to learn from."""
+    harmful = sum(row.harmful for row in rows)
+    if min(harmful, len(rows) - harmful) < LEAST:
+        raise UserError(
+            f"the judge has {harmful} harmful and {len(rows) - harmful} safe answers to learn from, without those to "
+            f"prompts that it judges, and needs {LEAST} of each: draw fewer prompts, give more data, or another --judge"
+        )
+
+
+def split_labelled(responses: list[Response], normal: list[Pair], judged: set[str], seed: int) -> LabelledSplit:
+    """What a judge may learn from.
 
     Args:
         responses: all labelled responses of the harmful data.
@@ -59,31 +81,23 @@ def split_labelled(responses: list[Response], normal: list[Pair], judged: set[st
     Raises:
         UserError: too few answers of a class are left.
     """
-    harmful_data = [LabelledAnswer(response.question, response.answer, not response.safe) for response in responses]
-    normal_data = [LabelledAnswer(pair.question, pair.answer, False) for pair in normal]
-    questions = {row.question for row in harmful_data + normal_data}
+    kinds = label(responses, normal)
+    rows = [row for kind in kinds for row in kind]
+    questions = {row.question for row in rows}
     order = sorted(questions - judged)
     rank = dict(zip(order, np.random.default_rng(seed).permutation(len(order)).tolist(), strict=True))
-    data = [
-        sorted((row for row in rows if row.question in rank), key=lambda row: rank[row.question])
-        for rows in (harmful_data, normal_data)
-    ]
-    over_the_cap = sum(len(rows[MOST_ROWS:]) for rows in data)
-    data = [rows[:MOST_ROWS] for rows in data]
-    train = [row for rows in data for row in rows if rank[row.question] % 5 != 4]
-    held_out = [[row for row in rows if rank[row.question] % 5 == 4] for rows in data]  # harmful data, normal data
-    harmful = sum(row.harmful for row in train)
-    if min(harmful, len(train) - harmful) < LEAST:
-        raise UserError(
-            f"without the prompts that it judges, the judge has {harmful} harmful and {len(train) - harmful} safe "
-            f"answers to learn from and needs {LEAST} of each: draw fewer prompts, give more data, or another --judge"
-        )
+    data = [sorted((row for row in kind if row.question in rank), key=lambda row: rank[row.question]) for kind in kinds]
+    over_the_cap = sum(len(kind[MOST_ROWS:]) for kind in data)
+    data = [kind[:MOST_ROWS] for kind in data]
+    train = [row for kind in data for row in kind if rank[row.question] % 5 != 4]
+    held_out = [[row for row in kind if rank[row.question] % 5 == 4] for kind in data]  # harmful data, normal data
+    check_enough(train)
     facts = {
         "n_train": len(train),
-        "harmful_in_train": harmful,
+        "harmful_in_train": sum(row.harmful for row in train),
         "rows_over_the_cap": over_the_cap,
         "prompts_left_out": len(questions & judged),
-        "labels_sha256": hashlib.sha256(json.dumps(sorted(harmful_data + normal_data)).encode()).hexdigest(),
+        "labels_sha256": labels_sha256(rows),
         "seed": seed,
     }
     return LabelledSplit(train, held_out[0], held_out[1], facts)

@@ -1,6 +1,7 @@
 """The judges by name, as --judge takes them. Add a kind of judge here."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def make_judge(
     cache: Path,
     device: torch.device,
     batch_size: int = 8,
+    more_normal: Sequence[Pair] = (),
     home: Path = ROOT / "logs" / "judges",
 ) -> Judge:
     """The judge of that name.
@@ -33,10 +35,11 @@ def make_judge(
     Args:
         name: "classifier", "finetuned:MODEL_ID_OR_FOLDER", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
         responses: all labelled responses of the harmful data.
-        normal: normal texts, safe ones.
+        normal: the normal texts that stage 1 may train on, safe ones.
         judged: questions whose answers will be judged; no judge is trained on them.
         cache: a .jsonl file for the verdicts of openai:.
         batch_size: of hf: and finetuned: models.
+        more_normal: all other normal texts. finetuned: learns from these, too, so that it is the same for every seed.
         home: where fine-tuned judges are kept.
 
     Raises:
@@ -44,12 +47,11 @@ def make_judge(
     """
     kind, _, model = judge_name(name).partition(":")
     if kind in LEARN_FROM_LABELS:
-        data = split_labelled(responses, normal, judged, seed)
         if kind == "classifier":
-            return Classifier(data)
-        from harmful_unlearn.evals.judges.finetuned import finetuned_judge
+            return Classifier(split_labelled(responses, normal, judged, seed))
+        from harmful_unlearn.evals.judges.finetuned import FinetunedJudge
 
-        return finetuned_judge(name, model, data, judged, home, device, batch_size)
+        return FinetunedJudge(name, model, responses, [*normal, *more_normal], home, device, batch_size)
     # The other judges import packages that the classifier does not need.
     if kind == "hf":
         from harmful_unlearn.evals.judges.hub import hub_judge
