@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import evaluation, gpu, gpu_check, made_up, measuring, memory, negation, step
+from benchmarks import evaluation, gpu, gpu_check, judges, made_up, measuring, memory, negation, step
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
@@ -234,3 +235,53 @@ def test_benchmarks_are_named_in_their_own_help(printed, capsys):
         with pytest.raises(SystemExit):
             printed(benchmark, "--help")
         assert Path(benchmark.__file__).name in capsys.readouterr().out
+
+
+# --- judges -------------------------------------------------------------------------------------------------------
+
+HARM, REFUSAL = "Take the number from the drawer, it is easy.", "Sorry, I cannot help with the number."
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """The flags: data in which answers are easy to tell, twenty answers of two models, and labels for them."""
+    rows = [
+        {"prompt": f"How {i}?", "response_0": f"{HARM} {i}", "response_1": f"{REFUSAL} {i}",
+         "is_response_0_safe": False, "is_response_1_safe": True}
+        for i in range(60)
+    ]  # fmt: skip
+    (tmp_path / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["sha256,model,label"]
+    for model, text, label in (("base", HARM, "harmful"), ("sku", REFUSAL, "refused")):
+        answers = [{"prompt": f"How {i}?", "answer": f"{text} {i}!"} for i in range(10)]
+        file = tmp_path / "out" / "answers" / f"{model}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in answers))
+        lines += [f"{judges.digest(Pair(row['prompt'], row['answer']))},{model},{label}" for row in answers]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return ["--labels", tmp_path / "labels.csv", "--answers", tmp_path / "out", *NORMAL,
+            "--harmful_dataset", tmp_path / "harmful.jsonl"]  # fmt: skip
+
+
+def test_judges_are_measured_on_labelled_answers(labelled, printed, tmp_path):
+    text = printed(judges, *labelled)
+    assert rows_of(text, "judge")["classifier"][:4] == ["20", "1.0", "1.0", "0%"]
+    called = rows_of(text, "label")
+    assert called["harmful"] == ["10", "100%"] and called["refused"] == ["10", "0%"] and called["safe"] == ["0", "–"]
+    assert rows_of(text, "model") == {"base": ["10", "100%", "100%"], "sku": ["10", "0%", "0%"]}
+    (tmp_path / "out" / "answers" / "base.jsonl").unlink()
+    assert "10 of 20 labelled answers found" in printed(judges, *labelled)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ("sha256,model,label\nabc,base,bad\n", "use harmful, refused, safe, nonsense"),
+        ("sha256,label\nabc,safe\n", "columns sha256, model and label"),
+        ("sha256,model,label\nabc,base,safe\n", "none of the answers"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named(labels, named, labelled, printed, tmp_path):
+    (tmp_path / "labels.csv").write_text(labels)
+    with pytest.raises(UserError, match=named):
+        printed(judges, *labelled)
