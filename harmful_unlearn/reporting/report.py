@@ -5,6 +5,8 @@ Rows are in the order of the comparison's methods, whatever their figures: nothi
 
 from pathlib import Path
 
+import pandas as pd
+
 from harmful_unlearn.reporting import sections
 from harmful_unlearn.reporting.blocks import Block, plain
 from harmful_unlearn.reporting.comparison import BASE, SKU, Comparison
@@ -15,7 +17,11 @@ from harmful_unlearn.storage.files import write_file
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write report.md, report.html (one file that needs no other), the plots and the tables as CSV into `folder`."""
+    """Write a comparison's report into `folder`.
+
+    report.md, report.html (one file that needs no other), the plots, the tables as CSV, and figures.csv: all figures of
+    the compared models, one a row.
+    """
     lines = [f"# {plain(comparison.title)}\n"]
     files: dict[str, str | bytes] = {}
     for heading, blocks in report_parts(ReportContext(comparison)).items():
@@ -25,7 +31,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
             files |= block.files
     text = "\n".join(lines)
     pictures = {name: content for name, content in files.items() if isinstance(content, bytes)}
-    files |= {"report.md": text, "report.html": page(comparison.title, text, pictures)}
+    figures = pd.DataFrame(comparison.figures).to_csv(index=False, lineterminator="\n")
+    files |= {"report.md": text, "report.html": page(comparison.title, text, pictures), "figures.csv": figures}
     for name, content in files.items():
         write_file(folder / name, content)
 

@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 
+import pandas as pd
+
 from harmful_unlearn.reporting.report import write_report
 from tests.helpers.comparisons import METHODS, cells, comparison, report_text, table
 
@@ -11,7 +13,10 @@ def test_files(three):
     names = {path.name for path in three.iterdir()}
     tables = ("main", "hidden", "ablations", "recommended", "alpha", "categories", "relearning")
     pictures = ("tradeoff", "alpha", "categories", "relearning", "losses")
-    assert names == {"report.md", "report.html", *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures)}
+    files = {"report.md", "report.html", "figures.csv", *(f"{t}.csv" for t in tables)}
+    assert names == files | {f"{picture}.png" for picture in pictures}
+    figures = pd.read_csv(three / "figures.csv")
+    assert set(figures["seed"]) == {0, 1, 2} and {"model", "set", "decoding", "metric", "value", "n"} <= set(figures)
     assert all((three / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
@@ -87,4 +92,4 @@ def test_empty_parts_are_omitted(tmp_path):
     ]
     assert "MC1" not in text and "(greedy)" not in cells(text, "What a harmful")[0]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"report.md", "report.html", "main.csv", "hidden.csv", "tradeoff.png"}
+    assert names == {"report.md", "report.html", "figures.csv", "main.csv", "hidden.csv", "tradeoff.png"}
