@@ -37,8 +37,8 @@ class JudgeTraining:
     """How each of the two is trained: AdamW, one epoch, a rate that rises over a tenth of the steps and falls to 0.
 
     Attributes:
-        answers: at most so many, half of them harmful. A SmolLM2-135M takes about ten minutes for them on two cores
-            that compute in bf16, and half an hour on two that do not.
+        answers: at most so many, half of them harmful. A SmolLM2-135M takes half an hour for them on two cores that do
+            not compute in bf16.
         held_out: answers to the other half of the questions that it is measured on, at most.
         tokens: of a text; longer ones are cut.
         seed: of what is drawn, of the head's first weights, and of dropout.
