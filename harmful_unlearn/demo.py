@@ -4,9 +4,8 @@
     python harmful_unlearn/demo.py --seeds 3       # mean and range over three
     python harmful_unlearn/demo.py --quick         # a smaller world, under a minute
 
-Everything is made from nothing (demo_world/). The project's own commands, which are printed as they
-run, unlearn it and show answers; its own evaluation measures both models, with a judge that is exact. The base model is
-pre-trained once for each seed and kept.
+Everything is made from nothing (demo_world/). The project's own commands, which are printed as they run, unlearn it and
+show answers; its own evaluation measures both models by an exact judge. A seed's base model is trained once and kept.
 """
 
 import hashlib

@@ -109,7 +109,12 @@ class MeasuringSettings(DataSettings, TemplateSettings):
     def draw(self, data: EvalData, seed: int) -> PromptSets:
         """The prompts of a seed. With --prompts validation these stand in for the test prompts. Raises UserError."""
         sets = draw_prompts(data, self.prompt_numbers, seed)
-        return replace(sets, test=sets.validation, of_category={}) if self.prompts == "validation" else sets
+        if self.prompts == "test":
+            return sets
+        validation = {name: prompts for name, prompts in sets.validation.items() if prompts}
+        if not validation:
+            raise UserError("there is no validation prompt to measure on: give more data, or --n_unseen above 0")
+        return replace(sets, test=validation, of_category={})
 
     def protocol(self, sets: PromptSets, data: EvalData, seed: int, template: Template) -> EvalProtocol:
         """How models are measured on the test prompts."""

@@ -198,6 +198,7 @@ def test_a_model_that_saw_no_harm_has_no_seen_prompts(world, tmp_path):
         (["--judge", "oracle"], "classifier"),
         (["--lm_eval", "truthfulqa_mc1"], "pip install lm_eval"),
         (["--max_new_tokens", "1000"], "max_new_tokens"),
+        (["--prompts", "validation", "--n_unseen", "0", "--n_normal", "0"], "no validation prompt"),
         (["--backend", "vllm"], "pip install vllm"),
     ],
 )

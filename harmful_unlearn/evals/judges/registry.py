@@ -46,13 +46,13 @@ def make_judge(
         UserError: there is no such judge, or it lacks what it needs.
     """
     kind, _, model = judge_name(name).partition(":")
-    if kind in LEARN_FROM_LABELS:
-        if kind == "classifier":
-            return Classifier(split_labelled(responses, normal, judged, seed))
+    if kind == "classifier":
+        return Classifier(split_labelled(responses, normal, judged, seed))
+    # The other judges import packages that the classifier does not need.
+    if kind == "finetuned":
         from harmful_unlearn.evals.judges.finetuned import FinetunedJudge
 
         return FinetunedJudge(name, model, responses, [*normal, *more_normal], home, device, batch_size)
-    # The other judges import packages that the classifier does not need.
     if kind == "hf":
         from harmful_unlearn.evals.judges.hub import hub_judge
 
