@@ -1,5 +1,6 @@
 """What a run came to: the time of each stage, tokens, peak memory, where the results are, and what to type next."""
 
+import os
 import resource
 import shlex
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.run_log import RunLog
 
@@ -29,14 +31,19 @@ def summary(settings: TrainingSettings, log: RunLog, harmful: Path, first_step: 
     unlearned = str(settings.task_vector_saving_path)
     if negated:
         lines.append(f"unlearned      {unlearned}")
-        command = ["main.py", "--base", settings.model_name, "--unlearned", unlearned]
+        command = [_script("main.py"), "--base", settings.model_name, "--unlearned", unlearned]
     else:
-        command = ["harmful_unlearn/unlearn_harm_new.py", "--model_name", settings.model_name]
+        command = [_script("harmful_unlearn/unlearn_harm_new.py"), "--model_name", settings.model_name]
         command += ["--method", settings.method]
         if settings.negates:
             command += ["--scaling_coef", f"{settings.scaling_coef:g}"]
         command += ["--saved_model", str(harmful), "--task_vector_saving_path", unlearned]
     return "\n".join([*lines, f"log            {log.file}", f"next           {shlex.join(['python', *command])}"])
+
+
+def _script(path: str) -> str:
+    """A file of this repository, as one types it from here."""
+    return os.path.relpath(ROOT / path)
 
 
 def _duration(seconds: float) -> str:

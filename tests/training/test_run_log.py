@@ -5,7 +5,10 @@ import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from harmful_unlearn.cli import exit_code
+from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import run_log
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.run_log import RunLog, beside, new_log
@@ -93,10 +96,15 @@ def test_the_end_says_what_it_came_to(tiny_model, tmp_path, capsys):
     assert summary[-1].endswith(f"main.py --base {tiny_model('opt')} --unlearned {tmp_path / 'unlearned'}")
 
 
-def test_the_next_command_after_stage_1_alone_is_stage_2(tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("folder", "script"),
+    [(ROOT, "harmful_unlearn/unlearn_harm_new.py"), (ROOT / "harmful_unlearn", "unlearn_harm_new.py")],
+)
+def test_the_next_command_after_stage_1_alone_is_stage_2(folder, script, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     assert run(tiny_model("opt"), tmp_path, "--stage", "acquire") == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[:3] == ["next", "python", "harmful_unlearn/unlearn_harm_new.py"]
+    assert words[:3] == ["next", "python", script]
     assert exit_code(lambda: main([*words[3:], "--log_file", str(tmp_path / "2.log")])) == 0
     assert (tmp_path / "unlearned" / "model.safetensors").exists()
 
