@@ -178,10 +178,11 @@ def steps(part: str, device: torch.device, tiny: bool, rate: float) -> list[list
             optimizer.zero_grad(set_to_none=False)
             return passes
 
-        for number in range(WARM_UP):
+        warm_up, most_steps = (1, 1) if tiny else (WARM_UP, MOST_STEPS)
+        for number in range(warm_up):
             step(number)
-        while len(times) < (1 if tiny else MOST_STEPS) and sum(times) < LONGEST:
-            number = WARM_UP + len(times)
+        while len(times) < most_steps and sum(times) < LONGEST:
+            number = warm_up + len(times)
             times.append(measuring.seconds_of(lambda number=number: step(number), device))  # type: ignore[misc]
             packed = StepBatches(collator, sampler, harmful, normal, needed, math.inf, limit)(number, device)
             needs.append(measuring.needed_flops(model, packed, WEIGHTS))

@@ -28,6 +28,7 @@ from harmful_unlearn.storage.files import ROOT
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIDE_OF_MATRIX = {"cuda": 8192, "cpu": 2048}  # whose product tells the machine's rate
 KINDS = ("matrix products", "attention", "copies and casts", "head and losses", "other")
 ATTENTION = re.compile("TreeAttention|scaled_dot_product|flex_attention|flash|_softmax")
 COPIES = re.compile("copy_|_to_copy|clone|contiguous|aten::cat|aten::to$|aten::fill_|aten::zero_|memcpy|memset", re.I)
@@ -51,7 +52,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product, the best of four, with the threads that torch has now."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = SIDE_OF_MATRIX[device.type]
     matrix = torch.randn(size, size, device=device, dtype=DTYPES[precision])
     with torch.inference_mode():
         return 2 * size**3 / min(seconds_of(lambda: F.linear(matrix, matrix), device) for _ in range(4))

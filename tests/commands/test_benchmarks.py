@@ -24,6 +24,12 @@ DATA = ["--harmful_dataset", str(GOLDENS / "pku_saferlhf_current_schema.jsonl")]
 NORMAL = ["--normal_dataset", str(GOLDENS / "TruthfulQA.csv")]
 
 
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """A product of the usual size takes many seconds without bf16 instructions."""
+    monkeypatch.setitem(measuring.SIDE_OF_MATRIX, "cpu", 256)
+
+
 @pytest.fixture
 def printed(monkeypatch, capsys):
     """`printed(step, "--lora")`: what the benchmark prints."""
@@ -60,7 +66,6 @@ def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
 @pytest.mark.parametrize("more", [[], ["--lora"], ["--precision", "bf16"], ["--lora", "--precision", "bf16"]])
 def test_all_ways_of_a_step(more, printed, monkeypatch):
     monkeypatch.setattr(step, "of_own_process", lambda name: 2**20)
-    monkeypatch.setattr(measuring, "matmul_rate", lambda *_: 1e11)
     text = printed(step, "--device", "cpu", *SHAPE, "--repeat", 1, "--ways", *step.WAYS, *more)
     rows = rows_of(text, "step")
     assert list(rows) == list(step.WAYS)
@@ -147,7 +152,8 @@ def test_every_part_of_the_gpu_benchmark_runs(tmp_path):
     output = tmp_path / "gpu.json"
     flags = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(output), "--folder", str(tmp_path)]
     lines = ["import sys", "sys.path.insert(0, '.')", "sys.modules['datasets'] = None", f"sys.argv = {flags}"]
-    words = [sys.executable, "-c", "; ".join([*lines, "import benchmarks.gpu", "benchmarks.gpu.main()"])]
+    lines += ["from benchmarks import gpu, measuring", "measuring.SIDE_OF_MATRIX['cpu'] = 256", "gpu.main()"]
+    words = [sys.executable, "-c", "; ".join(lines)]
     text = measuring.watched(words, "VmHWM")[2]
     report = json.loads(output.read_text())
     assert len(report["tables"]["check"]) == 6 and len(report["tables"]["steps"]) >= 8
