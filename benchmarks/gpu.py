@@ -148,7 +148,7 @@ def steps(part: str, device: torch.device, tiny: bool, rate: float) -> list[list
     config, lora = CONFIGS[name][tiny], MODELS[name]
     tokenizer = made_up.word_tokenizer(config.vocab_size)
     collator = Collator(ReleasedTemplate(tokenizer), "released", context_length(config))
-    harmful, normal = made_up.data(tokenizer)
+    harmful, normal = made_up.data(tokenizer, answer=15 if tiny else made_up.ANSWER)
     model, base = models_of(config, lora, four_bit, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

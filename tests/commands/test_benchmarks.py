@@ -66,7 +66,8 @@ def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
 @pytest.mark.parametrize("more", [[], ["--lora"], ["--precision", "bf16"], ["--lora", "--precision", "bf16"]])
 def test_all_ways_of_a_step(more, printed, monkeypatch):
     monkeypatch.setattr(step, "of_own_process", lambda name: 2**20)
-    text = printed(step, "--device", "cpu", *SHAPE, "--repeat", 1, "--ways", *step.WAYS, *more)
+    short = [*SHAPE, "--answer_tokens", 15, "--repeat", 1]
+    text = printed(step, "--device", "cpu", *short, "--ways", *step.WAYS, *more)
     rows = rows_of(text, "step")
     assert list(rows) == list(step.WAYS)
     assert {name: row[0] for name, row in rows.items() if name != "released"} == dict.fromkeys(
