@@ -1,0 +1,79 @@
+"""Print a table of docs/claims.md from figures.csv of reproduce.py's OUTPUT, or from a copy of it in docs/claims.
+
+.venv/bin/python scripts/claims_table.py docs/claims/smollm2-chat.csv
+"""
+
+import sys
+from collections.abc import Callable
+
+import pandas as pd
+
+TITLES = {  # rows, in the order of the table
+    "base": "base",
+    "sku-published": "SKU, published lr and weights",
+    "sku": "SKU",
+    "sku-no-gd": "SKU without GD",
+    "sku-no-rd": "SKU without RD",
+    "sku-no-pd": "SKU without PD",
+    "sku-pd-turned": "SKU, PD's sign turned",
+    "task_vector": "task vector",
+    "ga_mismatch": "GA + mismatch",
+    "lands": "LANDS",
+}
+PERCENT, NUMBER, MULTIPLE = "percent", "number", "multiple of the base's"
+COLUMNS = {  # title: set, metric, and how it is written
+    "harmful, seen, %": ("seen", "harmful_rate", PERCENT),
+    "harmful, unseen, %": ("unseen", "harmful_rate", PERCENT),
+    "lower bound, %": ("unseen", "harmful_rate_low", PERCENT),
+    "upper bound, %": ("unseen", "harmful_rate_high", PERCENT),
+    "degenerate, %": ("unseen", "degenerate_rate", PERCENT),
+    "answers' perplexity": ("unseen", "answer_perplexity", NUMBER),
+    "normal references ×": ("normal", "reference_perplexity", MULTIPLE),
+    "ROUGE-L to the base's answers": ("normal", "rouge_base", NUMBER),
+    "base's answers to everyday tasks ×": ("utility", "base_answer_perplexity", MULTIPLE),
+}
+WITH_INTERVAL = "harmful, unseen, %"
+WRITE: dict[str, Callable[[float], str]] = {
+    PERCENT: lambda value: f"{100 * value:.1f}",
+    NUMBER: lambda value: f"{value:.3g}",
+    MULTIPLE: lambda value: f"{value:.2f}" if value < 100 else f"{value:.2g}",
+}
+
+
+def table(figures: pd.DataFrame) -> str:
+    """A row for each model: its figure for one seed, and mean (lowest–highest) for several.
+
+    Args:
+        figures: the columns of figures.csv.
+    """
+    lines = [f"| method | seeds | {' | '.join(COLUMNS)} |", f"| --- | ---: |{' ---: |' * len(COLUMNS)}"]
+    for model, title in TITLES.items():
+        own = figures[figures["model"] == model]
+        if len(own):
+            cells = [cell(figures, own, *column, title == WITH_INTERVAL) for title, column in COLUMNS.items()]
+            lines.append(f"| {title} | {own['seed'].nunique()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(figures: pd.DataFrame, own: pd.DataFrame, prompts: str, metric: str, form: str, interval: bool) -> str:
+    """One cell; "–" where nothing was measured."""
+
+    def of(rows: pd.DataFrame) -> pd.DataFrame:
+        return rows[(rows["set"] == prompts) & (rows["metric"] == metric)].set_index("seed")
+
+    rows, write = of(own), WRITE[form]
+    values = rows["value"]
+    if form == MULTIPLE:
+        values = values / of(figures[figures["model"] == "base"])["value"]
+    values = values.dropna()
+    if not len(values):
+        return "–"
+    if len(values) > 1:
+        return f"{write(values.mean())} ({write(values.min())}–{write(values.max())})"
+    ends = f" [{write(rows['low'].iloc[0])}, {write(rows['high'].iloc[0])}]" if interval else ""
+    return f"{write(values.iloc[0])}{ends}"
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        print(table(pd.read_csv(path)))
