@@ -1,6 +1,8 @@
-"""Print a table of docs/claims.md from figures.csv of reproduce.py's OUTPUT, or from a copy of it in docs/claims.
+"""Print a table of docs/claims.md.
 
-.venv/bin/python scripts/claims_table.py docs/claims/smollm2-chat.csv
+Its figures are figures.csv of reproduce.py's OUTPUT, or a copy of that in docs/claims:
+
+    .venv/bin/python scripts/claims_table.py docs/claims/smollm2-chat.csv
 """
 
 import sys
