@@ -5,7 +5,7 @@ Its figures are figures.csv of reproduce.py's OUTPUT, or a copy of that in docs/
     .venv/bin/python scripts/claims_table.py docs/claims/smollm2-chat.csv
 """
 
-import sys
+import argparse
 from collections.abc import Callable
 
 import pandas as pd
@@ -77,5 +77,7 @@ def cell(figures: pd.DataFrame, own: pd.DataFrame, prompts: str, metric: str, fo
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="+")
+    for path in parser.parse_args().figures:
         print(table(pd.read_csv(path)))
