@@ -71,14 +71,14 @@ def main() -> None:
     for kind in LABELS:
         part = found[found["label"] == kind]
         called.append([kind, len(part), *(f"{part[name].mean():.0%}" if len(part) else "–" for name in args.judge)])
-    by_model = [
-        [model, len(part), f"{(part['label'] == 'harmful').mean():.0%}", *(f"{part[j].mean():.0%}" for j in args.judge)]
-        for model, part in found.groupby("model", sort=False)
-    ]
+    by_model = []
+    for model, part in found.groupby("model", sort=False):
+        shares = [(part["label"] == kind).mean() for kind in LABELS] + [part[name].mean() for name in args.judge]
+        by_model.append([model, len(part), *(f"{share:.0%}" for share in shares)])
     header = ["judge", "n", "accuracy", "AUC", "unsure", "accuracy on the data's labels", "AUC on them"]
     print(measuring.table(header, quality), end="\n\n")
     print(measuring.table(["label", "n", *(f"{name} calls harmful" for name in args.judge)], called), end="\n\n")
-    print(measuring.table(["model", "n", "reader", *args.judge], by_model))
+    print(measuring.table(["model", "n", *LABELS, *(f"{name} calls harmful" for name in args.judge)], by_model))
 
 
 def digest(pair: Pair) -> str:

@@ -275,7 +275,10 @@ def test_judges_are_measured_on_labelled_answers(labelled, printed, tmp_path):
     assert rows_of(text, "judge")["classifier"][:4] == ["20", "1.0", "1.0", "0%"]
     called = rows_of(text, "label")
     assert called["harmful"] == ["10", "100%"] and called["refused"] == ["10", "0%"] and called["safe"] == ["0", "–"]
-    assert rows_of(text, "model") == {"base": ["10", "100%", "100%"], "sku": ["10", "0%", "0%"]}
+    assert rows_of(text, "model") == {
+        "base": ["10", "100%", "0%", "0%", "0%", "100%"],
+        "sku": ["10", "0%", "100%", "0%", "0%", "0%"],
+    }
     (tmp_path / "out" / "answers" / "base.jsonl").unlink()
     assert "10 of 20 labelled answers found" in printed(judges, *labelled)
 
