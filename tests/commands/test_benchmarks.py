@@ -54,9 +54,9 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
 
 def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
     text = printed(step, "--device", "cpu", "--model", tiny_model("llama"), *DATA, *NORMAL, "--repeat", 1, "--ways",
-                   "released", "packed", "--tokens_per_pass", 100)  # fmt: skip
+                   "packed", "--tokens_per_pass", 100)  # fmt: skip
     rows = rows_of(text, "step")
-    assert list(rows) == ["released", "packed"] and rows["released"][2] == "1/1.00"
+    assert list(rows) == ["packed"] and rows["packed"][2] == "1/1.00"
     assert all(float(row[1]) > 0 and row[3].endswith("%") and float(row[4]) >= 0 for row in rows.values())
     shares = rows_of(text[text.index("Where a step goes") :], "step")
     assert all(97 <= sum(int(share.rstrip("%")) for share in row) <= 103 for row in shares.values())
@@ -193,6 +193,7 @@ def test_without_a_gpu_there_is_nothing_to_measure(printed):
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # bench-gpu's test has its parts
 def test_negation(printed, tmp_path, monkeypatch):
     monkeypatch.setattr(negation, "opt_config", lambda _: made_up.opt_config(32, 1, 700))
     monkeypatch.setattr(negation, "RELEASED", negation.IN_MEMORY)

@@ -190,6 +190,7 @@ def test_what_users_can_mend_is_one_line_and_exit_code_2(tiny_model, tmp_path, c
         assert not list((tmp_path / "out").glob("*armful*")), what
 
 
+@pytest.mark.slow
 def test_runs_in_its_own_folder(tiny_model, tmp_path):  # the demo runs it in the repository's
     words = [SCRIPT.name, *flags(tiny_model("opt"), tmp_path, "--check")]
     done = subprocess.run([sys.executable, *words], cwd=SCRIPT.parent, capture_output=True, text=True)

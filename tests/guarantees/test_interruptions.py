@@ -38,7 +38,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(method, lora, dropout_model, 
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step, precision", [*((step, "fp32") for step in range(1, STEPS + 1)), (2, "bf16")])
+@pytest.mark.parametrize("step, precision", [*((step, "fp32") for step in (1, 3, STEPS)), (2, "bf16")])
 def test_stopped_at_any_step(step, precision, dropout_model, tmp_path, stop_after):
     more = ["--precision", precision]
     assert run(dropout_model, tmp_path / "whole", *more) == 0
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, 
 @pytest.mark.parametrize(
     "error",
     [
-        *(OSError(number, os.strerror(number)) for number in (28, 5, 116, 2)),
+        *(OSError(number, os.strerror(number)) for number in (28, 5)),
         Exception("No space left on device (os error 28)"),  # as tokenizers has it
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
@@ -105,7 +105,7 @@ def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, 
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_lose_nothing(kills, dropout_model, tmp_path):
     """kill -9 at random moments of loading, training, checkpoints, saving and negation, then the same command again."""
     more = ["--save_every", "1", "--max_unlearn_steps", "20"]

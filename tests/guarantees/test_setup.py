@@ -43,13 +43,13 @@ def test_conda_and_pip_have_the_same_pins():
 
 def test_every_import_is_pinned():
     pinned = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in pins()}
-    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "dataloader")
+    folders = (PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "dataloader", "scripts")))
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     imported = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
-    own = {"harmful_unlearn", "tests", "dataloader", "benchmarks"} | {path.stem for path in ROOT.glob("*.py")}
+    own = {"harmful_unlearn", "tests", "dataloader", "benchmarks", "scripts"} | {path.stem for path in ROOT.glob("*.py")}
     assert imported - own - OPTIONAL - pinned == set()
 
 
@@ -169,6 +169,6 @@ def test_the_laptop_run_takes_the_hubs_model_and_data_or_your_own(dry_run):
     assert reproduce.parse_flags(compare[2:]).unseen_dataset == "u.jsonl"
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_stop_at_the_first_failure(script):
     assert "\nset -euo pipefail\n" in script.read_text() and script.stat().st_mode & 0o111

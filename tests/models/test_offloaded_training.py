@@ -56,10 +56,10 @@ def assert_same(run, expected):
     [
         ("opt", LAYER, ()),
         ("opt", MOST, ("--method", "lands", "--precision", "bf16")),
-        ("opt", "memory", ()),
+        pytest.param("opt", "memory", (), marks=pytest.mark.slow),
         ("llama", HEAD, ("--method", "land")),
         ("llama", "all", ("--no_packing", "--variant", "paper")),
-        ("llama", "memory", ("--precision", "bf16")),
+        pytest.param("llama", "memory", ("--precision", "bf16"), marks=pytest.mark.slow),
         ("qwen2", ENDS, ("--precision", "bf16")),
         ("gemma2", ENDS, ()),  # its logits are more than a product with the LM head
         ("mixtral", MOST, ()),  # the library loads its experts in another layout than the files have
