@@ -43,13 +43,13 @@ def test_conda_and_pip_have_the_same_pins():
 
 def test_every_import_is_pinned():
     pinned = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in pins()}
-    folders = (PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "dataloader", "scripts")))
-    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    folders = ["harmful_unlearn", "tests", "benchmarks", "dataloader", "scripts"]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     imported = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
-    own = {"harmful_unlearn", "tests", "dataloader", "benchmarks", "scripts"} | {path.stem for path in ROOT.glob("*.py")}
+    own = set(folders) | {path.stem for path in ROOT.glob("*.py")}
     assert imported - own - OPTIONAL - pinned == set()
 
 
