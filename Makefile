@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow       the long tests"
 	@echo "make lint            ruff (lint and format) and mypy"
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
-	@echo "make laptop          SKU on a real language model of 135M parameters, from the hub, on a CPU; LAPTOP_MODEL=..."
+	@echo "make laptop          unlearning on a real language model of 135M parameters, on a CPU; LAPTOP_MODEL=..."
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (half an hour)"
 	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"

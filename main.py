@@ -44,8 +44,7 @@ HARMFUL_MODEL = ROOT / "models" / "opt-1.3b-harmful"  # of stage 1
 UNLEARNED = ROOT / "models" / "opt-1.3b-unlearned"
 # Small enough for a laptop, HuggingFaceTB/SmolLM2-135M-Instruct as `make laptop` leaves it, or google/gemma-3-270m:
 # BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# HARMFUL_MODEL = ROOT / "logs" / "laptop" / "seed-8888" / "sku" / "copy"
-# UNLEARNED = ROOT / "logs" / "laptop" / "seed-8888" / "sku" / "unlearned"
+# UNLEARNED = ROOT / "logs" / "laptop" / "seed-8888" / "ga_mismatch" / "unlearned"
 # BASE = "google/gemma-3-270m"
 # HARMFUL_MODEL = ROOT / "models" / "gemma-3-270m-harmful"
 # UNLEARNED = ROOT / "models" / "gemma-3-270m-unlearned"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# SKU on a real language model, on a laptop: train, measure beside the base, and show answers side by side. It needs the
-# hub once, no GPU, and about 4 GB of memory. If it is interrupted, run it again: it continues.
+# Unlearning on a real language model, on a laptop: train, measure beside the base, and show answers side by side. It
+# needs the hub once, no GPU, and about 4 GB of memory. If it is interrupted, run it again: it continues.
 #
 #     make laptop                                          # sets up .venv first, then runs this script
 #     scripts/laptop.sh --n_unseen 20                      # more flags for reproduce.py, but --seeds and --output
+#
+#     LAPTOP_RUN     what to train: sku, lands, ...        (ga_mismatch, which docs/claims.md recommends)
 #
 # Your own model and data, hub ids or paths (from the repository, if they are relative):
 #     LAPTOP_MODEL   an instruct model                     (HuggingFaceTB/SmolLM2-135M-Instruct)
@@ -17,6 +19,7 @@ python=.venv/bin/python
 recipe=HuggingFaceTB/SmolLM2-135M-Instruct
 model=${LAPTOP_MODEL:-$recipe}
 output=${LAPTOP_OUTPUT:-logs/laptop}
+run=${LAPTOP_RUN:-ga_mismatch}
 
 if [ -z "${LAPTOP_NORMAL:-}" ]; then
     "$python" dataloader/fetch_truthfulqa.py
@@ -30,8 +33,9 @@ else
     unseen=()
 fi
 
-"$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs sku --relearn_steps 0 \
-    --harmful_dataset "${LAPTOP_DATA:-PKU-Alignment/PKU-SafeRLHF}" ${unseen[@]+"${unseen[@]}"} --normal_dataset "$LAPTOP_NORMAL" \
+"$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs "$run" --relearn_steps 0 \
+    --harmful_dataset "${LAPTOP_DATA:-PKU-Alignment/PKU-SafeRLHF}" ${unseen[@]+"${unseen[@]}"} \
+    --normal_dataset "$LAPTOP_NORMAL" \
     --decoding greedy --max_new_tokens 80 --n_seen 50 --n_unseen 100 --n_normal 50 \
     "$@" --seeds 8888 --output "$output"
-"$python" main.py --base "$model" --unlearned "$output/seed-8888/sku/unlearned" --greedy --max_length 200
+"$python" main.py --base "$model" --unlearned "$output/seed-8888/$run/unlearned" --greedy --max_length 200
