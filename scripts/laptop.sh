@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Unlearning on a real language model, on a laptop: train, measure beside the base, and show answers side by side. It
-# needs the hub once, no GPU, and about 4 GB of memory. If it is interrupted, run it again: it continues.
+# needs the hub once, no GPU, and 5.5 GB of memory. If it is interrupted, run it again: it continues.
 #
 #     make laptop                                          # sets up .venv first, then runs this script
 #     scripts/laptop.sh --n_unseen 20                      # more flags for reproduce.py, but --seeds and --output
