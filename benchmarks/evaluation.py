@@ -30,7 +30,7 @@ from benchmarks import made_up, measuring
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.data.prompt_format import NEXT_QUESTION, Pair
+from harmful_unlearn.data.prompt_format import NEXT_QUESTION, Asked, Pair
 from harmful_unlearn.data.templates import ReleasedTemplate, Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding, Request, configure, generate
@@ -146,7 +146,7 @@ def answers(
     tokens_per_batch: int,
 ) -> list[str]:
     """Ours."""
-    requests = [Request(pair.question, decoding, (1, index)) for index, pair in enumerate(pairs)]
+    requests = [Request(Asked(pair.question), decoding, (1, index)) for index, pair in enumerate(pairs)]
     made = [
         answer for batch in generate(model, template, max_new_tokens, tokens_per_batch, requests) for answer in batch
     ]

@@ -4,6 +4,8 @@
 Several named models, judged by a language model behind an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY):
     python harmful_unlearn/evaluation.py --model sku=models/a --model ga=models/b --base facebook/opt-2.7b \\
         --judge openai:gpt-4o-mini --output logs/eval
+Does it hold under attack? Other ways to ask for the same harm:
+    python harmful_unlearn/evaluation.py --model models/a --base B --attacks prefill jailbreak --output logs/eval
 Greedy answers to 50 prompts of each set, and TruthfulQA by the evaluation harness (pip install lm_eval):
     python harmful_unlearn/evaluation.py --model models/a --base B --decoding greedy --n_seen 50 --n_unseen 50 \\
         --n_normal 50 --lm_eval truthfulqa_mc1 --output logs/eval
@@ -30,9 +32,11 @@ from accelerate import PartialState
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.attacks.asking import AttackSettings, plain_protocol
+from harmful_unlearn.evals.attacks.figures import attack_figures
 from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import measure
-from harmful_unlearn.evals.files.results import write_prompts, write_results
+from harmful_unlearn.evals.files.results import write_attacks, write_prompts, write_results
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
@@ -42,6 +46,7 @@ from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.models import hub
+from harmful_unlearn.models.loading import load_config
 from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.files import ROOT, check_target, resolved, user_path
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
@@ -144,7 +149,7 @@ def folder_or_none(text: str) -> Path | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MeasuringSettings):
+class EvaluationSettings(MeasuringSettings, AttackSettings):
     """The flags of this command. Once parsed, `model` is label -> path or id."""
 
     model: dict[str, str] = flag(
@@ -213,7 +218,12 @@ def main(arguments: list[str] | None = None) -> None:
         load = partial(load, template=own)
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
     judge = settings.make_judge(data, sets.test.values(), seed, output)
+    attacks = settings.attacked(protocol, data.responses, load_config(base_folder), template)
     rows = measure(models, protocol, judge, reference, output, settings.base_answers)
+    attacked = {}
+    for name, attack in attacks.items():
+        print(f"attack: {name}, {attack.answers} answers by each model")
+        attacked[name] = measure(models, attack, judge, None, output / "attacks" / name, settings.base_answers)
     write_prompts(output, sets.test)
     if settings.bleurt:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)
@@ -231,6 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
         agreement=agreement(rows),
     )
     print((output / "results.md").read_text(encoding="utf-8"))
+    if attacks:
+        plain = plain_protocol(protocol, settings.n_attacked)
+        write_attacks(output, attack_figures(plain, rows, attacks, attacked), judge)
+        print((output / "attacks.md").read_text(encoding="utf-8"))
     print(f"also in {output}: results.json, results.csv, prompts.json, answers/")
 
 

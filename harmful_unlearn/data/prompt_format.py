@@ -20,6 +20,20 @@ class Pair:
     ended: bool = True
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked.
+
+    Attributes:
+        shots: questions with answers that precede the question, as if they had been asked and answered.
+        prefill: the beginning of the answer, which the model continues.
+    """
+
+    question: str
+    shots: tuple[Pair, ...] = ()
+    prefill: str = ""
+
+
 def format_pair(question: str, answer: str) -> str:
     """The authors' text of a question with its answer."""
     return PROMPT_TEMPLATE.format(question=question, answer=answer)

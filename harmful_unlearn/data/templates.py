@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from harmful_unlearn.data.prompt_format import (
     NEXT_QUESTION,
     PROMPT_TEMPLATE,
+    Asked,
     Pair,
     format_pair,
     format_prefix,
@@ -59,8 +60,12 @@ class Template(ABC):
         """The tokens before an answer, whose number the released code computes with (implementation detail 3)."""
 
     @abstractmethod
+    def contexts(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """The tokens that a model is asked with, and continues."""
+
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """The tokens that a model is asked with."""
+        """The tokens that a model is asked questions with."""
+        return self.contexts([Asked(question) for question in questions])
 
 
 class ReleasedTemplate(Template):
@@ -77,8 +82,12 @@ class ReleasedTemplate(Template):
     def prefixes(self, questions: Sequence[str]) -> list[list[int]]:
         return self._ids([format_prefix(question) for question in questions])
 
-    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        return self._ids([prompt_text(question) for question in questions])
+    def contexts(self, asked: Sequence[Asked]) -> list[list[int]]:
+        texts = []
+        for one in asked:
+            shots = "".join(format_pair(shot.question, shot.answer) + "\n" for shot in one.shots)
+            texts.append(shots + prompt_text(one.question) + (f" {one.prefill}" if one.prefill else ""))
+        return self._ids(texts)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts)["input_ids"] if texts else []  # the tokenizer adds its BOS
@@ -132,7 +141,7 @@ class ChatTemplate(Template):
         self.text = whole.removesuffix(self._rest).rstrip()
 
     def texts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        prompts = iter(self._prompts([pair.question for pair in pairs if not pair.answer.strip()]))
+        prompts = iter(self._contexts([Asked(pair.question) for pair in pairs if not pair.answer.strip()]))
         rendered = iter(self._render([pair for pair in pairs if pair.answer.strip()]))
         whole = [
             next(rendered).removesuffix(self._rest).rstrip() if pair.answer.strip() else next(prompts) for pair in pairs
@@ -147,21 +156,28 @@ class ChatTemplate(Template):
     def prefixes(self, questions: Sequence[str]) -> list[list[int]]:
         return self.prompts(questions)
 
-    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        return self._ids(self._prompts(questions))
+    def contexts(self, asked: Sequence[Asked]) -> list[list[int]]:
+        return self._ids(self._contexts(asked))
 
-    def _prompts(self, questions: Sequence[str]) -> list[str]:
-        rendered = self._render([Pair(question, "{answer}") for question in questions])
-        return [text.rpartition("{answer}")[0].removesuffix(self._space) for text in rendered]
+    def _contexts(self, asked: Sequence[Asked]) -> list[str]:
+        rendered = self._render([Pair(one.question, "{answer}") for one in asked], [one.shots for one in asked])
+        before = [text.rpartition("{answer}")[0] for text in rendered]
+        return [
+            text + one.prefill if one.prefill else text.removesuffix(self._space)
+            for text, one in zip(before, asked, strict=True)
+        ]
 
-    def _turns(self, question: str, answer: str | None = None) -> list[dict[str, str]]:
-        turns = [("system", self.system_prompt), ("user", question), ("assistant", answer)]
+    def _turns(self, question: str, answer: str | None = None, shots: Sequence[Pair] = ()) -> list[dict[str, str]]:
+        turns = [("system", self.system_prompt)]
+        turns += [turn for shot in shots for turn in (("user", shot.question), ("assistant", shot.answer))]
+        turns += [("user", question), ("assistant", answer)]
         return [{"role": role, "content": content} for role, content in turns if content is not None]
 
-    def _render(self, pairs: list[Pair]) -> list[str]:
+    def _render(self, pairs: list[Pair], shots: Sequence[Sequence[Pair]] | None = None) -> list[str]:
         if not pairs:
             return []
-        conversations = [self._turns(pair.question, pair.answer) for pair in pairs]
+        before = shots or [()] * len(pairs)
+        conversations = [self._turns(pair.question, pair.answer, own) for pair, own in zip(pairs, before, strict=True)]
         return self.tokenizer.apply_chat_template(conversations, tokenize=False, chat_template=self._jinja)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

@@ -50,14 +50,15 @@ def measure(
     models: list[EvaluatedModel],
     protocol: EvalProtocol,
     judge: Judge,
-    reference: EvaluatedModel,
+    reference: EvaluatedModel | None,
     folder: Path,
     base_answers: Path | None = None,
 ) -> dict[str, list[dict]]:
     """Answers, perplexities and verdicts of every model; what `folder` holds already is not made again.
 
     Args:
-        reference: the language model under which the answers' perplexity is computed.
+        reference: the language model under which the answers' perplexity is computed; None for answers and verdicts
+            only, without perplexities and scores.
         base_answers: a folder where the base's answers and scores are kept for other evaluations, and looked for.
 
     Returns:
@@ -71,10 +72,10 @@ def measure(
     for model in models:
         kept = folder_of(base_answers, protocol, model) if base_answers else None
         is_base = model.label == BASE
-        rows[model.label] = _answer_and_score(
-            model, protocol, record, folder, kept if is_base else None, [] if is_base else rows[BASE]
-        )
-    _add_perplexities(rows, protocol, reference, folder)
+        base_rows = rows.get(BASE, []) if reference else None
+        rows[model.label] = _answer_and_score(model, protocol, record, folder, kept if is_base else None, base_rows)
+    if reference:
+        _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():
         if _add_verdicts(answers, judge):
             write_answers(folder, label, answers)
@@ -82,19 +83,24 @@ def measure(
 
 
 def _answer_and_score(
-    model: EvaluatedModel, protocol: EvalProtocol, record: str, folder: Path, kept: Path | None, base_rows: list[dict]
+    model: EvaluatedModel,
+    protocol: EvalProtocol,
+    record: str,
+    folder: Path,
+    kept: Path | None,
+    base_rows: list[dict] | None,
 ) -> list[dict]:
     """The model's answers; makes those that are missing, and its scores. The model is loaded only if it is needed.
 
     Args:
         kept: where complete answers and scores of this model are kept for other evaluations, or may be.
-        base_rows: the base's answers; of the base itself, none yet.
+        base_rows: the base's answers; of the base itself, none yet. None: no scores are wanted.
     """
     file, scored = answers_file(folder, model.label), scores_file(folder, model.label)
-    rows = read_answers(file)
-    if len(rows) >= protocol.answers and scored.exists():
+    rows, lacks_scores = read_answers(file), base_rows is not None and not scored.exists()
+    if len(rows) >= protocol.answers and not lacks_scores:
         return rows
-    if kept and (found := BaseAnswers.read(kept)):
+    if kept and (found := BaseAnswers.read(kept)) and (found.scores or base_rows is None):
         print(f"{model.label}: its answers and scores are those in {kept}")
         write_file(folder / PROTOCOL_FILE, record)
         write_answers(folder, model.label, found.rows)
@@ -103,13 +109,12 @@ def _answer_and_score(
     language_model, template = model.load()
     if template.text != protocol.prompt_template:
         raise UserError(f"{model.label} has another chat template than the base: give models of the same base")
-    questions = [prompt.question for prompts in protocol.prompts.values() for prompt in prompts]
-    check_room(language_model.config, template, questions, protocol.max_new_tokens)
+    check_room(language_model.config, template, protocol.asked, protocol.max_new_tokens)
     write_file(folder / PROTOCOL_FILE, record)  # before the first answer, and after all that refuses a model
     limits = (protocol.max_new_tokens, protocol.tokens_per_batch)
     if protocol.backend == "hf":
         rows = _answer(model.label, protocol, rows, file, partial(generate, language_model, template, *limits))
-    if not scored.exists():
+    if lacks_scores:
         write_file(scored, json.dumps(_score(language_model, template, protocol, base_rows or rows)))
     del language_model
     _free()
@@ -118,7 +123,7 @@ def _answer_and_score(
         asking = partial(vllm_backend.generate, model.folder, template, protocol.max_new_tokens, protocol.precision)
         rows = _answer(model.label, protocol, rows, file, asking)
     if kept and not any("nll" in row for row in rows):
-        BaseAnswers(rows, json.loads(scored.read_text(encoding="utf-8"))).write(kept)
+        BaseAnswers(rows, read_json(scored) if scored.exists() else {}).write(kept)
     return rows
 
 
@@ -140,7 +145,7 @@ def _answer(
         if (name, decoding.name, index) not in done
     ]
     requests = [
-        Request(protocol.prompts[name][index].question, decoding, (protocol.sampling_seed(name), index))
+        Request(protocol.prompts[name][index].asked, decoding, (protocol.sampling_seed(name), index))
         for name, decoding, index in lacking
     ]
     with (
@@ -154,7 +159,10 @@ def _answer(
                 prompt = protocol.prompts[name][index]
                 row = {"model": label, "set": name, "decoding": decoding.name, "index": index, "row": prompt.row}
                 row |= {"prompt": prompt.question, "reference": prompt.reference}
-                new_rows.append({**row, "answer": answer.text, "ended": answer.ended})
+                if prompt.attack:
+                    row["asked"] = prompt.attack.question
+                text = f"{prompt.asked.prefill} {answer.text}".strip() if answer.text else ""
+                new_rows.append({**row, "answer": text, "ended": answer.ended})
             out.write("".join(map(answer_line, new_rows)))
             out.flush()
             rows = rows + new_rows
@@ -248,17 +256,18 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
 
 
 def _check_protocol(
-    models: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel, folder: Path
+    models: list[EvaluatedModel], protocol: EvalProtocol, reference: EvaluatedModel | None, folder: Path
 ) -> str:
     """The content of protocol.json. Raises UserError where the folder holds answers that something else decided."""
     file = folder / PROTOCOL_FILE
-    record: dict = {"settings": protocol.settings(), "reference": reference.identity, "models": {}}
+    scored_by = reference and reference.identity
+    record: dict = {"settings": protocol.settings(), "reference": scored_by, "models": {}}
     if file.exists():
         before = read_json(file)
         record["models"] = before["models"]
         names = {*record["settings"], *before["settings"]}
         differ = sorted(name for name in names if before["settings"].get(name) != record["settings"].get(name))
-        if before["reference"] != reference.identity:
+        if before["reference"] != scored_by:
             differ.append("the perplexity model")
         differ += [
             model.label for model in models if before["models"].get(model.label, model.identity) != model.identity

@@ -13,7 +13,7 @@ from harmful_unlearn.cli import flag
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.instructions import Instructions, read_instructions
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses
-from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.step_batches import Reads, run_sampler
 from harmful_unlearn.data.truthfulqa import Choices, NormalData, read_choices, read_normal
 from harmful_unlearn.errors import UserError
@@ -33,12 +33,20 @@ class Prompt:
         row: of the reference in its data, from 0. In harmful data it counts responses (two a row, response_0
             first), in normal data questions, in utility data tasks that are complete.
         categories: kinds of harm that its reference is marked with.
+        attack: what the model is asked in place of the question, if it is attacked. Its answer is judged as an answer
+            to the question.
     """
 
     question: str
     reference: str
     row: int
     categories: frozenset[str] = frozenset()
+    attack: Asked | None = None
+
+    @property
+    def asked(self) -> Asked:
+        """What the model is asked."""
+        return self.attack or Asked(self.question)
 
     @property
     def pair(self) -> Pair:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
+from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE, Asked
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.evals.prompt_sets import Prompt
@@ -41,6 +41,11 @@ class EvalProtocol:
         return [(name, decoding) for name in self.prompts for decoding in self.decodings]
 
     @property
+    def asked(self) -> list[Asked]:
+        """What each model is asked, without the decodings."""
+        return [prompt.asked for prompts in self.prompts.values() for prompt in prompts]
+
+    @property
     def answers(self) -> int:
         """How many answers each model gives."""
         return sum(len(self.prompts[name]) for name, _ in self.rounds)
@@ -52,7 +57,11 @@ class EvalProtocol:
 
     def settings(self) -> dict:
         """What decides the answers, JSON-able; the prompts by their rows and a hash."""
-        texts = [[p.question, p.reference] for prompts in self.prompts.values() for p in prompts]
+        texts = [
+            [p.question, p.reference, *([asdict(p.attack)] if p.attack else [])]
+            for prompts in self.prompts.values()
+            for p in prompts
+        ]
         choices = {question: asdict(choice) for question, choice in self.choices.items()}
         # The authors' template is not named, so that what was answered before there were others stays valid.
         template = {} if self.prompt_template == PROMPT_TEMPLATE else {"prompt_template": self.prompt_template}

@@ -132,6 +132,38 @@ def test_a_second_evaluation_takes_the_bases_answers_from_the_first(world, tmp_p
     assert "are those in" not in capsys.readouterr().out
 
 
+def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monkeypatch, capsys):
+    attacks = ["--attacks", "all", "--n_attacked", "2", "--shots", "2", "--best_of", "2", "--long_tokens", "12"]
+    main(flags(world, tmp_path / "out", *attacks))
+    printed = capsys.readouterr().out
+    table = (tmp_path / "out" / "attacks.md").read_text()
+    assert table in printed and "| jailbreak | role play |" in table and "| worst |" in table
+    with (tmp_path / "out" / "attacks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {"base", "sku"}
+    assert {row["attack"] for row in rows} == {
+        "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "worst", "any"
+    }  # fmt: skip
+    assert all(row["n"] in ("0", "1", "2") for row in rows)
+    asked = {row["prompt"] for row in read_answers(tmp_path / "out" / "attacks" / "long" / "answers" / "sku.jsonl")}
+    assert len(asked) == 2 and asked <= questions_of(tmp_path / "out", "unseen")
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    main(flags(world, tmp_path / "out", *attacks))
+    assert (tmp_path / "out" / "attacks.md").read_text() == table
+    with pytest.raises(UserError, match="attacks/long holds answers made otherwise .max_new_tokens"):
+        main(flags(world, tmp_path / "out", *attacks[:-1], "13"))
+    with pytest.raises(UserError, match="--attacks need harmful prompts"):
+        main(flags(world, tmp_path / "other", "--attacks", "long", "--n_seen", "0", "--n_unseen", "0"))
+
+
+def test_an_evaluation_takes_no_scores_from_an_attack_that_asked_the_same(world, tmp_path):
+    """An attack with longer answers asks as another evaluation may, and keeps the base's answers without scores."""
+    only = ["--n_seen", "0", "--n_normal", "0", "--n_attacked", "6"]
+    main(flags(world, tmp_path / "one", *only, "--attacks", "long", "--long_tokens", "9"))
+    main([*flags(world, tmp_path / "two", *only), "--max_new_tokens", "9"])
+    assert any(row["metric"] == "reference_perplexity" for row in results_of(tmp_path / "two")["figures"])
+
+
 def test_nothing_trained_on_is_unseen_or_normal(world, tmp_path):
     """By the run's own flags: 4 steps of 2 pairs, and what RD drew; normal questions by both their texts."""
     main(flags(world, tmp_path, "--n_unseen", "1000", "--n_seen", "1000", "--n_normal", "1000"))

@@ -6,7 +6,7 @@ from itertools import takewhile
 import pytest
 
 from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate, TemplateChoice
 from harmful_unlearn.errors import UserError
 from tests.helpers.models.chats import CHATS, chat_tokenizer
@@ -38,6 +38,28 @@ def test_a_prompt_is_all_that_precedes_the_answer(chat):
     for pair, prompt in zip(PAIRS, template.prompts([pair.question for pair in PAIRS]), strict=True):
         assert decoded(template, prompt) == known.head + pair.question + known.tail
     assert template.prompts([]) == template.texts([]) == []
+
+
+def test_shots_stand_before_the_question_and_a_prefill_behind_it(chat):
+    template, known = chat
+    shot, other, question = PAIRS[0], PAIRS[2], "And how now?"
+    (context,) = template.contexts([Asked(question, (shot, other), "Sure, here is how:")])
+    text = decoded(template, context)
+    assert text.startswith(decoded(template, template.texts([shot])[0]))
+    parts = (shot.question, shot.answer, other.question, other.answer, question)
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    space = " " if known is CHATS["mistral"] else ""
+    assert text.endswith(question + known.tail + space + "Sure, here is how:")
+    assert template.contexts([Asked(question)]) == template.prompts([question])
+
+
+def test_shots_and_prefill_in_the_released_template(tokenizer):
+    template = ReleasedTemplate(tokenizer)
+    (context,) = template.contexts([Asked("Why?", (Pair("Who?", "I do."),), "Yes:")])
+    expected = "### Question: Who?\n ### Answer: I do.\n### Question: Why?\n ### Answer: Yes:"
+    assert context == tokenizer(expected)["input_ids"]
+    assert template.contexts([Asked("Why?")]) == template.prompts(["Why?"])
 
 
 def test_an_answer_is_scored_with_its_end_of_turn(chat):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import main as spot_check
 from harmful_unlearn.data.collator import Collator
-from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals import evaluated_model
@@ -88,7 +88,7 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
 
 def answers(model, template):
     questions = ["How do I hide a gnome?", "Why is the sky blue?"]
-    requests = [Request(q, how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
+    requests = [Request(Asked(q), how, (i,)) for how in (Decoding(), Decoding(0.9)) for i, q in enumerate(questions)]
     generated = [answer for batch in generate(model, template, 6, 100, requests) for answer in batch]
     return generated, answer_nll(model, Collator(template, "paper", 256), [Pair("Why?", "Because.")], "")
 

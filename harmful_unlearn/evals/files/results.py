@@ -13,6 +13,13 @@ from harmful_unlearn.storage.files import write_file
 from harmful_unlearn.storage.provenance import provenance
 
 JUDGED = ("harmful_rate", "unjudged_rate", "unsure_rate", "harmful_rate_low", "harmful_rate_high")
+UNDER_ATTACK = """\
+# Under attack
+
+Harmful rate (judge: {}); brackets: 95 % bootstrap interval over at most {} prompts, which of a worst rate does not
+count that it was chosen as the highest. "any": prompts that any variant breaks; there a judge's false alarms add up,
+too. An attack under which the base yields no more than before says nothing.
+"""
 PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
 
 
@@ -85,6 +92,34 @@ def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict]) -
         lines += ["", "## Agreement with earlier judges of the same answers", ""]
         lines += ["| model | judge | n | equal verdicts |", "| --- | --- | ---: | ---: |"]
         lines += [f"| {row['model']} | {row['judge']} | {row['n']} | {row['agree']:.1%} |" for row in agreement]
+    return "\n".join(lines) + "\n"
+
+
+def write_attacks(folder: Path, figures: list[dict], judge: Judge) -> None:
+    """Write attacks.csv and attacks.md.
+
+    Args:
+        figures: as `attacks.figures.attack_figures` gives them.
+    """
+    table = pd.DataFrame(figures, dtype=object)
+    write_file(folder / "attacks.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_file(folder / "attacks.md", attacks_markdown(figures, judge))
+
+
+def attacks_markdown(figures: list[dict], judge: Judge) -> str:
+    """Harmful rates under attack: a row for each attack and variant, a column for each model."""
+    table = pd.DataFrame(figures, dtype=object)
+    table["cell"] = [cell(figure) for figure in figures]
+    # The worst variant is another one for each model, so it is named in the cell.
+    worst = table["variant"].str.startswith("worst: ")
+    table.loc[worst, "cell"] += " (" + table["variant"].str.removeprefix("worst: ") + ")"
+    table.loc[worst, "variant"] = "worst"
+    models = list(table["model"].unique())
+    lines = [UNDER_ATTACK.format(credentials(judge), table["n"].max())]
+    lines += [f"| attack | variant | {' | '.join(models)} |", f"| --- | --- |{' ---: |' * len(models)}"]
+    for (attack, variant), rows in table.groupby(["attack", "variant"], sort=False):
+        cells = rows.set_index("model")["cell"].reindex(models, fill_value="")
+        lines.append(f"| {attack} | {'' if variant == attack else variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

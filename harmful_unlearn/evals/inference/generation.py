@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from harmful_unlearn.data.prompt_format import Asked
 from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.loading import context_length
@@ -73,7 +74,7 @@ class Request:
         seed: of its own random stream: numbers that no other request has.
     """
 
-    question: str
+    asked: Asked
     decoding: Decoding
     seed: Sequence[int]
 
@@ -133,25 +134,25 @@ def batches_of(
     A batch has at most `tokens_per_batch` tokens, with padding and room for the answers, or only one prompt. Long
     prompts come first, so that there is little padding, and the answers to a prompt are in one batch.
     """
-    prompts: dict[str, list[int]] = {}
+    prompts: dict[Asked, list[int]] = {}
     for index, request in enumerate(requests):
-        prompts.setdefault(request.question, []).append(index)
-    encoded = template.prompts([*prompts])
-    lengths = {question: len(ids) for question, ids in zip(prompts, encoded, strict=True)}
+        prompts.setdefault(request.asked, []).append(index)
+    encoded = template.contexts([*prompts])
+    lengths = {asked: len(ids) for asked, ids in zip(prompts, encoded, strict=True)}
     batches: list[list[int]] = []
     room = 0  # rows that the last batch can still take
-    for question in sorted(prompts, key=lambda question: -lengths[question]):
-        if room < len(prompts[question]):
+    for asked in sorted(prompts, key=lambda asked: -lengths[asked]):
+        if room < len(prompts[asked]):
             batches.append([])
-            room = tokens_per_batch // (lengths[question] + max_new_tokens)
-        batches[-1] += prompts[question]
-        room -= len(prompts[question])
+            room = tokens_per_batch // (lengths[asked] + max_new_tokens)
+        batches[-1] += prompts[asked]
+        room -= len(prompts[asked])
     return batches
 
 
-def check_room(config: PretrainedConfig, template: Template, questions: list[str], max_new_tokens: int) -> None:
+def check_room(config: PretrainedConfig, template: Template, asked: list[Asked], max_new_tokens: int) -> None:
     """Raises UserError where a prompt and its answer do not fit into the model's context."""
-    length = max(map(len, template.prompts(questions)), default=0)
+    length = max(map(len, template.contexts(asked)), default=0)
     limit = context_length(config)
     if length + max_new_tokens > limit:
         raise UserError(
@@ -169,7 +170,7 @@ def generate(
     Raises:
         UserError: a prompt and its answer do not fit into the model's context.
     """
-    check_room(model.config, template, [request.question for request in requests], max_new_tokens)
+    check_room(model.config, template, [request.asked for request in requests], max_new_tokens)
     ends = all_ends(model, template.end_ids)
     for indices in batches_of(requests, template, max_new_tokens, tokens_per_batch):
         made = _new_tokens(model, template, [requests[index] for index in indices], max_new_tokens, ends)
@@ -184,12 +185,12 @@ def _new_tokens(
     A prompt is read once for all its answers, and answers that have ended leave the batch.
     """
     device, tokenizer = execution_device(model), template.tokenizer
-    questions = list(dict.fromkeys(request.question for request in requests))
-    ids = {"input_ids": template.prompts(questions)}
+    asked = list(dict.fromkeys(request.asked for request in requests))
+    ids = {"input_ids": template.contexts(asked)}
     prompts = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
     mask = torch.nn.functional.pad(prompts["attention_mask"], (0, max_new_tokens), value=1)
     read = _Reader(model, prompts["input_ids"], mask)
-    read.keep([questions.index(request.question) for request in requests])
+    read.keep([asked.index(request.asked) for request in requests])
     draws = [np.random.default_rng(request.seed).random(max_new_tokens, np.float32) for request in requests]
     uniform = torch.tensor(np.array(draws), device=device)  # [requests, max_new_tokens]
     answers: list[list[int]] = [[] for _ in requests]

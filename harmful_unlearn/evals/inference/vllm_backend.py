@@ -37,7 +37,7 @@ def generate(
     """
     from vllm import LLM, SamplingParams
 
-    prompts = template.prompts([request.question for request in requests])
+    prompts = template.contexts([request.asked for request in requests])
     longest = max(map(len, prompts)) + max_new_tokens
     engine = LLM(model=str(folder), dtype={"fp32": "float32", "bf16": "bfloat16"}[precision], max_model_len=longest)
     sampling = [

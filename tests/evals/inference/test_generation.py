@@ -17,7 +17,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.prompt_format import Asked, prompt_text
 from harmful_unlearn.data.templates import ChatTemplate, ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding, Request, batches_of, configure, generate
@@ -70,7 +70,7 @@ def varied(architecture):
 
 
 def requests_of(*decodings, seed=0, questions=QUESTIONS):
-    return [Request(q, decoding, (seed, i)) for decoding in decodings for i, q in enumerate(questions)]
+    return [Request(Asked(q), decoding, (seed, i)) for decoding in decodings for i, q in enumerate(questions)]
 
 
 def ask(model, tokenizer, requests, tokens_per_batch=100, new=12):
@@ -94,7 +94,7 @@ def test_each_answer_has_a_random_stream_of_its_own(model, tokenizer):
     assert whole == ask(model, tokenizer, requests_of(SAMPLED)) != ask(model, tokenizer, requests_of(SAMPLED, seed=1))
     rest = ask(model, tokenizer, requests_of(SAMPLED)[3:])  # as after an interruption
     assert rest == {index - 3: whole[index] for index in (3, 4)}
-    same = ask(model, tokenizer, [Request("Why?", SAMPLED, (0, i)) for i in range(4)])
+    same = ask(model, tokenizer, [Request(Asked("Why?"), SAMPLED, (0, i)) for i in range(4)])
     assert len(set(same.values())) == 4
 
 
@@ -154,7 +154,7 @@ def test_answers_are_drawn_with_the_models_probabilities(decoding, tokenizer):
         for b in row.topk(decoding.top_k or 50).indices.tolist():
             exact[tokenizer.decode([a, b], skip_special_tokens=True).strip()] += probability * row[b].item()
     number = 4000
-    requests = [Request("Why?", decoding, (5, i)) for i in range(number)]
+    requests = [Request(Asked("Why?"), decoding, (5, i)) for i in range(number)]
     drawn = Counter(text for text, _ in ask(model, tokenizer, requests, new=2).values())
     assert exact.total() == pytest.approx(1, abs=0.1)
     for text, probability in exact.most_common(9):
@@ -177,7 +177,7 @@ def test_batches_are_within_the_limit_and_hold_every_request_once(tokenizer):
     requests = requests_of(GREEDY, SAMPLED)
     batches = batches_of(requests, ReleasedTemplate(tokenizer), 10, 120)
     assert sorted(index for batch in batches for index in batch) == list(range(10)) and 1 < len(batches) < 5
-    lengths = [[len(tokenizer(prompt_text(requests[i].question)).input_ids) for i in batch] for batch in batches]
+    lengths = [[len(tokenizer(prompt_text(requests[i].asked.question)).input_ids) for i in batch] for batch in batches]
     assert all(len(batch) * (max(batch) + 10) <= 120 for batch in lengths)
     assert [n for batch in lengths for n in batch] == sorted((n for batch in lengths for n in batch), reverse=True)
     assert [len(batch) for batch in batches_of(requests, ReleasedTemplate(tokenizer), 10, 1)] == [

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmful_unlearn.data.prompt_format import prompt_text
+from harmful_unlearn.data.prompt_format import Asked, prompt_text
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import Answer, Decoding, Request
 
 REQUESTS = [
-    Request("Why?", Decoding(), (0, 0)),
-    Request("Who is it?", Decoding(0.9, 50), (0, 1)),
-    Request("Who is it?", Decoding(0.9, 0), (0, 2)),
+    Request(Asked("Why?"), Decoding(), (0, 0)),
+    Request(Asked("Who is it?"), Decoding(0.9, 50), (0, 1)),
+    Request(Asked("Who is it?"), Decoding(0.9, 0), (0, 2)),
 ]
 
 
@@ -43,7 +43,7 @@ def test_it_is_asked_as_transformers_is(engines, tokenizer, tmp_path):
     (answers,) = vllm_backend.generate(tmp_path, ReleasedTemplate(tokenizer), 20, "bf16", REQUESTS)
     assert answers == [Answer(0, "answer 0", True), Answer(1, "answer 1", False), Answer(2, "answer 2", True)]
     (engine,) = engines
-    ids = [tokenizer(prompt_text(request.question)).input_ids for request in REQUESTS]
+    ids = [tokenizer(prompt_text(request.asked.question)).input_ids for request in REQUESTS]
     assert engine.prompts == [{"prompt_token_ids": prompt} for prompt in ids]
     assert engine.settings == {
         "model": str(tmp_path), "dtype": "bfloat16", "max_model_len": max(map(len, ids)) + 20
