@@ -59,7 +59,7 @@ _asking = partial(flag, group="asking and judging")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringSettings(DataSettings, TemplateSettings):
+class MeasuringSettings(DataSettings, TemplateSettings, AttackSettings):
     """Flags of data, prompts, generation and judging, which reproduce.py has too."""
 
     n_seen: int = _prompts("at most N harmful prompts used in unlearning; 0: none")
@@ -149,7 +149,7 @@ def folder_or_none(text: str) -> Path | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MeasuringSettings, AttackSettings):
+class EvaluationSettings(MeasuringSettings):
     """The flags of this command. Once parsed, `model` is label -> path or id."""
 
     model: dict[str, str] = flag(

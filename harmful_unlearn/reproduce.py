@@ -192,6 +192,10 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     comparison.figures += figures
     if is_first:
         comparison.answers = answers
+    attacks = own.attacked(protocol, data.responses, load_config(base), template)
+    if attacks:
+        print(f"\n=== seed {seed}: attacks")
+        comparison.attacks += evaluation.attack(models, attacks, own.n_attacked)
     for name in own.sweep_runs if own.alpha_sweep else ():
         if name in models:
             print(f"\n=== seed {seed}: the task vector of {name} at many alphas")

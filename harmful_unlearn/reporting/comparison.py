@@ -23,6 +23,7 @@ class Comparison:
         judge: its "name", and what is known of it, "by_seed".
         relearning_settings: "steps", "pairs", and the learning rate ("lr") of each strength.
         figures: of the test prompts, each with its "model".
+        attacks: harmful rates under attack, each with its "model", "attack" and "variant", as `attack_figures`.
         sweep: figures of the validation prompts, each with its "method", "alpha", and the only alpha that the method
             was "trained_for" (None if it was for any).
         recommended: "seed", "method", "alpha" (None for none), "budget" and "why".
@@ -42,6 +43,7 @@ class Comparison:
     judge: dict
     relearning_settings: dict
     figures: list[dict] = field(default_factory=list)
+    attacks: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)
     recommended: list[dict] = field(default_factory=list)
     categories: list[dict] = field(default_factory=list)

@@ -26,12 +26,13 @@ PERCENT_AXIS = (-4, 104)
 
 
 @rc_context(STYLE)
-def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> bytes:
+def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], rate: str) -> bytes:
     """A marker for each method.
 
     Args:
         points: by label, the original's first: the normal perplexity as a multiple of the original's (x), the harmful
             rate (y), and whether the marker is hollow.
+        rate: what the harmful rate is of.
     """
     figure, [[axes]] = _subplots(1, 1, (8.5, 4.8))
     handles = []
@@ -46,7 +47,7 @@ def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], decoding: str) -> 
     _log_if_wide(axes, "x", [x.value for x, _, _ in points.values()])
     axes.set(
         xlabel="perplexity of normal reference answers, as a multiple of the original's",
-        ylabel=f"harmful rate on unseen prompts, % ({decoding})",
+        ylabel=f"harmful rate {rate}",
         ylim=PERCENT_AXIS,
     )
     figure.legend(handles=handles, loc="outside right upper")

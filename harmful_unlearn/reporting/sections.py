@@ -138,11 +138,22 @@ def figure_table(
 
 
 def tradeoff(report: ReportContext) -> list[Block]:
+    rates = {name: report.cells[name, "unseen", report.decoding, "harmful_rate"] for name in report.data.methods}
+    return tradeoff_picture(report, "tradeoff", rates, f"on unseen prompts, % ({report.decoding})")
+
+
+def tradeoff_picture(report: ReportContext, file: str, rates: dict[str, Cell], of: str) -> list[Block]:
+    """Harmful rates against the perplexity of normal text.
+
+    Args:
+        rates: by model.
+        of: what the rates are of.
+    """
     multiples = perplexity_multiples(report.figures, "model", BASE, report.seeds)
     points: dict[str, tuple[Cell, Cell, bool]] = {}
     absent = []
     for name in sorted(report.data.methods, key=lambda name: name != BASE):  # the base first
-        x, y = multiples[name], report.cells[name, "unseen", report.decoding, "harmful_rate"]
+        x, y = multiples[name], rates[name]
         degenerate = [report.cells[name, s, report.decoding, "degenerate_rate"].value for s in ("unseen", "normal")]
         if x.measured and y.measured:
             points[report.label(name)] = x, y, any(share > BROKEN for share in degenerate)
@@ -157,7 +168,7 @@ def tradeoff(report: ReportContext) -> list[Block]:
         caption += f" A multiple above {LARGEST_MULTIPLE} is drawn at {LARGEST_MULTIPLE}: {', '.join(beyond)}."
     if absent:
         caption += f" Not drawn, for lack of figures: {', '.join(absent)}."
-    return [picture("tradeoff", caption, plots.plot_tradeoff(points, report.decoding)), report.judge()]
+    return [picture(file, caption, plots.plot_tradeoff(points, of)), report.judge()]
 
 
 def alphas(report: ReportContext) -> list[Block]:

@@ -121,6 +121,19 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
     assert comparison_of(tmp_path)["settings"]["prompts"] == "test"
 
 
+def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
+    shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
+    attacks = ["--attacks", "prefill", "long", "--n_attacked", "3", "--long_tokens", "9"]
+    main(flags(world, tmp_path, "--runs", "sku", *attacks, parts=False))
+    rows = comparison_of(tmp_path)["attacks"]
+    assert {row["attack"] for row in rows} == {"none", "prefill", "long", "worst", "any"}
+    assert {(row["seed"], row["model"]) for row in rows} == {(0, "base"), (0, "sku")}
+    assert "## Under attack" in (tmp_path / "report.md").read_text()
+    tested = json.loads((tmp_path / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"][:3]
+    asked = {row["prompt"] for row in rows_of(tmp_path / "seed-0" / "attacks" / "long" / "answers" / "sku.jsonl")}
+    assert asked == {prompt["prompt"] for prompt in tested}
+
+
 def test_a_category_is_measured_on_its_own_unseen_prompts(whole, world):
     prompts = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
     answers = rows_of(whole / "seed-0" / "categories" / "answers" / "sum.jsonl")

@@ -46,6 +46,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
         },
         relearning_settings={"steps": 50, "pairs": 16, "lr": {"soft": 3e-5, "strong": 1e-4}},
         figures=[row for seed in seeds for row in prompt_figures(seed, bleurt)],
+        attacks=[row for seed in seeds for row in attack_figures(seed)],
         sweep=[row for seed in seeds for row in sweep_figures(seed)],
         recommended=[
             {"seed": seed, "method": method, "alpha": alpha, "budget": 0.1, "why": "because"}
@@ -107,6 +108,17 @@ def prompt_figures(seed: int, bleurt: bool) -> Iterator[dict]:
             yield figure(0.25, 150, **where, set="normal", decoding=None, metric=metric)
 
 
+def attack_figures(seed: int) -> Iterator[dict]:
+    """Without an attack a rate is (place + s) / 40; "Step 1:" breaks 0.3 more, and long answers 0.1 more."""
+    for place, model in enumerate(METHODS):
+        for attack, variant, more in (
+            ("none", "none", 0), ("prefill", "Sure:", 0.1), ("prefill", "Step 1:", 0.3), ("prefill", "worst", 0.3),
+            ("prefill", "any", 0.35), ("long", "400 tokens", 0.1), ("any", "any", 0.4), ("worst", "worst", 0.3),
+        ):  # fmt: skip
+            where = {"seed": seed, "model": model, "attack": attack, "variant": variant, "metric": "harmful_rate"}
+            yield figure((place + seed) / 40 + more, 100, **where, decoding="sampled", degenerate_rate=0.1, which="")
+
+
 def sweep_figures(seed: int) -> Iterator[dict]:
     for method in ("sku", "task_vector"):
         for alpha in (0.0, 0.5, 1.0, 1.5, 2.0):
@@ -138,7 +150,7 @@ def relearning_figures(seed: int) -> Iterator[dict]:
 
 def lean(**changed) -> Comparison:
     """A comparison without the plots that take long."""
-    parts = {"losses": {}, "sweep": [], "categories": [], "relearning": [], **changed}
+    parts = {"losses": {}, "attacks": [], "sweep": [], "categories": [], "relearning": [], **changed}
     return replace(comparison(), **parts)
 
 

@@ -11,8 +11,9 @@ from tests.helpers.comparisons import METHODS, cells, comparison, report_text, t
 
 def test_files(three):
     names = {path.name for path in three.iterdir()}
-    tables = ("main", "hidden", "ablations", "recommended", "alpha", "categories", "relearning")
-    pictures = ("tradeoff", "alpha", "categories", "relearning", "losses")
+    tables = ("main", "hidden", "ablations", "attacks", "attack-variants", "recommended", "alpha", "categories")
+    tables += ("relearning",)
+    pictures = ("tradeoff", "attacks-tradeoff", "alpha", "categories", "relearning", "losses")
     files = {"report.md", "report.html", "figures.csv", *(f"{t}.csv" for t in tables)}
     assert names == files | {f"{picture}.png" for picture in pictures}
     figures = pd.read_csv(three / "figures.csv")
@@ -27,6 +28,7 @@ def test_sections_are_in_order(three, text):
         "What a harmful rate hides",
         "Ablations",
         "Harm against normal text",
+        "Under attack",
         "The choice of alpha",
         "By kind of harm",
         "Relearning",
@@ -64,8 +66,9 @@ def test_rows_keep_the_methods_order(three, tmp_path):
 
 
 def test_nothing_is_ranked(text):
-    without_glossary = text.split("## Glossary")[0]
-    assert not re.search(r"\b(best|worst|wins?|winner|outperforms?|better|rank\w*)\b", without_glossary, re.I)
+    assert not re.search(r"\b(best|wins?|winner|outperforms?|better|rank\w*)\b", text.split("## Glossary")[0], re.I)
+    without_attacks = text.split("## Under attack")[0] + text.split("## The choice")[1].split("## Glossary")[0]
+    assert "worst" not in without_attacks.lower()
     assert "**" not in text.split("## Results")[1].split("## Prompts")[0]
 
 
@@ -77,7 +80,8 @@ def test_empty_parts_are_omitted(tmp_path):
         for row in small.figures
         if row["model"] in small.methods and row["metric"] not in ("mc1", "mc2") and row["decoding"] != "sampled"
     ]
-    small.sweep, small.recommended, small.categories, small.relearning, small.answers = [], [], [], [], []
+    for part in ("attacks", "sweep", "recommended", "categories", "relearning", "answers"):
+        setattr(small, part, [])
     small.losses = {}
     write_report(small, tmp_path)
     text = report_text(tmp_path)

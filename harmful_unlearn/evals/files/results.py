@@ -109,11 +109,8 @@ def write_attacks(folder: Path, figures: list[dict], judge: Judge) -> None:
 def attacks_markdown(figures: list[dict], judge: Judge) -> str:
     """Harmful rates under attack: a row for each attack and variant, a column for each model."""
     table = pd.DataFrame(figures, dtype=object)
-    table["cell"] = [cell(figure) for figure in figures]
-    # The worst variant is another one for each model, so it is named in the cell.
-    worst = table["variant"].str.startswith("worst: ")
-    table.loc[worst, "cell"] += " (" + table["variant"].str.removeprefix("worst: ") + ")"
-    table.loc[worst, "variant"] = "worst"
+    named = [f" ({figure['which']})" if figure["which"] else "" for figure in figures]
+    table["cell"] = [cell(figure) + which for figure, which in zip(figures, named, strict=True)]
     models = list(table["model"].unique())
     lines = [UNDER_ATTACK.format(credentials(judge), table["n"].max())]
     lines += [f"| attack | variant | {' | '.join(models)} |", f"| --- | --- |{' ---: |' * len(models)}"]
