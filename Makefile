@@ -46,7 +46,7 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow

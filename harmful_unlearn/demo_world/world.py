@@ -94,7 +94,7 @@ class Size:
 
 
 QUICK = Size(
-    objects=9, places=8, harmful_pairs=300, normal_questions=214, test_prompts=60,
+    objects=9, places=8, harmful_pairs=300, normal_questions=214, test_prompts=40,
     layers=2, ffn=256, pretraining_steps=500, pretraining_batch=16, pretraining_lr=3e-3,
     unlearning_steps=100, unlearning_lr=2e-4,
 )  # fmt: skip

@@ -63,7 +63,14 @@ def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
     assert "GFLOP/s in fp32" in text and "pku_saferlhf_current_schema.jsonl" in text
 
 
-@pytest.mark.parametrize("more", [[], ["--lora"], ["--precision", "bf16"], ["--lora", "--precision", "bf16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--lora", "--precision", "bf16"],
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (["--lora"], ["--precision", "bf16"])),
+    ],
+)
 def test_all_ways_of_a_step(more, printed, monkeypatch):
     monkeypatch.setattr(step, "of_own_process", lambda name: 2**20)
     short = [*SHAPE, "--answer_tokens", 15, "--repeat", 1]
@@ -113,6 +120,7 @@ def test_memory_of_a_run_against_its_plan(printed, tmp_path, monkeypatch):
     assert printed(memory, *flags) == text
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported(printed, tmp_path):
     with pytest.raises(UserError, match="failed: .*no-such-file"):
         printed(memory, *SHAPE, "--harmful_dataset", tmp_path / "no-such-file.jsonl", "--record", tmp_path / "r.json")
@@ -148,6 +156,7 @@ def test_evaluations_that_differ_print_no_time(function, wrong, message, printed
 # --- GPU ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_part_of_the_gpu_benchmark_runs(tmp_path):
     """In a process without the package datasets, which the machine with the GPU lacks."""
     output = tmp_path / "gpu.json"
@@ -176,10 +185,11 @@ def test_wrong_figures_of_a_gpu_stop_it(printed, monkeypatch, tmp_path):
 
 
 def test_a_part_that_fails_loses_its_own_rows_only(printed, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "steps", lambda *_: 1 / 0)
-    parts = ["OPT-1.3B, every weight", "evaluation"]
+    monkeypatch.setattr(gpu, "stage_2", lambda *_: 1 / 0)
+    parts = ["OPT-1.3B, every weight", "stage 2", "evaluation"]
     text = printed(gpu, "--device", "cpu", "--tiny", "--output", tmp_path / "gpu.json", "--parts", *parts)
-    assert "OPT-1.3B, every weight: not measured (ZeroDivisionError" in text and "tokens a second" in text
+    assert "stage 2: not measured (ZeroDivisionError" in text and "tokens a second" in text
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["tables"]["steps"]) == 2
     text = printed(gpu, "--device", "cpu", "--tiny", "--output", tmp_path / "gpu.json", "--minutes", "-1")
     assert text.count("no time was left") == len(gpu.TRAINED) + 3
 

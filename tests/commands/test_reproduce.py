@@ -255,9 +255,9 @@ def test_data_without_safe_answers_omit_lands_with_a_note(world, tmp_path):
     assert {row["model"] for row in comparison["figures"]} == {"base", "sku"}
 
 
-def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(world, tmp_path):
+def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(whole, world, tmp_path):
+    shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
     arguments = flags(world, tmp_path, "--runs", "sku", parts=False)
-    main(arguments)
     record = tmp_path / "seed-0" / "sku" / "copy" / "run.json"
     run = json.loads(record.read_text())
     for flag in ("preserve_at", "safe_weight", "quantize", "no_packing"):

@@ -105,7 +105,8 @@ def test_a_failing_disk_leaves_the_last_checkpoint(error, tiny_model, tmp_path, 
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, 50])
 def test_kills_lose_nothing(kills, dropout_model, tmp_path):
     """kill -9 at random moments of loading, training, checkpoints, saving and negation, then the same command again."""
     more = ["--save_every", "1", "--max_unlearn_steps", "20"]

@@ -95,8 +95,8 @@ def test_dropout_keeps_the_mean_and_has_the_gradient_of_its_own_draw():
     inputs = tensors(15, 2, 1, torch.float64)
     value = inputs[2]
     torch.manual_seed(0)
-    outputs = [attend(inputs, mask, dropout=0.4) for _ in range(3000)]
-    torch.testing.assert_close(torch.stack(outputs).mean(0), attend(inputs, mask), rtol=0, atol=0.12)
+    outputs = [attend(inputs, mask, dropout=0.4) for _ in range(1000)]
+    torch.testing.assert_close(torch.stack(outputs).mean(0), attend(inputs, mask), rtol=0, atol=0.2)
 
     def drawn(*tensors):
         torch.manual_seed(7)

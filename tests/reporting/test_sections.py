@@ -25,7 +25,7 @@ def test_cells_are_mean_and_range_over_seeds(three, text):
 
 
 def test_one_seed_has_its_interval(tmp_path):
-    write_report(comparison(seeds=(7,), bleurt=False), tmp_path)
+    write_report(replace(comparison(seeds=(7,), bleurt=False), losses={}, attacks=[]), tmp_path)
     text = report_text(tmp_path)
     head, _, *rows = cells(text, "Results")
     assert rows[5][3] == "30.0 [24.0, 36.0]"  # (5 + 7) / 40, less and more a fifth
