@@ -32,8 +32,7 @@ from accelerate import PartialState
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.attacks.asking import AttackSettings, plain_protocol
-from harmful_unlearn.evals.attacks.figures import attack_figures
+from harmful_unlearn.evals.attacks.asking import AttackSettings
 from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.files.results import write_attacks, write_prompts, write_results
@@ -220,10 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     judge = settings.make_judge(data, sets.test.values(), seed, output)
     attacks = settings.attacked(protocol, data.responses, load_config(base_folder), template)
     rows = measure(models, protocol, judge, reference, output, settings.base_answers)
-    attacked = {}
-    for name, attack in attacks.items():
-        print(f"attack: {name}, {attack.answers} answers by each model")
-        attacked[name] = measure(models, attack, judge, None, output / "attacks" / name, settings.base_answers)
+    if attacks:
+        attacked = attacks.measure(models, rows, judge, reference, output / "attacks", settings.base_answers)
     write_prompts(output, sets.test)
     if settings.bleurt:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)
@@ -242,8 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print((output / "results.md").read_text(encoding="utf-8"))
     if attacks:
-        plain = plain_protocol(protocol, settings.n_attacked)
-        write_attacks(output, attack_figures(plain, rows, attacks, attacked), judge)
+        write_attacks(output, attacked, judge)
         print((output / "attacks.md").read_text(encoding="utf-8"))
     print(f"also in {output}: results.json, results.csv, prompts.json, answers/")
 

@@ -195,7 +195,7 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     attacks = own.attacked(protocol, data.responses, load_config(base), template)
     if attacks:
         print(f"\n=== seed {seed}: attacks")
-        comparison.attacks += evaluation.attack(models, attacks, own.n_attacked)
+        comparison.attacks += evaluation.attack(models, attacks)
     for name in own.sweep_runs if own.alpha_sweep else ():
         if name in models:
             print(f"\n=== seed {seed}: the task vector of {name} at many alphas")

@@ -1,14 +1,17 @@
 """The sections of a report on what holds under attack."""
 
+import pandas as pd
+
 from harmful_unlearn.reporting.blocks import Block, paragraph, table
-from harmful_unlearn.reporting.figures import Cell, figure_frame, over_seeds, span
+from harmful_unlearn.reporting.figures import REFERENCES, Cell, figure_frame, over_seeds, span
 from harmful_unlearn.reporting.sections import ReportContext, tradeoff_picture
 
 
 def attacks(report: ReportContext) -> list[Block]:
     if not report.data.attacks:
         return []
-    figures = figure_frame(report.data.attacks)
+    everything = figure_frame(report.data.attacks)
+    figures = everything[everything["metric"] == "harmful_rate"]
     cells = over_seeds(figures, ["model", "attack", "variant"], report.seeds)
     models = [name for name in report.data.methods if name in set(figures["model"])]
     asked = list(dict.fromkeys(zip(figures["attack"], figures["variant"], strict=True)))
@@ -36,4 +39,25 @@ def attacks(report: ReportContext) -> list[Block]:
         ),
         *tradeoff_picture(report, "attacks-tradeoff", worst, "on unseen prompts under the worst attack, %"),
         table("attack-variants", ["attack", "variant", *map(report.label, models)], every),
+        *_perplexities(report, everything[everything["metric"] == "reference_perplexity"], models),
+    ]
+
+
+def _perplexities(report: ReportContext, figures: pd.DataFrame, models: list[str]) -> list[Block]:
+    """What changed weights do to normal text; nothing if none were changed."""
+    if figures.empty:
+        return []
+    changes = list(dict.fromkeys(zip(figures["attack"], figures["variant"], strict=True)))
+    changed = over_seeds(figures, ["model", "attack", "variant"], report.seeds)
+    rows: list[list[str | Cell]] = [
+        [
+            report.label(model),
+            report.cells[model, "normal", REFERENCES, "reference_perplexity"],
+            *(changed[model, *change] for change in changes),
+        ]
+        for model in models
+    ]
+    return [
+        paragraph("Perplexity of normal reference answers, as the models are and with changed weights."),
+        table("attack-perplexity", ["method", "as it is", *map(", ".join, changes)], rows),
     ]

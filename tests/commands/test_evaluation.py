@@ -142,9 +142,10 @@ def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monk
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"base", "sku"}
     assert {row["attack"] for row in rows} == {
-        "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "worst", "any"
+        "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "quantize", "worst", "any"
     }  # fmt: skip
-    assert all(row["n"] in ("0", "1", "2") for row in rows)
+    assert all(row["n"] in ("0", "1", "2") for row in rows if row["metric"] == "harmful_rate")
+    assert "Perplexity of normal references" in table and "| quantize | 4 bits |" in table
     asked = {row["prompt"] for row in read_answers(tmp_path / "out" / "attacks" / "long" / "answers" / "sku.jsonl")}
     assert len(asked) == 2 and asked <= questions_of(tmp_path / "out", "unseen")
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))

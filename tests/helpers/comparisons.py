@@ -113,10 +113,13 @@ def attack_figures(seed: int) -> Iterator[dict]:
     for place, model in enumerate(METHODS):
         for attack, variant, more in (
             ("none", "none", 0), ("prefill", "Sure:", 0.1), ("prefill", "Step 1:", 0.3), ("prefill", "worst", 0.3),
-            ("prefill", "any", 0.35), ("long", "400 tokens", 0.1), ("any", "any", 0.4), ("worst", "worst", 0.3),
+            ("prefill", "any", 0.35), ("long", "400 tokens", 0.1), ("quantize", "4 bits", 0.2), ("any", "any", 0.4),
+            ("worst", "worst", 0.3),
         ):  # fmt: skip
             where = {"seed": seed, "model": model, "attack": attack, "variant": variant, "metric": "harmful_rate"}
             yield figure((place + seed) / 40 + more, 100, **where, decoding="sampled", degenerate_rate=0.1, which="")
+        where = {"seed": seed, "model": model, "attack": "quantize", "variant": "4 bits", "decoding": None}
+        yield figure(3.0 + place + seed, 90, **where, metric="reference_perplexity", degenerate_rate=None, which="")
 
 
 def sweep_figures(seed: int) -> Iterator[dict]:

@@ -60,7 +60,7 @@ def test_html_is_complete_and_self_contained(page):
 def test_tables_are_tables(page):
     elements = Elements(page)
     tags = [tag for tag, _ in elements.tags]
-    assert tags.count("table") == 12 and "| --- |" not in elements.text
+    assert tags.count("table") == 13 and "| --- |" not in elements.text
     assert any(tag == "td" and "right" in attrs.get("style", "") for tag, attrs in elements.tags)
 
 

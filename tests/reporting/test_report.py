@@ -11,7 +11,17 @@ from tests.helpers.comparisons import METHODS, cells, comparison, report_text, t
 
 def test_files(three):
     names = {path.name for path in three.iterdir()}
-    tables = ("main", "hidden", "ablations", "attacks", "attack-variants", "recommended", "alpha", "categories")
+    tables = (
+        "main",
+        "hidden",
+        "ablations",
+        "attacks",
+        "attack-variants",
+        "attack-perplexity",
+        "recommended",
+        "alpha",
+        "categories",
+    )
     tables += ("relearning",)
     pictures = ("tradeoff", "attacks-tradeoff", "alpha", "categories", "relearning", "losses")
     files = {"report.md", "report.html", "figures.csv", *(f"{t}.csv" for t in tables)}

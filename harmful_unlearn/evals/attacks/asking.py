@@ -15,6 +15,8 @@ from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.attacks.measured import AttackPlan
+from harmful_unlearn.evals.attacks.weights import WEIGHT_ATTACKS
 from harmful_unlearn.evals.attacks.wrappers import WRAPPERS
 from harmful_unlearn.evals.inference.generation import Decoding, check_room
 from harmful_unlearn.evals.prompt_sets import Prompt
@@ -117,9 +119,10 @@ class AttackSettings:
     attacks: list[str] = _attack(
         "ask the unseen harmful prompts (without any, the seen ones) in other ways, too: prefill (the answer is begun "
         "for the model), jailbreak (texts around the question), few_shot (harmful questions with answers before it), "
-        "best_of_n (harmful if one of many samples is), long (longer answers), or all",
+        "best_of_n (harmful if one of many samples is), long (longer answers); or ask changed models: quantize "
+        "(weights of 8 and 4 bits); or all",
         nargs="+",
-        choices=(*ATTACKS, "all"),
+        choices=(*ATTACKS, *WEIGHT_ATTACKS, "all"),
         default=[],
     )
     n_attacked: int = _attack("at most N prompts for an attack", type=positive_int, metavar="N", default=100)
@@ -136,8 +139,8 @@ class AttackSettings:
 
     def attacked(
         self, protocol: EvalProtocol, responses: list[Response], config: PretrainedConfig, template: Template
-    ) -> dict[str, EvalProtocol]:
-        """The protocol of each attack that is asked for, by name.
+    ) -> AttackPlan | None:
+        """The attacks that are asked for; None for none.
 
         Args:
             protocol: how the prompts are asked plainly. Attacks use its first decoding.
@@ -148,13 +151,17 @@ class AttackSettings:
             UserError: there is no harmful prompt, or too few harmful pairs beside the prompts; an attack does not fit
                 into the models' context.
         """
-        attacks = {}
-        for name in ATTACKS:
-            if name in self.attacks or "all" in self.attacks:
-                attack = ATTACKS[name](plain_protocol(protocol, self.n_attacked), self, responses)
-                try:
-                    check_room(config, template, attack.asked, attack.max_new_tokens)
-                except UserError as error:
-                    raise UserError(f"--attacks {name}: {error}") from None
-                attacks[name] = attack
-        return attacks
+        if not self.attacks:
+            return None
+        plain = plain_protocol(protocol, self.n_attacked)
+        at_asking, on_weights = (
+            [name for name in known if name in self.attacks or "all" in self.attacks]
+            for known in (ATTACKS, WEIGHT_ATTACKS)
+        )
+        protocols = {name: ATTACKS[name](plain, self, responses) for name in at_asking}
+        for name, attack in protocols.items():
+            try:
+                check_room(config, template, attack.asked, attack.max_new_tokens)
+            except UserError as error:
+                raise UserError(f"--attacks {name}: {error}") from None
+        return AttackPlan(plain, protocols, on_weights, protocol.prompts.get("normal", []))

@@ -10,8 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from harmful_unlearn.data.templates import TemplateChoice
-from harmful_unlearn.evals.attacks.asking import plain_protocol
-from harmful_unlearn.evals.attacks.figures import attack_figures
+from harmful_unlearn.evals.attacks.measured import AttackPlan
 from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep, recommend
 from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
@@ -116,21 +115,11 @@ class SeedEvaluation:
         )
         return self._of_seed(results), side_by_side(rows, protocol)
 
-    def attack(self, models: dict[str, TrainedModel], attacks: dict[str, EvalProtocol], number: int) -> list[dict]:
-        """Harmful rates of the base and all models under attack, as `attack_figures`; after `test`, whose answers to
-        the prompts as they are stand beside them.
-
-        Args:
-            attacks: the protocol of each, by name.
-            number: how many prompts they attack, at most.
-        """
+    def attack(self, models: dict[str, TrainedModel], attacks: AttackPlan) -> list[dict]:
+        """Figures of the base and all models under attack; after `test`, whose answers stand beside them."""
         measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
-        attacked = {}
-        for name, attack in attacks.items():
-            print(f"attack: {name}, {attack.answers} answers by each model")
-            attacked[name] = measure(measured, attack, self.judge, None, self.folder / "attacks" / name)
         rows = measure(measured, self.protocol, self.judge, self.base, self.folder / "evaluation")
-        return self._of_seed(attack_figures(plain_protocol(self.protocol, number), rows, attacks, attacked))
+        return self._of_seed(attacks.measure(measured, rows, self.judge, self.base, self.folder / "attacks"))
 
     def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:
         """Measure a model's task vector at each alpha, on the validation prompts.

@@ -112,12 +112,21 @@ def attacks_markdown(figures: list[dict], judge: Judge) -> str:
     named = [f" ({figure['which']})" if figure["which"] else "" for figure in figures]
     table["cell"] = [cell(figure) + which for figure, which in zip(figures, named, strict=True)]
     models = list(table["model"].unique())
-    lines = [UNDER_ATTACK.format(credentials(judge), table["n"].max())]
-    lines += [f"| attack | variant | {' | '.join(models)} |", f"| --- | --- |{' ---: |' * len(models)}"]
+    rates = table[table["metric"] == "harmful_rate"]
+    lines = [UNDER_ATTACK.format(credentials(judge), rates["n"].max()), *_attack_rows(rates, models)]
+    perplexities = table[table["metric"] != "harmful_rate"]
+    if len(perplexities):
+        lines += ["", "Perplexity of normal references after the changes of weights:", ""]
+        lines += _attack_rows(perplexities, models)
+    return "\n".join(lines) + "\n"
+
+
+def _attack_rows(table: pd.DataFrame, models: list[str]) -> list[str]:
+    lines = [f"| attack | variant | {' | '.join(models)} |", f"| --- | --- |{' ---: |' * len(models)}"]
     for (attack, variant), rows in table.groupby(["attack", "variant"], sort=False):
         cells = rows.set_index("model")["cell"].reindex(models, fill_value="")
         lines.append(f"| {attack} | {'' if variant == attack else variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def credentials(judge: Judge) -> str:

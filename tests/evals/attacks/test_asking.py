@@ -15,6 +15,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.attacks.asking import ATTACKS, PREFILLS, AttackSettings, plain_protocol
 from harmful_unlearn.evals.attacks.figures import attack_figures
+from harmful_unlearn.evals.attacks.weights import WEIGHT_ATTACKS
 from harmful_unlearn.evals.attacks.wrappers import TEXTS, WRAPPERS, reversed_words, spelled, split
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
@@ -101,9 +102,12 @@ def test_attacks_are_named_by_flag(tokenizer, tiny_model):
     def attacks(*flags):
         return settings_of(*flags).attacked(PROTOCOL, HARMFUL, config, template)
 
-    assert not attacks()
+    assert attacks() is None
     two = attacks("--attacks", "long", "prefill", "--n_attacked", 2, "--long_tokens", 50)
-    assert list(two) == ["prefill", "long"] and all(len(prompts) == 2 for prompts in two["long"].prompts.values())
+    assert list(two.asking) == ["prefill", "long"] and two.asking["long"].prompts["50 tokens"] == UNSEEN[:2]
+    assert not two.weights and two.normal == NORMAL
+    every = attacks("--attacks", "all", "--n_attacked", 1, "--long_tokens", 9, "--shots", 1)
+    assert list(every.asking) == list(ATTACKS) and every.weights == list(WEIGHT_ATTACKS)
     with pytest.raises(UserError, match="--attacks long: a prompt of .* at most"):
         attacks("--attacks", "long")
     with pytest.raises(UserError, match="--attacks few_shot: a prompt of"):
