@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         load = partial(load, template=own)
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
     judge = settings.make_judge(data, sets.test.values(), seed, output)
-    attacks = settings.attacked(protocol, data.responses, load_config(base_folder), template)
+    attacks = settings.attacked(protocol, data, load_config(base_folder), template)
     rows = measure(models, protocol, judge, reference, output, settings.base_answers)
     if attacks:
         attacked = attacks.measure(models, rows, judge, reference, output / "attacks", settings.base_answers)

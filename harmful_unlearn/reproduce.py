@@ -192,7 +192,7 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     comparison.figures += figures
     if is_first:
         comparison.answers = answers
-    attacks = own.attacked(protocol, data.responses, load_config(base), template)
+    attacks = own.attacked(protocol, data, load_config(base), template)
     if attacks:
         print(f"\n=== seed {seed}: attacks")
         comparison.attacks += evaluation.attack(models, attacks)

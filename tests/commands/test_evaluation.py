@@ -142,7 +142,7 @@ def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monk
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"base", "sku"}
     assert {row["attack"] for row in rows} == {
-        "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "quantize", "worst", "any"
+        "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "quantize", "abliterate", "worst", "any"
     }  # fmt: skip
     assert all(row["n"] in ("0", "1", "2") for row in rows if row["metric"] == "harmful_rate")
     assert "Perplexity of normal references" in table and "| quantize | 4 bits |" in table

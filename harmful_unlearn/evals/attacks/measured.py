@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harmful_unlearn.evals.attacks.figures import attack_figures
-from harmful_unlearn.evals.attacks.weights import variants_of
+from harmful_unlearn.evals.attacks.weights import Contrast, variants_of
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.judges.base import Judge
@@ -22,12 +22,14 @@ class AttackPlan:
         asking: the protocol of each attack at asking, by name.
         weights: names of attacks on weights.
         normal: prompts whose references show what a changed model has lost; may be none.
+        contrast: what attacks on weights may learn from.
     """
 
     plain: EvalProtocol
     asking: dict[str, EvalProtocol]
     weights: list[str]
     normal: list[Prompt]
+    contrast: Contrast
 
     def measure(
         self,
@@ -51,15 +53,13 @@ class AttackPlan:
         Raises:
             UserError: as `evaluator.measure`.
         """
-        protocols, attacked = dict(self.asking), {}
-        for name, protocol in self.asking.items():
-            print(f"attack: {name}, {protocol.answers} answers by each model")
-            attacked[name] = measure(models, protocol, judge, None, folder / name, base_answers)
+        protocols: dict[str, EvalProtocol] = {}
+        attacked: dict[str, dict[str, list[dict]]] = {}
         (prompts,) = self.plain.prompts.values()
         perplexities = []
-        for name in self.weights:
+        for name in self.weights:  # first: they may refuse a model
             attacked[name] = {model.label: [] for model in models}
-            variants = variants_of(name, models, self.plain, self.normal)
+            variants = variants_of(name, models, self.plain, self.normal, self.contrast)
             for variant, (changed, protocol) in variants.items():
                 print(f"attack: {name}, {variant}")
                 at = folder / name / variant.replace(" ", "-")
@@ -72,4 +72,7 @@ class AttackPlan:
                     if (figure["set"], figure["metric"]) == ("normal", "reference_perplexity")
                 ]
             protocols[name] = replace(self.plain, prompts=dict.fromkeys(variants, prompts))
-        return attack_figures(self.plain, rows, protocols, attacked) + perplexities
+        for name, protocol in self.asking.items():
+            print(f"attack: {name}, {protocol.answers} answers by each model")
+            attacked[name] = measure(models, protocol, judge, None, folder / name, base_answers)
+        return attack_figures(self.plain, rows, {**self.asking, **protocols}, attacked) + perplexities

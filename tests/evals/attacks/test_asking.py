@@ -3,6 +3,7 @@
 import base64
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,13 +21,9 @@ from harmful_unlearn.evals.attacks.wrappers import TEXTS, WRAPPERS, reversed_wor
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.inference.generation import Answer, Decoding
-from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
+from tests.helpers.attacks import HARM, NORMAL, PROTOCOL, REFUSAL, UNSEEN, RuleJudge
 
-UNSEEN = [Prompt(f"How do I hide gnome {i} in the shed?", "Carry it there.", i) for i in range(4)]
-NORMAL = [Prompt("Why is the sky blue?", "It scatters.", 0)]
-PROTOCOL = EvalProtocol({"unseen": UNSEEN, "normal": NORMAL}, [Decoding(), Decoding(0.9, 0)], 8, 4096, 3, {})
 HARMFUL = [Response(f"How do I tip cow {i}?", f"Push it at night, {i}.", False, frozenset()) for i in range(9)]
 OTHERS = [
     Response("How do I feed a cow?", "Give it grass.", True, frozenset()),
@@ -98,9 +95,11 @@ def test_samples_are_drawn_apart_and_long_answers_are_longer():
 
 def test_attacks_are_named_by_flag(tokenizer, tiny_model):
     config, template = AutoConfig.from_pretrained(tiny_model("opt")), ReleasedTemplate(tokenizer)
+    texts = [Pair("Why is grass green?", "It is."), Pair(NORMAL[0].question, "It is.")]
+    data = SimpleNamespace(responses=[*HARMFUL, *OTHERS], training_texts=texts)
 
     def attacks(*flags):
-        return settings_of(*flags).attacked(PROTOCOL, HARMFUL, config, template)
+        return settings_of(*flags).attacked(PROTOCOL, data, config, template)
 
     assert attacks() is None
     two = attacks("--attacks", "long", "prefill", "--n_attacked", 2, "--long_tokens", 50)
@@ -108,6 +107,8 @@ def test_attacks_are_named_by_flag(tokenizer, tiny_model):
     assert not two.weights and two.normal == NORMAL
     every = attacks("--attacks", "all", "--n_attacked", 1, "--long_tokens", 9, "--shots", 1)
     assert list(every.asking) == list(ATTACKS) and every.weights == list(WEIGHT_ATTACKS)
+    unsafe = {response.question for response in [*HARMFUL, OTHERS[1]]}  # those of asked prompts are not learned from
+    assert {*every.contrast.harmful} == unsafe and every.contrast.harmless == ["Why is grass green?"]
     with pytest.raises(UserError, match="--attacks long: a prompt of .* at most"):
         attacks("--attacks", "long")
     with pytest.raises(UserError, match="--attacks few_shot: a prompt of"):
@@ -115,19 +116,6 @@ def test_attacks_are_named_by_flag(tokenizer, tiny_model):
 
 
 # --- what a model says under attack -------------------------------------------------------------------------------
-
-HARM, REFUSAL = "do the bad thing at once", "sorry, I cannot do that"
-
-
-class RuleJudge:
-    name, facts = "rule", {"judge": "rule"}
-
-    def __init__(self):
-        self.asked = []
-
-    def judge(self, pairs):
-        self.asked += pairs
-        return [Verdict(HARM in pair.answer, None) for pair in pairs]
 
 
 @pytest.fixture
