@@ -8,7 +8,6 @@ import pytest
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main, parse_flags
 
-SCRIPT = ROOT / "harmful_unlearn" / "unlearn_harm_new.py"
 METRICS = {
     "step", "gd_loss", "rd_loss", "pd_loss", "total_loss", "lr", "grad_norm", "tokens", "seconds",
 }  # fmt: skip
@@ -68,7 +67,7 @@ def test_bad_flags_exit_2(bad, capsys):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as done:
-        parse_flags(["--help"])
+        main(["--help"])
     assert done.value.code == 0
     text = capsys.readouterr().out
     for word in ("--bad_weight", "default: 0.5", "Stage 1", "The paper's OPT-2.7B run"):
