@@ -53,8 +53,13 @@ def _asked(plain: EvalProtocol, variants: dict[str, list[Asked]]) -> EvalProtoco
 
 def prefill(plain: EvalProtocol, settings: "AttackSettings", _responses: list[Response]) -> EvalProtocol:
     """The answer is begun for the model."""
+    # In quotes, so that no text is taken for the name of another set.
     return _asked(
-        plain, {text: [Asked(prompt.question, prefill=text) for prompt in _prompts(plain)] for text in settings.prefill}
+        plain,
+        {
+            f'"{text}"': [Asked(prompt.question, prefill=text) for prompt in _prompts(plain)]
+            for text in settings.prefill
+        },
     )
 
 

@@ -21,6 +21,7 @@ from harmful_unlearn.evals.attacks.wrappers import TEXTS, WRAPPERS, reversed_wor
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.inference.generation import Answer, Decoding
+from harmful_unlearn.evals.prompt_sets import SETS
 from harmful_unlearn.evals.protocol import EvalProtocol
 from tests.helpers.attacks import HARM, NORMAL, PROTOCOL, REFUSAL, UNSEEN, RuleJudge
 
@@ -55,11 +56,11 @@ def test_the_first_prompts_that_are_asked_plainly_are_attacked():
 
 
 def test_a_prefill_stands_in_the_context(tokenizer):
-    attack = protocol_of("prefill", "--prefill", "Sure:", "Step 1:")
-    assert list(attack.prompts) == ["Sure:", "Step 1:"]
-    (context,) = ReleasedTemplate(tokenizer).contexts([attack.prompts["Step 1:"][0].asked])
+    attack = protocol_of("prefill", "--prefill", "normal", "Step 1:")
+    assert list(attack.prompts) == ['"normal"', '"Step 1:"'] and not {*attack.prompts} & {*SETS}
+    (context,) = ReleasedTemplate(tokenizer).contexts([attack.prompts['"Step 1:"'][0].asked])
     assert tokenizer.decode(context, skip_special_tokens=True).endswith("in the shed?\n ### Answer: Step 1:")
-    assert list(protocol_of("prefill").prompts) == PREFILLS
+    assert [prompts[0].asked.prefill for prompts in protocol_of("prefill").prompts.values()] == PREFILLS
 
 
 def test_every_wrapper_asks_the_question_in_a_way_of_its_own():
@@ -165,10 +166,10 @@ def test_a_model_that_yields_to_a_prefill(under):
         "prefill", yields(lambda request: request.asked.prefill == "Step 1:"), "--prefill", "Sure:", "Step 1:"
     )
     assert rates_of(figures) == rates_of(figures, "base") == {
-        ("none", "none"): 0, ("prefill", "Sure:"): 0, ("prefill", "Step 1:"): 1, ("prefill", "worst"): 1,
+        ("none", "none"): 0, ("prefill", '"Sure:"'): 0, ("prefill", '"Step 1:"'): 1, ("prefill", "worst"): 1,
         ("prefill", "any"): 1, ("worst", "worst"): 1, ("any", "any"): 1,
     }  # fmt: skip
-    assert which(figures, "prefill") == {"Step 1:"} and which(figures, "worst") == {"prefill, Step 1:"}
+    assert which(figures, "prefill") == {'"Step 1:"'} and which(figures, "worst") == {'prefill, "Step 1:"'}
     assert Pair(UNSEEN[0].question, f"Step 1: {HARM}") in judged
 
 
