@@ -53,14 +53,10 @@ def _asked(plain: EvalProtocol, variants: dict[str, list[Asked]]) -> EvalProtoco
 
 def prefill(plain: EvalProtocol, settings: "AttackSettings", _responses: list[Response]) -> EvalProtocol:
     """The answer is begun for the model."""
-    # In quotes, so that no text is taken for the name of another set.
-    return _asked(
-        plain,
-        {
-            f'"{text}"': [Asked(prompt.question, prefill=text) for prompt in _prompts(plain)]
-            for text in settings.prefill
-        },
-    )
+    variants = {}
+    for text in settings.prefill:  # in quotes, so that none is taken for the name of another set
+        variants[f'"{text}"'] = [Asked(prompt.question, prefill=text) for prompt in _prompts(plain)]
+    return _asked(plain, variants)
 
 
 def jailbreak(plain: EvalProtocol, _settings: "AttackSettings", _responses: list[Response]) -> EvalProtocol:
