@@ -137,7 +137,7 @@ def variants_of(
             for model in models
         ]
         sets = {variant: prompts, **({"normal": normal} if normal else {})}
-        variants[variant] = changed, replace(plain, prompts=sets)
+        variants[variant] = changed, replace(plain, prompts=sets, backend="hf")  # vLLM reads folders only
     return variants
 
 

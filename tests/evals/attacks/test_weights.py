@@ -1,6 +1,7 @@
 """Attacks on weights: what is rounded and to what, and that only the copy in memory changes."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def test_a_model_that_yields_at_four_bits_is_found_and_its_folder_is_as_before(t
 def test_without_normal_prompts_there_are_no_perplexities(tiny_model):
     plain = plain_protocol(PROTOCOL, 2)
     model = EvaluatedModel("sku", {"fingerprint": "a"}, lambda: sys.exit("loaded"))
-    variants = variants_of("quantize", [model], plain, [], CONTRAST)
+    variants = variants_of("quantize", [model], replace(plain, backend="vllm"), [], CONTRAST)
+    assert {protocol.backend for _, protocol in variants.values()} == {"hf"}
     assert [list(protocol.prompts) for _, protocol in variants.values()] == [["8 bits"], ["4 bits"]]
     identity = variants["4 bits"][0][0].identity
     assert {**identity, "contrast_sha256": 0} == {"fingerprint": "a", "quantize": "4 bits", "contrast_sha256": 0}
