@@ -188,11 +188,11 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed, template)
     evaluation = SeedEvaluation(folder, base, judge, sets, protocol, template.choice, own.device_map)
     comparison.judge["by_seed"][str(seed)] = judge.facts
+    attacks = own.attacked(protocol, data, load_config(base), template)  # refused before any answer is made
     figures, answers = evaluation.test(models, asdict(settings), data.sources)
     comparison.figures += figures
     if is_first:
         comparison.answers = answers
-    attacks = own.attacked(protocol, data, load_config(base), template)
     if attacks:
         print(f"\n=== seed {seed}: attacks")
         comparison.attacks += evaluation.attack(models, attacks)

@@ -104,7 +104,8 @@ def _answer_and_score(
         print(f"{model.label}: its answers and scores are those in {kept}")
         write_file(folder / PROTOCOL_FILE, record)
         write_answers(folder, model.label, found.rows)
-        write_file(scored, json.dumps(found.scores))
+        if base_rows is not None:
+            write_file(scored, json.dumps(found.scores))
         return found.rows
     language_model, template = model.load()
     if template.text != protocol.prompt_template:
