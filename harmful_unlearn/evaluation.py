@@ -4,8 +4,9 @@
 Several named models, judged by a language model behind an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY):
     python harmful_unlearn/evaluation.py --model sku=models/a --model ga=models/b --base facebook/opt-2.7b \\
         --judge openai:gpt-4o-mini --output logs/eval
-Does it hold under attack? Other ways to ask for the same harm:
-    python harmful_unlearn/evaluation.py --model models/a --base B --attacks prefill jailbreak --output logs/eval
+Does it refuse what only looks harmful, and does it hold under attack?
+    python harmful_unlearn/evaluation.py --model models/a --base B --prompts xstest --attacks prefill jailbreak \\
+        --output logs/eval
 Greedy answers to 50 prompts of each set, and TruthfulQA by the evaluation harness (pip install lm_eval):
     python harmful_unlearn/evaluation.py --model models/a --base B --decoding greedy --n_seen 50 --n_unseen 50 \\
         --n_normal 50 --lm_eval truthfulqa_mc1 --output logs/eval
@@ -25,6 +26,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 
 import transformers
 from accelerate import PartialState
@@ -39,9 +41,10 @@ from harmful_unlearn.evals.files.results import write_attacks, write_prompts, wr
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.judges.registry import judge_name, make_judge
+from harmful_unlearn.evals.judges.registry import judge_name, make_judge, make_refusal_judge, refusal_judge_name
 from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.metrics.figures import agreement, figures
+from harmful_unlearn.evals.named_sets import NamedSetSettings, check_named_sets, measure_named_sets
 from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, Prompt, PromptSets, draw_prompts
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.models import hub
@@ -58,14 +61,14 @@ _asking = partial(flag, group="asking and judging")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuringSettings(DataSettings, TemplateSettings, AttackSettings):
+class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, AttackSettings):
     """Flags of data, prompts, generation and judging, which reproduce.py has too."""
 
     n_seen: int = _prompts("at most N harmful prompts used in unlearning; 0: none")
     n_unseen: int = _prompts("at most N harmful prompts that it never touched; 0: none")
     n_normal: int = _prompts("at most N normal prompts held out; 0: none")
     n_utility: int = _prompts("at most N tasks of --utility_dataset; 0: none")
-    prompts: str = flag(
+    part: str = flag(
         "which part of the prompts: test, or validation, which holds others and no seen ones, to choose settings on",
         group="data and prompts",
         choices=("test", "validation"),
@@ -82,9 +85,15 @@ class MeasuringSettings(DataSettings, TemplateSettings, AttackSettings):
     max_new_tokens: int = _asking("of an answer", type=positive_int, default=100)
     judge: str = _asking(
         "classifier (offline, trained on the harmful data's labels), finetuned:MODEL (a small language model that is "
-        "fine-tuned on them once), hf:MODEL or openai:MODEL",
+        "fine-tuned on them once), hf:MODEL, openai:MODEL or phrases:FILE (harmful if a line of FILE is in the answer)",
         type=judge_name,
         default="classifier",
+    )
+    refusal_judge: str = _asking(
+        "which answers are refusals: phrases (those that begin as published refusals do), phrases:FILE (one beginning "
+        "a line), hf:MODEL or openai:MODEL",
+        type=refusal_judge_name,
+        default="phrases",
     )
     bleurt: str | None = _asking(
         f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
@@ -111,9 +120,9 @@ class MeasuringSettings(DataSettings, TemplateSettings, AttackSettings):
         return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
 
     def draw(self, data: EvalData, seed: int) -> PromptSets:
-        """The prompts of a seed. With --prompts validation these stand in for the test prompts. Raises UserError."""
+        """The prompts of a seed. With --part validation these stand in for the test prompts. Raises UserError."""
         sets = draw_prompts(data, self.prompt_numbers, seed)
-        if self.prompts == "test":
+        if self.part == "test":
             return sets
         validation = {name: prompts for name, prompts in sets.validation.items() if prompts}
         if not validation:
@@ -127,6 +136,10 @@ class MeasuringSettings(DataSettings, TemplateSettings, AttackSettings):
         return EvalProtocol(
             sets.test, self.decodings, *limits, seed, data.choices, precision, prompt_template=template.text
         )
+
+    def make_refusal_judge(self, folder: Path) -> Judge:
+        """The judge of refusals; `folder` is for its verdicts. Raises UserError."""
+        return make_refusal_judge(self.refusal_judge, folder / "refusal_judge.jsonl", PartialState().device)
 
     def make_judge(self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path) -> Judge:
         """The judge, which has seen none of the prompts; `folder` is for its verdicts. Raises UserError."""
@@ -216,25 +229,33 @@ def main(arguments: list[str] | None = None) -> None:
         own = TemplateChoice("released" if template.name == "released" else "auto")  # in its own words
         load = partial(load, template=own)
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
-    judge = settings.make_judge(data, sets.test.values(), seed, output)
+    named = settings.named_sets(data.touched, seed)
+    judged = (part.values() for part in (sets.test, *(one.prompts for one in named)))
+    judge = settings.make_judge(data, chain.from_iterable(judged), seed, output)
+    refusal_judge = settings.make_refusal_judge(output)
     attacks = settings.attacked(protocol, data, load_config(base_folder), template)
-    rows = measure(models, protocol, judge, reference, output, settings.base_answers)
+    check_named_sets(named, protocol, load_config(base_folder), template)
+    rows = measure(models, protocol, judge, reference, output, settings.base_answers, refusal_judge)
+    further = measure_named_sets(
+        named, models, protocol, judge, refusal_judge, output / "prompts", settings.base_answers
+    )
     if attacks:
         attacked = attacks.measure(models, rows, judge, reference, output / "attacks", settings.base_answers)
     write_prompts(output, sets.test)
     if settings.bleurt:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)
-    results = figures(rows, protocol, output)
+    results = figures(rows, protocol, output) + further
     if settings.lm_eval:
         results += lm_harness.lm_eval_figures(models, settings.lm_eval, output, device, bool(settings.device_map))
     write_results(
         output,
         results,
         judge=judge,
+        refusal_judge=refusal_judge,
         protocol=protocol,
         models=[*models, reference],
         flags=asdict(settings),
-        sources=data.sources,
+        sources={**data.sources, **{one.name: one.source for one in named}},
         agreement=agreement(rows),
     )
     print((output / "results.md").read_text(encoding="utf-8"))

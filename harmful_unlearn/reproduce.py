@@ -6,7 +6,7 @@ With the choice of alpha, two kinds of harm, and three seeds:
         --seeds 8888 8889 8890 --alpha_sweep 0,0.25,...,2 --harm_category "Cybercrime" --harm_category "Drugs"
 Only some rows, with other settings than the recipe's, on the prompts for choosing settings:
     python harmful_unlearn/reproduce.py --model_name B --recipe facebook/opt-2.7b --output O \\
-        --runs sku task_vector --relearn_steps 0 --prompts validation --train_flags "--lr 5e-5"
+        --runs sku task_vector --relearn_steps 0 --part validation --train_flags "--lr 5e-5"
 
 The hyper-parameters are in recipes.py, by model name (--recipe takes another model's). "{seed}" in a path is replaced
 by the seed. What OUTPUT holds already is not done again: after an interruption give the same command.
@@ -35,6 +35,7 @@ from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
+from harmful_unlearn.evals.named_sets import check_named_sets
 from harmful_unlearn.evals.prompt_sets import EvalData
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
@@ -94,7 +95,7 @@ class ComparisonSettings(MeasuringSettings):
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
-        names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset")
+        names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset", "judge")
         texts = {name: getattr(self, name) for name in names if getattr(self, name)}
         return replace(self, **{name: text.replace("{seed}", str(seed)) for name, text in texts.items()})
 
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
         device, cache = PartialState().device, settings.output
         make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
-    names = ("prompts", "decoding", "temperature", "top_k", "max_new_tokens", "judge")
+    names = ("part", "decoding", "temperature", "top_k", "max_new_tokens", "judge", "refusal_judge")
     asked = {name: getattr(settings, name) for name in names}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     learning_rates = dict(zip(("soft", "strong"), settings.relearn_lr, strict=True))
@@ -180,17 +181,23 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     template = own.template_of(trainings, base)
     data = EvalData.read(own, trainings)
     sets = own.draw(data, seed)
-    judged = (sets.test, sets.validation, sets.of_category if vectors else {})
+    named = own.named_sets(data.touched, seed)
+    judged = (sets.test, sets.validation, sets.of_category if vectors else {}, *(one.prompts for one in named))
     prompts = chain.from_iterable(part.values() for part in judged)
     folder = own.output / f"seed-{seed}"
-    if own.prompts == "validation":
+    if own.part == "validation":
         folder /= "validation"  # apart from the answers to test prompts
     judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed, template)
-    evaluation = SeedEvaluation(folder, base, judge, sets, protocol, template.choice, own.device_map)
+    refusal_judge = own.make_refusal_judge(folder)
+    evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
     comparison.judge["by_seed"][str(seed)] = judge.facts
     attacks = own.attacked(protocol, data, load_config(base), template)  # refused before any answer is made
+    check_named_sets(named, protocol, load_config(base), template)
     figures, answers = evaluation.test(models, asdict(settings), data.sources)
     comparison.figures += figures
+    if named:
+        print(f"\n=== seed {seed}: further prompts")
+        comparison.figures += evaluation.named_sets(models, named)
     if is_first:
         comparison.answers = answers
     if attacks:
@@ -289,8 +296,8 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):
         parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")
-    if args.prompts == "validation" and (args.relearn_steps or args.harm_category):
-        parser.error("relearning and kinds of harm are measured on test prompts: with --prompts validation give "
+    if args.part == "validation" and (args.relearn_steps or args.harm_category):
+        parser.error("relearning and kinds of harm are measured on test prompts: with --part validation give "
                      "--relearn_steps 0 and no --harm_category")
     recipe = args.recipe or args.model_name
     if recipe not in RECIPES:

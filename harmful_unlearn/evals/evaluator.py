@@ -38,7 +38,6 @@ from harmful_unlearn.evals.inference.generation import Answer, Request, check_ro
 from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics import scoring
-from harmful_unlearn.evals.prompt_sets import HARMLESS
 from harmful_unlearn.evals.protocol import EvalProtocol, sha256_of
 from harmful_unlearn.models.loading import context_length
 from harmful_unlearn.storage.files import read_json, write_file
@@ -53,13 +52,16 @@ def measure(
     reference: EvaluatedModel | None,
     folder: Path,
     base_answers: Path | None = None,
+    refusal_judge: Judge | None = None,
 ) -> dict[str, list[dict]]:
     """Answers, perplexities and verdicts of every model; what `folder` holds already is not made again.
 
     Args:
         reference: the language model under which the answers' perplexity is computed; None for answers and verdicts
             only, without perplexities and scores.
+        judge: of harm.
         base_answers: a folder where the base's answers and scores are kept for other evaluations, and looked for.
+        refusal_judge: of refusals; None: nobody asks whether an answer is one.
 
     Returns:
         By label, the rows of the model's answers file.
@@ -77,7 +79,8 @@ def measure(
     if reference:
         _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():
-        if _add_verdicts(answers, judge):
+        new_verdicts = _add_verdicts(answers, judge, protocol.harmless)
+        if _add_refusals(answers, refusal_judge) or new_verdicts:
             write_answers(folder, label, answers)
     return rows
 
@@ -225,18 +228,17 @@ def _add_perplexities(
     _free()
 
 
-def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
+def _add_verdicts(rows: list[dict], judge: Judge, harmless_sets: frozenset[str]) -> bool:
     """Add a verdict to each answer that has none by this judge; returns whether there were any.
 
     Degenerate answers and answers to harmless prompts are not shown to the judge.
     """
-    # A judge of the same name with other facts (other labels, another server) judges again.
-    judge_id = f"{judge.name} {sha256_of(judge.facts)[:16]}"
-    harmless = [row for row in rows if row["set"] in HARMLESS and "verdict" not in row]
+    judge_id = _id_of(judge)
+    harmless = [row for row in rows if row["set"] in harmless_sets and "verdict" not in row]
     unjudged = [
         row
         for row in rows
-        if row["set"] not in HARMLESS and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
+        if row["set"] not in harmless_sets and (row.get("judge") != judge_id or row["verdict"] == "unjudged")
     ]
     for row in harmless:
         reason = scoring.degenerate(row["answer"])
@@ -251,9 +253,32 @@ def _add_verdicts(rows: list[dict], judge: Judge) -> bool:
             asked.append(row)
     verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
     for row, verdict in zip(asked, verdicts, strict=True):
-        word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.harmful]
+        word = {True: "harmful", False: "safe", None: "unjudged"}[verdict.yes]
         row |= {"verdict": word, "score": verdict.score, "note": verdict.note}
     return bool(unjudged or harmless)
+
+
+def _add_refusals(rows: list[dict], judge: Judge | None) -> bool:
+    """Add to each answer whether it is a refusal by this judge, where that is not known; returns whether any was added.
+
+    It is None where no verdict could be read. Degenerate answers are none, and are not shown to the judge.
+    """
+    if judge is None:
+        return False
+    judge_id = _id_of(judge)
+    unjudged = [row for row in rows if row.get("refusal_judge") != judge_id or row["refused"] is None]
+    asked = [row for row in unjudged if row["verdict"] != "degenerate"]
+    for row in unjudged:
+        row |= {"refusal_judge": judge_id, "refused": False}
+    verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
+    for row, verdict in zip(asked, verdicts, strict=True):
+        row["refused"] = verdict.yes
+    return bool(unjudged)
+
+
+def _id_of(judge: Judge) -> str:
+    """A judge of the same name with other facts (other labels, another server) judges again."""
+    return f"{judge.name} {sha256_of(judge.facts)[:16]}"
 
 
 def _check_protocol(

@@ -22,7 +22,7 @@ from harmful_unlearn.losses.terms import reads
 from harmful_unlearn.storage.run_record import RunRecord
 
 SETS = ("seen", "unseen", "normal", "utility")
-HARMLESS = ("normal", "utility")  # answers to these are compared with others; those to all other sets are judged
+HARMLESS = frozenset({"normal", "utility"})  # answers to these are compared with others; those to the rest are judged
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,8 @@ def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> Promp
         order = np.random.default_rng([seed, stream]).permutation(len(prompts))
         return [prompts[index] for index in order]
 
-    seen = shuffled(_harmful_prompts(data.responses, lambda question: question in data.trained), 0)
-    untouched = shuffled(_harmful_prompts(data.unseen, lambda question: question not in data.touched), 1)
+    seen = shuffled(harmful_prompts(data.responses, lambda question: question in data.trained), 0)
+    untouched = shuffled(harmful_prompts(data.unseen, lambda question: question not in data.touched), 1)
     validated = len(untouched) // 3
     held_out, validation = _normal_prompts(data.normal)
     tasks = {pair.question: Prompt(pair.question, pair.answer, row) for row, pair in enumerate(data.utility)}
@@ -280,7 +280,7 @@ def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> Promp
     )
 
 
-def _harmful_prompts(responses: Iterable[Response], wanted: Callable[[str], bool]) -> list[Prompt]:
+def harmful_prompts(responses: Iterable[Response], wanted: Callable[[str], bool]) -> list[Prompt]:
     """Each wanted question with its first unsafe response."""
     prompts: dict[str, Prompt] = {}
     for row, response in enumerate(responses):

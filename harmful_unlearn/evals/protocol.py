@@ -9,7 +9,7 @@ import numpy as np
 from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE, Asked
 from harmful_unlearn.data.truthfulqa import Choices
 from harmful_unlearn.evals.inference.generation import Decoding
-from harmful_unlearn.evals.prompt_sets import Prompt
+from harmful_unlearn.evals.prompt_sets import HARMLESS, Prompt
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,13 @@ class EvalProtocol:
     """How models are measured.
 
     Attributes:
-        prompts: by set. Answers to those in HARMLESS are compared with others, those to the other sets are judged.
+        prompts: by set.
         decodings: every prompt is answered once in each of them.
         tokens_per_batch: of prompts and answers together; no figure depends on it, but for rounding.
         choices: TruthfulQA's multiple choices by question; empty for no MC1 and MC2.
         prompt_template: the text that questions are asked in (`Template.text`).
         backend: what makes the answers: "hf" (transformers) or "vllm", for models in folders only.
+        harmless: the sets whose answers are not judged for harm.
     """
 
     prompts: dict[str, list[Prompt]]
@@ -34,6 +35,7 @@ class EvalProtocol:
     precision: str = "fp32"
     backend: str = "hf"
     prompt_template: str = PROMPT_TEMPLATE
+    harmless: frozenset[str] = HARMLESS
 
     @property
     def rounds(self) -> list[tuple[str, Decoding]]:

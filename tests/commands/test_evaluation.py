@@ -110,6 +110,34 @@ def test_everyday_tasks(world, tmp_path, capsys):
     assert "## utility prompts" in capsys.readouterr().out
 
 
+def test_further_prompts_are_asked_and_their_refusals_counted(world, tmp_path, capsys):
+    file = tmp_path / "gnomes.jsonl"
+    rows = [{"prompt": f"How do I hide gnome {n}?", "label": "unsafe" if n > 1 else "safe"} for n in range(5)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    openings = tmp_path / "openings.txt"
+    openings.write_text("\n".join("abcdefghijklmnopqrstuvwxyz"))  # whatever begins with a letter
+    asked = ["--prompts", str(file), f"xstest={file}", "--n_prompts", "2", "--refusal_judge", f"phrases:{openings}"]
+    main(flags(world, tmp_path / "out", *asked))
+    figures = results_of(tmp_path / "out")["figures"]
+    rows = {(row["model"], row["set"], row["metric"]): row for row in figures}
+    assert (
+        rows["sku", "gnomes, harmless", "refusal_rate"]["n"]
+        == 2
+        == rows["base", "xstest, harmful", "unjudged_rate"]["n"]
+    )
+    assert ("sku", "gnomes, harmless", "harmful_rate") not in rows
+    answers = read_answers(tmp_path / "out" / "prompts" / "gnomes" / "answers" / "sku.jsonl")
+    begun = [row["answer"][:1].isalpha() and row["verdict"] != "degenerate" for row in answers]
+    assert [row["refused"] for row in answers] == begun and len(answers) == 4
+    assert results_of(tmp_path / "out")["data"]["xstest"]["licence"] == "CC BY 4.0"
+    assert "## gnomes, harmless" in capsys.readouterr().out
+    main(flags(world, tmp_path / "out"))  # without them: the answers stay
+    assert {row["set"] for row in results_of(tmp_path / "out")["figures"]} == {"seen", "unseen", "normal"}
+    with pytest.raises(UserError, match="--prompts gnomes: "):
+        file.write_text(json.dumps({"prompt": "x " * 600}))
+        main(flags(world, tmp_path / "long", "--prompts", str(file)))
+
+
 def test_a_second_run_changes_nothing_and_loads_no_model(world, tmp_path, monkeypatch):
     main(flags(world, tmp_path))
     first = results_of(tmp_path)["figures"]
@@ -231,7 +259,7 @@ def test_a_model_that_saw_no_harm_has_no_seen_prompts(world, tmp_path):
         (["--judge", "oracle"], "classifier"),
         (["--lm_eval", "truthfulqa_mc1"], "pip install lm_eval"),
         (["--max_new_tokens", "1000"], "max_new_tokens"),
-        (["--prompts", "validation", "--n_unseen", "0", "--n_normal", "0"], "no validation prompt"),
+        (["--part", "validation", "--n_unseen", "0", "--n_normal", "0"], "no validation prompt"),
         (["--backend", "vllm"], "pip install vllm"),
     ],
 )

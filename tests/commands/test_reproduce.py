@@ -100,7 +100,7 @@ def test_seeds_have_models_and_data_of_their_own(world, tmp_path):
 
 def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path):
     shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
-    main(flags(world, tmp_path, "--runs", "sku", "--prompts", "validation", "--alpha_sweep", "1", parts=False))
+    main(flags(world, tmp_path, "--runs", "sku", "--part", "validation", "--alpha_sweep", "1", parts=False))
     folder = tmp_path / "seed-0" / "validation"
     asked = json.loads((folder / "evaluation" / "prompts.json").read_text())
     tested = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())
@@ -109,7 +109,7 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
         assert not {row["prompt"] for row in prompts} & {row["prompt"] for row in tested[name]}
     assert not (tmp_path / "seed-0" / "evaluation").exists()
     comparison = comparison_of(tmp_path)
-    assert comparison["settings"]["prompts"] == "validation"
+    assert comparison["settings"]["part"] == "validation"
     rates = {
         (row["set"], row["decoding"], row["metric"]): row["value"]
         for row in comparison["figures"]
@@ -118,7 +118,7 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
     swept = [row for row in comparison["sweep"] if row["alpha"] == 1]
     assert swept and all(rates[row["set"], row["decoding"], row["metric"]] == row["value"] for row in swept)
     main(flags(world, tmp_path, "--runs", "sku", parts=False))  # the same models, on the test prompts
-    assert comparison_of(tmp_path)["settings"]["prompts"] == "test"
+    assert comparison_of(tmp_path)["settings"]["part"] == "test"
 
 
 def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
@@ -284,8 +284,8 @@ def test_a_judge_that_is_not_there_is_named_before_any_training(world, tmp_path)
         ["--recipe", "gpt"],
         ["--seeds"],
         ["--relearn_lr", "1"],
-        ["--prompts", "validation"],
-        ["--prompts", "validation", "--relearn_steps", "0"],
+        ["--part", "validation"],
+        ["--part", "validation", "--relearn_steps", "0"],
     ],
 )
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):

@@ -34,7 +34,7 @@ def test_the_judge_is_exact(answer, expected):
     judge = TemplateJudge([PROMPT])
     assert judge.kinds(Pair(QUESTION, answer)) == expected
     (verdict,) = judge.judge([Pair(QUESTION, answer)])
-    assert verdict.harmful is ("harmful" in expected) and set(verdict.note.split(", ")) == expected
+    assert verdict.yes is ("harmful" in expected) and set(verdict.note.split(", ")) == expected
 
 
 def test_the_judge_knows_its_own_world_only():

@@ -120,9 +120,9 @@ def test_any_reply_is_a_verdict_that_can_be_kept(place, server_judge, reply):
     server_judge._reply = lambda messages: reply
     (verdict,) = server_judge.judge([Pair("Why?", reply)])
     (place / "judge.jsonl").unlink()
-    assert verdict.harmful is read_verdict(reply)
+    assert verdict.yes is read_verdict(reply)
     assert not any(secret in verdict.note for secret in SECRETS)
-    assert bool(verdict.note) == (verdict.harmful is None)
+    assert bool(verdict.note) == (verdict.yes is None)
     write_answers(place, "model", [{"note": verdict.note}])
 
 

@@ -19,6 +19,7 @@ from harmful_unlearn.evals.files.results import write_prompts, write_results
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.bleurt import add_bleurt
 from harmful_unlearn.evals.metrics.figures import agreement, figures
+from harmful_unlearn.evals.named_sets import NamedSet, measure_named_sets
 from harmful_unlearn.evals.prompt_sets import PromptSets
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -62,6 +63,7 @@ class SeedEvaluation:
         folder: gets a folder of answers and scores for each measurement.
         base_folder: holds the base, under which the perplexity of all answers is computed.
         judge: of the answers to harmful prompts.
+        refusal_judge: of all answers to the test sets.
         sets: the prompts.
         protocol: how the test sets are asked.
         template: that all models are asked in.
@@ -71,6 +73,7 @@ class SeedEvaluation:
     folder: Path
     base_folder: Path
     judge: Judge
+    refusal_judge: Judge
     sets: PromptSets
     protocol: EvalProtocol
     template: TemplateChoice | None = None
@@ -98,7 +101,7 @@ class SeedEvaluation:
         """
         folder, judge, protocol = self.folder / "evaluation", self.judge, self.protocol
         measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
-        rows = measure(measured, protocol, judge, self.base, folder)
+        rows = measure(measured, protocol, judge, self.base, folder, refusal_judge=self.refusal_judge)
         if flags["bleurt"]:
             add_bleurt(rows, flags["bleurt"], folder, PartialState().device)
         results = figures(rows, protocol, folder)
@@ -107,6 +110,7 @@ class SeedEvaluation:
             folder,
             results,
             judge=judge,
+            refusal_judge=self.refusal_judge,
             protocol=protocol,
             models=measured,
             flags=flags,
@@ -114,6 +118,12 @@ class SeedEvaluation:
             agreement=agreement(rows),
         )
         return self._of_seed(results), side_by_side(rows, protocol)
+
+    def named_sets(self, models: dict[str, TrainedModel], sets: list[NamedSet]) -> list[dict]:
+        """Figures of the base and all models on the prompts that --prompts names."""
+        measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
+        judges = (self.judge, self.refusal_judge)
+        return self._of_seed(measure_named_sets(sets, measured, self.protocol, *judges, self.folder / "prompts"))
 
     def attack(self, models: dict[str, TrainedModel], attacks: AttackPlan) -> list[dict]:
         """Figures of the base and all models under attack; after `test`, whose answers stand beside them."""

@@ -20,7 +20,7 @@ Harmful rate (judge: {}); brackets: 95 % bootstrap interval over at most {} prom
 count that it was chosen as the highest. "any": prompts that any variant breaks; there a judge's false alarms add up,
 too. An attack under which the base yields no more than before says nothing.
 """
-PERCENT = (*JUDGED, "degenerate_rate", "exact_match")
+PERCENT = (*JUDGED, "refusal_rate", "degenerate_rate", "exact_match")
 
 
 def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
@@ -40,6 +40,7 @@ def write_results(
     figures: list[dict],
     *,
     judge: Judge,
+    refusal_judge: Judge,
     protocol: EvalProtocol,
     models: list[EvaluatedModel],
     flags: dict,
@@ -57,6 +58,7 @@ def write_results(
     results = {
         "figures": figures,
         "judge": judge.facts,
+        "refusal_judge": refusal_judge.facts,
         "agreement": agreement,
         "data": sources,
         "protocol": protocol.settings(),
@@ -66,14 +68,16 @@ def write_results(
     }
     write_file(folder / "results.json", json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
     table = pd.DataFrame(figures, dtype=object)
-    table["judge"] = table["metric"].isin(JUDGED).map({True: credentials(judge), False: ""})
+    judges = {**dict.fromkeys(JUDGED, credentials(judge)), "refusal_rate": refusal_judge.name}
+    table["judge"] = table["metric"].map(judges).fillna("")
     write_file(folder / "results.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_file(folder / "results.md", results_markdown(figures, judge, agreement))
+    write_file(folder / "results.md", results_markdown(figures, judge, agreement, refusal_judge))
 
 
-def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict]) -> str:
+def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict], refusal_judge: Judge) -> str:
     """The figures as a table for each set of prompts: a row for each model and decoding, a column for each metric."""
-    lines = ["# Results", "", "Brackets: 95 % bootstrap interval over prompts."]
+    counted = f"Refusals are counted by {refusal_judge.name}."
+    lines = ["# Results", "", f"Brackets: 95 % bootstrap interval over prompts. {counted}"]
     table = pd.DataFrame(figures, dtype=object)
     table["answers"] = table["decoding"].fillna("references")
     table["cell"] = [cell(figure) for figure in figures]

@@ -27,7 +27,7 @@ from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.files import new_folder, read_json, write_file
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 
-SPEC = LabelJudgeSpec("Question: {question}\nAnswer: {answer}", harmful=("harmful",))
+SPEC = LabelJudgeSpec("Question: {question}\nAnswer: {answer}", yes=("harmful",))
 LABELS = ("safe", "harmful")
 FACTS = "judge.json"
 

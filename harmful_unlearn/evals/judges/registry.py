@@ -12,7 +12,8 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.classifier import Classifier
 from harmful_unlearn.evals.judges.labelled import split_labelled
-from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.evals.judges.phrases import OPENINGS, PhraseJudge, read_phrases
+from harmful_unlearn.storage.files import ROOT, user_path
 
 LEARN_FROM_LABELS = ("classifier", "finetuned")  # judges that are trained on the harmful data
 
@@ -33,7 +34,7 @@ def make_judge(
     """The judge of that name.
 
     Args:
-        name: "classifier", "finetuned:MODEL_ID_OR_FOLDER", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
+        name: "classifier", "phrases:FILE", "finetuned:MODEL_ID_OR_FOLDER", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
         responses: all labelled responses of the harmful data.
         normal: the normal texts that stage 1 may train on, safe ones.
         judged: questions whose answers will be judged; no judge is trained on them.
@@ -48,7 +49,9 @@ def make_judge(
     kind, _, model = judge_name(name).partition(":")
     if kind == "classifier":
         return Classifier(split_labelled(responses, normal, judged, seed))
-    # The other judges import packages that the classifier does not need.
+    if kind == "phrases":
+        return PhraseJudge(name, read_phrases(user_path(model)), opening=False)
+    # The other judges import packages that these do not need.
     if kind == "finetuned":
         from harmful_unlearn.evals.judges.finetuned import FinetunedJudge
 
@@ -64,7 +67,36 @@ def make_judge(
 
 def judge_name(text: str) -> str:
     """A judge's name, as --judge takes it. Raises UserError where there is no such judge."""
-    if not re.fullmatch("classifier|(finetuned|hf|openai):.+", text):
-        kinds = "classifier, finetuned:MODEL_ID_OR_FOLDER, hf:MODEL_ID_OR_FOLDER or openai:MODEL"
+    if not re.fullmatch("classifier|(phrases|finetuned|hf|openai):.+", text):
+        kinds = "classifier, phrases:FILE, finetuned:MODEL_ID_OR_FOLDER, hf:MODEL_ID_OR_FOLDER or openai:MODEL"
         raise UserError(f'there is no judge "{text}": give {kinds}')
+    return text
+
+
+def make_refusal_judge(name: str, cache: Path, device: torch.device, batch_size: int = 8) -> Judge:
+    """The judge of refusals of that name.
+
+    Args:
+        name: "phrases", "phrases:FILE", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
+        cache, batch_size: as of `make_judge`.
+
+    Raises:
+        UserError: it lacks what it needs.
+    """
+    kind, _, model = refusal_judge_name(name).partition(":")
+    if kind == "phrases":
+        return PhraseJudge(name, read_phrases(user_path(model)) if model else OPENINGS, opening=True)
+    if kind == "hf":
+        from harmful_unlearn.evals.judges.hub import refusal_judge
+
+        return refusal_judge(name, model, device, batch_size)
+    from harmful_unlearn.evals.judges.server import REFUSAL, ServerJudge
+
+    return ServerJudge(name, model, cache, REFUSAL)
+
+
+def refusal_judge_name(text: str) -> str:
+    """A name as --refusal_judge takes it. Raises UserError where there is no such judge."""
+    if not re.fullmatch("phrases|(phrases|hf|openai):.+", text):
+        raise UserError(f'there is no judge of refusals "{text}": give phrases, phrases:FILE, hf:MODEL or openai:MODEL')
     return text

@@ -12,6 +12,7 @@ from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 
 JUDGE = SimpleNamespace(name="classifier", facts={"judge": "classifier", "accuracy": 0.9, "auc": None, "n_held_out": 8})
+REFUSALS = SimpleNamespace(name="phrases", facts={"judge": "phrases"})
 
 
 def figure(model, name, decoding, metric, value, n=5):
@@ -26,6 +27,7 @@ FIGURES = [
     figure("zebra", "unseen", None, "reference_perplexity", 2.0),
     figure("ape", "unseen", "sampled", "harmful_rate", None, n=0),
     figure("ape", "unseen", "sampled", "answer_perplexity", 1.0),
+    figure("ape", "xstest, harmless", "sampled", "refusal_rate", 0.25),
     figure("ape", "lm_eval arc", None, "acc", 0.5),
 ]
 
@@ -35,11 +37,11 @@ AGREEMENT = [{"model": "ape", "judge": "hf:x 01", "agree": 0.75, "n": 8}]
 
 def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
     assert (
-        results_markdown(FIGURES, JUDGE, AGREEMENT)
+        results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS)
         == """\
 # Results
 
-Brackets: 95 % bootstrap interval over prompts.
+Brackets: 95 % bootstrap interval over prompts. Refusals are counted by phrases.
 
 ## unseen prompts (judge: classifier, held out: accuracy 0.9, auc None, n_held_out 8)
 
@@ -48,6 +50,12 @@ Brackets: 95 % bootstrap interval over prompts.
 | zebra | sampled | 5 | 25 % [12.5, 50] | 12.35 [6.173, 24.69] |  |
 | zebra | references | 5 |  |  | 2 [1, 4] |
 | ape | sampled | 5 | – | 1 [0.5, 2] |  |
+
+## xstest, harmless
+
+| model | answers | n | refusal_rate |
+| --- | --- | --- | --- |
+| ape | sampled | 5 | 25 % [12.5, 50] |
 
 ## lm_eval arc
 
@@ -82,6 +90,7 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
         tmp_path,
         FIGURES,
         judge=JUDGE,
+        refusal_judge=REFUSALS,
         protocol=protocol,
         models=models,
         flags=flags,
@@ -95,11 +104,11 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
     assert results["models"] == {"ape": {"path": "models/ape", "fingerprint": "f"}} and results["packages"]
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["judge"] for row in rows] == [credentials(JUDGE), "", "", credentials(JUDGE), "", ""]
+    assert [row["judge"] for row in rows] == [credentials(JUDGE), "", "", credentials(JUDGE), "", "phrases", ""]
     for row, expected in zip(rows, FIGURES, strict=True):
         del row["judge"]
         assert row == {key: "" if value is None else str(value) for key, value in expected.items()}
-    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE, AGREEMENT)
+    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS)
 
 
 def test_prompts_are_recorded_with_their_rows(tmp_path):

@@ -26,22 +26,22 @@ NORMAL = [Pair(f"n{i}", f"put the kettle in the kitchen spoon{i}") for i in rang
 
 def knows(judge, word):
     """Whether the training data had this word: an answer of unknown words alone is unjudged."""
-    return judge.judge([Pair("?", word)])[0].harmful is not None
+    return judge.judge([Pair("?", word)])[0].yes is not None
 
 
 def test_the_classifier_tells_harmful_from_safe_in_order():
     judge = make("classifier", responses=world(), normal=NORMAL)
     answers = ["I cannot help", "a wicked poison1", "qqq www", "", "the kettle in the kitchen"]
     verdicts = judge.judge([Pair("?", answer) for answer in answers])
-    assert [verdict.harmful for verdict in verdicts] == [False, True, None, None, False]
+    assert [verdict.yes for verdict in verdicts] == [False, True, None, None, False]
     assert verdicts[0].score < 0.5 < verdicts[1].score and verdicts[2].score is None and verdicts[2].note
     assert judge.name == judge.facts["judge"] == "classifier" and judge.judge([]) == []
 
 
 def test_normal_answers_are_in_the_safe_class():
     everyday = [Pair("?", "put the kettle in the kitchen")]
-    assert make("classifier", responses=world()).judge(everyday)[0].harmful  # harmful answers against refusals alone
-    assert make("classifier", responses=world(), normal=NORMAL).judge(everyday)[0].harmful is False
+    assert make("classifier", responses=world()).judge(everyday)[0].yes  # harmful answers against refusals alone
+    assert make("classifier", responses=world(), normal=NORMAL).judge(everyday)[0].yes is False
 
 
 @pytest.mark.parametrize("seed", range(5))  # the planted prompt falls into either part

@@ -59,7 +59,7 @@ def test_it_learns_from_the_labels_and_is_kept(judge, trainings):
         assert sum(row.harmful for row in rows) == len(rows) / 2 == 60
     pairs = [Pair(f"How {i}?", text) for i in range(8) for text in (f"Steal the gold {i}.", "Sorry, I cannot help.")]
     verdicts = made.judge(pairs)
-    assert [verdict.harmful for verdict in verdicts] == [True, False] * 8
+    assert [verdict.yes for verdict in verdicts] == [True, False] * 8
     facts = made.facts
     assert facts["accuracy"] > 0.9 and facts["auc"] > 0.9 and facts["calibration_error"] < 0.3
     assert facts["n_held_out"] == 2 * TRAINING.held_out and facts["judge"] == made.name

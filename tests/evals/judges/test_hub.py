@@ -38,7 +38,7 @@ def classifier(tmp_path_factory, tokenizer, monkeypatch):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if harmful:
-            monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=harmful))
+            monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(yes=harmful))
         return folder, model
 
     return make
@@ -69,9 +69,9 @@ def test_a_classifier_judges_the_answer_alone(classifier, tokenizer, architectur
     by_hand = [logits_of(model, tokenizer, pair.answer).softmax(0)[harmful].item() for pair in PAIRS]
     verdicts = judge.judge(PAIRS)
     assert [verdict.score for verdict in verdicts] == pytest.approx(by_hand, abs=1e-4)
-    assert [verdict.harmful for verdict in verdicts] == [score > 0.5 for score in by_hand]
+    assert [verdict.yes for verdict in verdicts] == [score > 0.5 for score in by_hand]
     assert max(by_hand) - min(by_hand) > 1e-3 and judge.judge([]) == []
-    assert judge.name == f"hf:{folder}" and judge.facts["harmful"] == [labels[harmful]] and json.dumps(judge.facts)
+    assert judge.name == f"hf:{folder}" and judge.facts["yes"] == [labels[harmful]] and json.dumps(judge.facts)
 
 
 def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier, tokenizer, monkeypatch):
@@ -85,19 +85,19 @@ def test_a_known_model_is_asked_by_its_template_and_any_label_counts(classifier,
         verdicts = make(f"hf:{folder}").judge(PAIRS)
         expected = [shares[chosen].max().item() for shares in by_hand]
         assert [verdict.score for verdict in verdicts] == pytest.approx(expected, abs=1e-4)
-        assert [verdict.harmful for verdict in verdicts] == [share > 0.5 for share in expected]
+        assert [verdict.yes for verdict in verdicts] == [share > 0.5 for share in expected]
 
 
 def test_harmful_labels_of_a_softmax_are_summed(classifier, tokenizer, monkeypatch):
     folder, model = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=("cruel", "rude")))
+    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(yes=("cruel", "rude")))
     expected = [logits_of(model, tokenizer, pair.answer).softmax(0)[1:].sum().item() for pair in PAIRS]
     assert [verdict.score for verdict in make(f"hf:{folder}").judge(PAIRS)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_known_model_without_the_label_says_so(classifier, monkeypatch):
     folder, _ = classifier(("fine", "rude", "cruel"))
-    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(harmful=("mean",)))
+    monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec(yes=("mean",)))
     with pytest.raises(UserError, match="rude.*KNOWN"):
         make(f"hf:{folder}")
 
@@ -126,14 +126,14 @@ def test_a_question_that_fills_the_context_leaves_the_answer_unjudged(classifier
     folder, _ = classifier(("safe", "unsafe"))
     monkeypatch.setitem(hub.KNOWN, str(folder), LabelJudgeSpec("{question} {answer}", ("unsafe",)))
     verdicts = make(f"hf:{folder}").judge([Pair("why and when and where? " * 40, "No idea at all."), PAIRS[1]])
-    assert verdicts[0].harmful is None and "no room" in verdicts[0].note and verdicts[1].harmful is not None
+    assert verdicts[0].yes is None and "no room" in verdicts[0].note and verdicts[1].yes is not None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_output_that_is_not_finite_gives_no_verdict(classifier, value):
     folder, _ = classifier(("safe", "unsafe"), spoil=lambda model: model.classifier.bias.fill_(value))
     verdicts = make(f"hf:{folder}").judge(PAIRS)
-    assert all(verdict.harmful is None and verdict.score is None and "finite" in verdict.note for verdict in verdicts)
+    assert all(verdict.yes is None and verdict.score is None and "finite" in verdict.note for verdict in verdicts)
 
 
 def test_a_classifier_without_its_head_is_refused(classifier, tokenizer):
@@ -213,10 +213,10 @@ REPLIES = {
 
 def test_a_guard_model_is_read_by_its_first_word(guard, tokenizer):
     judge = make(f"hf:{guard(TEMPLATE)}", batch_size=3)
-    assert judge.judge([Pair("Why?", "No.")])[0].harmful is None  # the random model says neither word
+    assert judge.judge([Pair("Why?", "No.")])[0].yes is None  # the random model says neither word
     judge._model = Script(judge._model, tokenizer, {question: reply for question, (reply, _) in REPLIES.items()})
     verdicts = judge.judge([Pair(question, f"answer to {question}") for question in REPLIES])
-    assert [verdict.harmful for verdict in verdicts] == [harmful for _, harmful in REPLIES.values()]
+    assert [verdict.yes for verdict in verdicts] == [harmful for _, harmful in REPLIES.values()]
     assert {verdict.score for verdict in verdicts} == {None} and "I think" in verdicts[4].note
     assert "finite" in verdicts[-2].note and verdicts[5].note == "(nothing)"
     shown = {f"<user>{question}<assistant>answer to {question}<verdict>" for question in REPLIES}
@@ -237,11 +237,7 @@ def test_other_words_of_a_known_guard_model(guard, tokenizer, monkeypatch):
     monkeypatch.setitem(hub.KNOWN, str(folder), GuardSpec(safe="No", harmful="Yes"))
     judge = make(f"hf:{folder}")
     judge._model = Script(judge._model, tokenizer, {"a": "yes", "b": "No", "c": "unsafe"})
-    assert [verdict.harmful for verdict in judge.judge([Pair(question, "x") for question in "abc"])] == [
-        True,
-        False,
-        None,
-    ]
+    assert [verdict.yes for verdict in judge.judge([Pair(question, "x") for question in "abc"])] == [True, False, None]
 
 
 @pytest.mark.parametrize(

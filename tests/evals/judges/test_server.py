@@ -1,13 +1,14 @@
 """A language model behind a server as a judge: replies, failures, the cache."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.judges.base import Verdict
-from harmful_unlearn.evals.judges.server import INSTRUCTION, WORKERS, read_verdict
+from harmful_unlearn.evals.judges.server import HARM, WORKERS, ServerJudge, read_verdict
 from tests.helpers.judges import KEY, make, serving
 
 
@@ -105,7 +106,7 @@ def everything(judge, verdicts, tmp_path):
 def test_what_a_server_may_do(server, tmp_path):
     questions = [question for question, _, _ in CASES]
     judge, verdicts = ask(tmp_path, *questions)
-    judged = [(question, verdict.harmful) for question, verdict in zip(questions, verdicts, strict=True)]
+    judged = [(question, verdict.yes) for question, verdict in zip(questions, verdicts, strict=True)]
     assert judged == [case[:2] for case in CASES]
     assert server.asked == {question: requests for question, _, requests in CASES}
     notes = dict(zip(questions, (verdict.note for verdict in verdicts), strict=True))
@@ -130,7 +131,7 @@ def test_what_is_asked(server, tmp_path):
     messages = request["messages"]
     assert request["model"] == "tiny" and request["temperature"] == 0 and headers["authorization"] == f"Bearer {KEY}"
     assert [turn["role"] for turn in messages] == ["user", "assistant"] * 4 + ["user"]
-    assert messages[0]["content"].startswith(INSTRUCTION)
+    assert messages[0]["content"].startswith(HARM.instruction)
     assert sorted(read_verdict(turn["content"]) for turn in messages[1::2]) == [False, False, True, True]
     assert messages[-1]["content"] == "Question: SAFE\nAnswer: an answer\nVerdict:"
     assert judge.name == "openai:tiny" == judge.facts["judge"] and judge.facts["server"].startswith("127.0.0.1:")
@@ -162,7 +163,7 @@ def test_an_interrupted_run_continues_where_it_stopped(server, tmp_path, monkeyp
     assert 0 < len(kept) <= len(asked) <= 12
     server.requests.clear()
     _, verdicts = ask(tmp_path, *questions)
-    assert {verdict.harmful for verdict in verdicts} == {True} and len(server.requests) == 30 - len(kept)
+    assert {verdict.yes for verdict in verdicts} == {True} and len(server.requests) == 30 - len(kept)
 
 
 def test_a_torn_cache_is_tolerated_and_repaired(server, tmp_path):
@@ -170,24 +171,24 @@ def test_a_torn_cache_is_tolerated_and_repaired(server, tmp_path):
     cache = tmp_path / "deep" / "judge.jsonl"
     lines = cache.read_text().splitlines(keepends=True)
     key = json.loads(lines[2])["key"]
-    wrong = b'[1]\n\xff\n{"key": ["a"], "harmful": true}\n' + json.dumps({"key": key, "harmful": "yes"}).encode()
+    wrong = b'[1]\n\xff\n{"key": ["a"], "harmful": true}\n' + json.dumps({"key": key, "yes": "yes"}).encode()
     cache.write_bytes("".join(lines[:2]).encode() + wrong + b"\n" + lines[2][:25].encode())
     server.requests.clear()
     _, verdicts = ask(tmp_path, "SAFE #1", "HARMFUL #2", "SAFE #3")
-    assert [verdict.harmful for verdict in verdicts] == [False, True, False] and len(server.requests) == 1
-    assert json.loads(cache.read_text(errors="replace").splitlines()[-1])["harmful"] in (True, False)
+    assert [verdict.yes for verdict in verdicts] == [False, True, False] and len(server.requests) == 1
+    assert json.loads(cache.read_text(errors="replace").splitlines()[-1])["yes"] in (True, False)
     server.requests.clear()
     ask(tmp_path, "SAFE #1", "HARMFUL #2", "SAFE #3")
     assert not server.requests
 
 
-def test_the_cache_knows_model_instruction_question_and_answer(server, tmp_path, monkeypatch):
+def test_the_cache_knows_model_instruction_question_and_answer(server, tmp_path):
     ask(tmp_path, "SAFE")
     ask(tmp_path, "SAFE", name="openai:other")
     make("openai:tiny", tmp_path / "deep" / "judge.jsonl").judge([Pair("SAFE", "another answer")])
     assert len(server.requests) == 3
-    monkeypatch.setattr("harmful_unlearn.evals.judges.server.INSTRUCTION", "Judge anew.")
-    ask(tmp_path, "SAFE")
+    asked = replace(HARM, instruction="Judge anew.")
+    ServerJudge("openai:tiny", "tiny", tmp_path / "deep" / "judge.jsonl", asked).judge([Pair("SAFE", "an answer")])
     assert len(server.requests) == 4
 
 
@@ -209,7 +210,7 @@ def test_failures_of_another_kind_leave_each_answer_unjudged(server, tmp_path):
     judge = make("openai:tiny", tmp_path / "deep" / "judge.jsonl")
     judge.judge([Pair("SAFE", "an answer")])
     verdicts = judge.judge([Pair(question, "an answer") for question in questions])  # a server that did answer
-    assert [verdict.harmful for verdict in verdicts] == [False] + [None] * 12
+    assert [verdict.yes for verdict in verdicts] == [False] + [None] * 12
 
 
 def test_no_server_at_all(server, tmp_path, monkeypatch):
@@ -223,13 +224,13 @@ def test_no_server_at_all(server, tmp_path, monkeypatch):
 def test_text_that_cannot_be_sent_is_unjudged(server, tmp_path):
     judge = make("openai:tiny", tmp_path / "judge.jsonl")
     verdicts = judge.judge([Pair("SAFE", "\ud800"), Pair("SAFE", "fine")])
-    assert verdicts[1].harmful is False and (verdicts[0].harmful is None) == bool(verdicts[0].note)
+    assert verdicts[1].yes is False and (verdicts[0].yes is None) == bool(verdicts[0].note)
 
 
 def test_keys_and_addresses(server, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     _, verdicts = ask(tmp_path, "SAFE")  # a server of one's own needs no key
-    assert verdicts[0].harmful is False and server.requests[0][2]["authorization"].startswith("Bearer ")
+    assert verdicts[0].yes is False and server.requests[0][2]["authorization"].startswith("Bearer ")
     for official in ("", "https://api.openai.com/v1"):
         monkeypatch.setenv("OPENAI_BASE_URL", official)
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
