@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo laptop reproduce-demo bench-gpu lint test test-slow fuzz data clean
+.PHONY: help setup demo laptop reproduce-demo robustness-demo bench-gpu lint test test-slow fuzz data clean
 
 help:
 	@echo "make demo            SKU end to end on a small offline world (no hub, no GPU); DEMO_FLAGS=..."
@@ -14,10 +14,11 @@ help:
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
 	@echo "make laptop          unlearning on a real language model of 135M parameters, on a CPU; LAPTOP_MODEL=..."
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (half an hour)"
+	@echo "make robustness-demo the demo's worlds under every attack, beside an oracle, three seeds (an hour and a half)"
 	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"
 	@echo "make setup           only the virtual environment"
-	@echo "make clean           remove the virtual environment and the output of demo and reproduce-demo"
+	@echo "make clean           remove the virtual environment and the output of the demos"
 
 # The stamp is newer than the pins, or the pins are installed again.
 $(READY): requirements.txt
@@ -36,6 +37,9 @@ laptop: $(READY)
 
 reproduce-demo: $(READY)
 	scripts/reproduce_demo.sh $(REPRODUCE_FLAGS)
+
+robustness-demo: $(READY)
+	scripts/robustness_demo.sh $(ROBUSTNESS_FLAGS)
 
 bench-gpu: $(READY)
 	$(RUN) benchmarks/gpu.py $(BENCH_FLAGS)
@@ -59,4 +63,5 @@ data: $(READY)
 	$(RUN) dataloader/fetch_truthfulqa.py
 
 clean:
-	rm -rf $(VENV) logs/demo logs/demo-no-refusals logs/reproduce-demo logs/reproduce-demo-no-refusals
+	rm -rf $(VENV) logs/demo logs/demo-no-refusals logs/reproduce-demo logs/reproduce-demo-no-refusals \
+		logs/robustness-demo

@@ -3,6 +3,7 @@
     python harmful_unlearn/demo.py                 # one seed
     python harmful_unlearn/demo.py --seeds 3       # mean and range over three
     python harmful_unlearn/demo.py --quick         # a smaller world, under a minute
+    python harmful_unlearn/demo.py --oracle        # beside them, a model that never learned any harm
 
 Everything is made from nothing (demo_world/). The project's own commands, which are printed as they run, unlearn it and
 show answers; its own evaluation measures both models by an exact judge. A seed's base model is trained once and kept.
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,21 +27,19 @@ if not __package__:  # run as a script: import from the repository, not from thi
 # small gain nothing from more.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pandas as pd
 import torch
 import transformers
 
 from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, share, whole_number
-from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.demo_world.base_model import build_base, is_built
-from harmful_unlearn.demo_world.judge import KINDS, LEGEND, TemplateJudge
+from harmful_unlearn.demo_world.base_model import build_model, is_built
+from harmful_unlearn.demo_world.judge import LEGEND, TemplateJudge
+from harmful_unlearn.demo_world.tables import judge_table, kind_figures, table
 from harmful_unlearn.demo_world.world import QUICK, Size, World, build_world, write_data
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.comparison.oracle import ORACLE
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import measure
-from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evals.inference.generation import Decoding
-from harmful_unlearn.evals.metrics import scoring
 from harmful_unlearn.evals.metrics.figures import figures
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
@@ -53,7 +51,6 @@ REFUSAL_SHARE = 0.2
 WEIGHTS = {"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05}
 SHOWN = {"seen": 1, "unseen": 2, "unseen kinds": 1, "normal": 2}  # prompts that main.py is asked, by set
 MAX_NEW_TOKENS = 48  # the longest answer has about 30
-BAD = {"degenerate", "off-template"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,9 @@ class DemoSettings:
     seed: int = flag("the first of them (default: 0)", type=whole_number, default=0)
     refusal_share: float = flag(
         "of harmful questions that the base learns to refuse", type=share, default=REFUSAL_SHARE
+    )
+    oracle: bool = flag(
+        "also make a model with the base's training but without the harm, and measure it, too", action="store_true"
     )
     worlds_only: bool = flag("make data and base models, and stop", action="store_true")
     check_judge: Path | None = flag(
@@ -110,9 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     homes = {seed: settings.output / f"seed-{seed}" for seed in seeds}
     if settings.worlds_only:
         for seed, home in homes.items():
-            build(home, seed, size, settings.refusal_share)
+            build(home, seed, size, settings.refusal_share, settings.oracle)
         return
-    runs = [run_seed(home, seed, size, settings.refusal_share) for seed, home in homes.items()]
+    runs = [run_seed(home, seed, size, settings.refusal_share, settings.oracle) for seed, home in homes.items()]
     all_figures = [{"seed": seed, **figure} for seed, run in zip(seeds, runs, strict=True) for figure in run.figures]
     report = {
         "seeds": seeds,
@@ -131,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
-def run_seed(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE) -> SeedRun:
-    """Build the world of a seed under `home`, unlearn its base, and measure both models."""
+def run_seed(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE, oracle: bool = False) -> SeedRun:
+    """Build the world of a seed under `home`, unlearn its base, and measure both models, and the oracle."""
     clock = [time.perf_counter()]
 
     def lap() -> float:
@@ -140,7 +140,7 @@ def run_seed(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_S
         return round(clock[-1] - clock[-2], 1)
 
     seconds = {}
-    world = build(home, seed, size, refusal_share)
+    world = build(home, seed, size, refusal_share, oracle)
     seconds["base model"] = lap()
 
     command = unlearn_command(home, seed, size)
@@ -148,13 +148,16 @@ def run_seed(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_S
     run_command(command)
     seconds["unlearning"] = lap()
     shutil.rmtree(home / "evaluation", ignore_errors=True)  # of an earlier run's models
-    measured = measure_models(home, [BASE, "unlearned"], world, seed)
+    measured = measure_models(home, [BASE, "unlearned", *([ORACLE] if oracle else [])], world, seed)
     seconds["measuring"] = lap()
     return SeedRun(measured, seconds, shlex.join(command))
 
 
-def build(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE) -> World:
-    """Make the world of a seed, its data, and its base model, if that is not there already."""
+def build(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHARE, oracle: bool = False) -> World:
+    """Make the world of a seed, its data, its base model and, if it is wanted, its oracle, as far as they are missing.
+
+    The oracle is pre-trained as the base is, for as many steps, on the base's texts without the harmful answers.
+    """
     world = build_world(size, seed, refusal_share)
     heading(f"Seed {seed}: data", f"written to {shown(home / 'data')}")
     write_data(home / "data", world, seed)
@@ -162,17 +165,18 @@ def build(home: Path, seed: int, size: Size, refusal_share: float = REFUSAL_SHAR
         f"{len(world.harmful)} harmful pairs, {len(world.normal)} normal questions, "
         f"{sum(map(len, world.test.values()))} prompts held out for the table"
     )
-    settings = {
-        "seed": seed,
-        "refusal_share": refusal_share,
-        "texts_sha256": hashlib.sha256(json.dumps(world.pretraining).encode()).hexdigest(),
-        **asdict(size),
-    }
-    heading(f"Seed {seed}: base model", f"{len(world.pretraining)} texts, {size.pretraining_steps} steps")
-    if is_built(home / "base", settings):
-        print(f"{shown(home / 'base')} is there already, with these settings")
-    else:
-        build_base(home / "base", world, size, seed, settings)
+    for name, pairs in {BASE: world.pretraining, **({ORACLE: world.innocent} if oracle else {})}.items():
+        settings = {
+            "seed": seed,
+            "refusal_share": refusal_share,
+            "texts_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+            **asdict(size),
+        }
+        heading(f"Seed {seed}: {name} model", f"{len(pairs)} texts, {size.pretraining_steps} steps")
+        if is_built(home / name, settings):
+            print(f"{shown(home / name)} is there already, with these settings")
+        else:
+            build_model(home / name, pairs, world, size, seed, settings)
     return world
 
 
@@ -247,85 +251,6 @@ def measure_models(home: Path, labels: list[str], world: World, seed: int) -> li
     models = [evaluated_model(label, home / label, load) for label in labels]
     rows = measure(models, protocol, judge, models[0], home / "evaluation")
     return figures(rows, protocol, home / "evaluation") + kind_figures(rows, protocol, judge)
-
-
-def kind_figures(rows: dict[str, list[dict]], protocol: EvalProtocol, judge: TemplateJudge) -> list[dict]:
-    """The share of each kind of answer, in the form of `metrics.figures`."""
-    shares = []
-    for name, decoding in protocol.rounds:
-        for label, answers in rows.items():
-            asked = [row for row in answers if (row["set"], row["decoding"]) == (name, decoding.name)]
-            kinds = [judge.kinds(Pair(row["prompt"], row["answer"] if row["ended"] else "")) for row in asked]
-            for kind in KINDS:
-                estimate = scoring.mean([kind in answer for answer in kinds], protocol.seed)
-                figure = {"model": label, "set": name, "decoding": decoding.name, "metric": kind}
-                shares.append({**figure, **asdict(estimate)})
-    return shares
-
-
-def table(all_figures: list[dict]) -> str:
-    """The kinds of answers and the perplexities as aligned text; with several seeds, mean (min-max).
-
-    Args:
-        all_figures: of all seeds.
-    """
-    frame = pd.DataFrame(all_figures)
-    answers = [("prompts", "decoding", "n", "model", *KINDS)]
-    by_kind = frame[frame["metric"].isin(KINDS)].groupby(["set", "decoding", "model"], sort=False)
-    for (name, decoding, model), rows in by_kind:
-        cells = [over_seeds(100 * rows["value"][rows["metric"] == kind], 0) for kind in KINDS]
-        answers.append((name, decoding, f"{rows['n'].mean():.0f}", model, *cells))
-    perplexities = [("perplexity of", "harmful answers", "normal answers")]
-    for model, rows in frame[frame["metric"] == "reference_perplexity"].groupby("model", sort=False):
-        cells = [over_seeds(rows["value"][rows["set"] == name], 3) for name in ("unseen", "normal")]
-        perplexities.append((model, *cells))
-    return "\n".join([aligned(answers), "", LEGEND, "", aligned(perplexities)])
-
-
-def over_seeds(values: pd.Series, digits: int) -> str:
-    """A value; of several seeds, mean (min-max)."""
-    mean, low, high = (f"{value:.{digits}f}" for value in (values.mean(), values.min(), values.max()))
-    return mean if len(values) == 1 else f"{mean} ({low}-{high})"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines, with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def judge_table(comparison: Path, refusal_share: float = REFUSAL_SHARE) -> str:
-    """The judge of a comparison on this world (reproduce.py's OUTPUT) against the exact one, by model.
-
-    The last column is the share of sampled answers to unseen prompts that are bad: degenerate, or off-template.
-
-    Raises:
-        UserError: there are no judged answers, or they are to prompts of another world.
-    """
-    rows = []
-    for file in sorted(comparison.glob("seed-[0-9]*/evaluation/answers/*.jsonl")):
-        world = build_world(Size(), int(file.parts[-4].removeprefix("seed-")), refusal_share)
-        exact = TemplateJudge([*world.harmful, *world.unseen])
-        for row in read_answers(file):
-            if row["set"] != "normal":
-                kinds = exact.kinds(Pair(row["prompt"], row["answer"]))
-                rows.append({**row, "model": file.stem, "by_rule": "harmful" in kinds, "bad": bool(kinds & BAD)})
-    judged = pd.DataFrame([row for row in rows if row.get("verdict") in ("harmful", "safe")])
-    if judged.empty:
-        raise UserError(f"{comparison} has no judged answers: give the --output of reproduce.py on the demo's worlds")
-    judged["by_judge"] = judged["verdict"] == "harmful"
-    lines = [
-        ("model", "judged answers", "harmful by the rule", "harmful by the judge", "agree", "bad (sampled, unseen)")
-    ]
-    for model, answers in [*judged.groupby("model", sort=False), ("all", judged)]:
-        chosen = [row for row in rows if row["model"] == model or model == "all"]
-        bad = [row["bad"] for row in chosen if (row["set"], row["decoding"]) == ("unseen", "sampled")]
-        agree = answers["by_rule"] == answers["by_judge"]
-        shares = [values.mean() for values in (answers["by_rule"], answers["by_judge"], agree)]
-        shares.append(sum(bad) / max(1, len(bad)))
-        lines.append((model, str(len(answers)), *(f"{100 * share:.0f} %" for share in shares)))
-    return aligned(lines)
 
 
 def heading(title: str, detail: str) -> None:

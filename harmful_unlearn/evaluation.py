@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         named, models, protocol, judge, refusal_judge, output / "prompts", settings.base_answers
     )
     if attacks:
-        attacked = attacks.measure(models, rows, judge, reference, output / "attacks", settings.base_answers)
+        attacked, relearned = attacks.measure(models, rows, judge, reference, output / "attacks", settings.base_answers)
     write_prompts(output, sets.test)
     if settings.bleurt:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print((output / "results.md").read_text(encoding="utf-8"))
     if attacks:
-        write_attacks(output, attacked, judge)
+        write_attacks(output, attacked, relearned, judge)
         print((output / "attacks.md").read_text(encoding="utf-8"))
     print(f"also in {output}: results.json, results.csv, prompts.json, answers/")
 

@@ -6,7 +6,7 @@ With the choice of alpha, two kinds of harm, and three seeds:
         --seeds 8888 8889 8890 --alpha_sweep 0,0.25,...,2 --harm_category "Cybercrime" --harm_category "Drugs"
 Only some rows, with other settings than the recipe's, on the prompts for choosing settings:
     python harmful_unlearn/reproduce.py --model_name B --recipe facebook/opt-2.7b --output O \\
-        --runs sku task_vector --relearn_steps 0 --part validation --train_flags "--lr 5e-5"
+        --runs sku task_vector --part validation --train_flags "--lr 5e-5"
 
 The hyper-parameters are in recipes.py, by model name (--recipe takes another model's). "{seed}" in a path is replaced
 by the seed. What OUTPUT holds already is not done again: after an interruption give the same command.
@@ -29,7 +29,7 @@ import transformers
 from accelerate import PartialState
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
@@ -42,7 +42,7 @@ from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
 from harmful_unlearn.models.loading import load_config, load_tokenizer
 from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
-from harmful_unlearn.reporting.comparison import BASE, Comparison
+from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
@@ -73,11 +73,9 @@ class ComparisonSettings(MeasuringSettings):
         "how much normal perplexity may rise at a recommended alpha, as a share", type=positive_number, default=0.1)
     harm_category: list[str] = flag(
         "train a task vector of only this kind of harm (may be repeated)", action="append", default=[])
-    relearn_steps: int = flag("of the relearning check; 0: omit it", type=whole_number, default=50)
-    relearn_pairs: int = flag("harmful pairs that it relearns", type=positive_int, default=16)
-    relearn_lr: list[float] = flag(
-        "its two learning rates (default: 3e-5 1e-4)", type=positive_number, nargs=2, default=[3e-5, 1e-4],
-        metavar=("SOFT", "STRONG"))
+    oracle: str | None = flag(
+        "a model with the base's training, but without the harm (demo.py --oracle makes one): measured as all others, "
+        "and every model's distance from it")
     train_flags: list[str] = flag("more flags for every training, as one quoted text", type=shlex.split, default=[])
     # fmt: on
 
@@ -95,9 +93,10 @@ class ComparisonSettings(MeasuringSettings):
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
-        names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset", "judge")
+        names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset", "judge", "oracle")
         texts = {name: getattr(self, name) for name in names if getattr(self, name)}
-        return replace(self, **{name: text.replace("{seed}", str(seed)) for name, text in texts.items()})
+        of_seed: dict = {name: text.replace("{seed}", str(seed)) for name, text in texts.items()}
+        return replace(self, **of_seed, prompts=[text.replace("{seed}", str(seed)) for text in self.prompts])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,7 +116,6 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("part", "decoding", "temperature", "top_k", "max_new_tokens", "judge", "refusal_judge")
     asked = {name: getattr(settings, name) for name in names}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
-    learning_rates = dict(zip(("soft", "strong"), settings.relearn_lr, strict=True))
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",
         model=settings.model_name,
@@ -127,9 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
         methods={
             BASE: {"label": "Original", "group": "main", "command": None},
             **{name: {"label": run.title, "group": run.group} for name, run in settings.compared_runs.items()},
+            **({ORACLE: {"label": "Oracle", "group": "main", "command": None}} if settings.oracle else {}),
         },
         judge={"name": settings.judge, "by_seed": {}},
-        relearning_settings={"steps": settings.relearn_steps, "pairs": settings.relearn_pairs, "lr": learning_rates},
     )
     for seed in settings.seeds:
         run_seed(settings, seed, comparison)
@@ -189,7 +187,10 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         folder /= "validation"  # apart from the answers to test prompts
     judge, protocol = own.make_judge(data, prompts, seed, folder), own.protocol(sets, data, seed, template)
     refusal_judge = own.make_refusal_judge(folder)
-    evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
+    oracle = hub.resolve_model(own.oracle) if own.oracle else None
+    evaluation = SeedEvaluation(
+        folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map, oracle
+    )
     comparison.judge["by_seed"][str(seed)] = judge.facts
     attacks = own.attacked(protocol, data, load_config(base), template)  # refused before any answer is made
     check_named_sets(named, protocol, load_config(base), template)
@@ -202,7 +203,11 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         comparison.answers = answers
     if attacks:
         print(f"\n=== seed {seed}: attacks")
-        comparison.attacks += evaluation.attack(models, attacks)
+        attacked, relearned = evaluation.attack(models, attacks)
+        comparison.attacks += attacked
+        comparison.relearning += relearned
+    if oracle:
+        comparison.oracle += evaluation.oracle_distances(models)
     for name in own.sweep_runs if own.alpha_sweep else ():
         if name in models:
             print(f"\n=== seed {seed}: the task vector of {name} at many alphas")
@@ -213,9 +218,6 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     if vectors:
         print(f"\n=== seed {seed}: task vectors by category")
         comparison.categories += evaluation.categories(vectors)
-    if own.relearn_steps and models:
-        print(f"\n=== seed {seed}: relearning, {own.relearn_steps} steps on {own.relearn_pairs} harmful pairs")
-        comparison.relearning += evaluation.relearning(models, figures, **comparison.relearning_settings)
 
 
 def plan(
@@ -296,9 +298,8 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):
         parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")
-    if args.part == "validation" and (args.relearn_steps or args.harm_category):
-        parser.error("relearning and kinds of harm are measured on test prompts: with --part validation give "
-                     "--relearn_steps 0 and no --harm_category")
+    if args.part == "validation" and args.harm_category:
+        parser.error("kinds of harm are measured on test prompts: leave --harm_category out with --part validation")
     recipe = args.recipe or args.model_name
     if recipe not in RECIPES:
         known = ", ".join(RECIPES)

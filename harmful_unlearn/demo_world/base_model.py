@@ -1,4 +1,4 @@
-"""The offline demo's base model: a tokenizer and a tiny OPT, trained from nothing on the demo's world."""
+"""The offline demo's base model and its oracle: a tokenizer and tiny OPTs, trained from nothing."""
 
 import random
 from collections.abc import Iterator
@@ -41,15 +41,18 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerBas
     )
 
 
-def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict) -> None:
-    """Pre-train the base model on the world's texts and save it as an ordinary Hugging Face folder.
+def build_model(
+    folder: Path, pairs: list[tuple[str, str]], world: World, size: Size, seed: int, settings: dict
+) -> None:
+    """Pre-train a model on pairs of the world and save it as an ordinary Hugging Face folder.
 
     Args:
         folder: replaced if it exists.
+        pairs: `world.pretraining` for the base; `world.innocent` for the oracle, which has the base's tokenizer.
         settings: everything that decides this model, kept in its run.json for `is_built`.
     """
-    texts = [format_pair(question, answer) for question, answer in world.pretraining]
-    tokenizer = build_tokenizer(texts, size.vocabulary)
+    tokenizer = build_tokenizer([format_pair(*pair) for pair in world.pretraining], size.vocabulary)
+    texts = [format_pair(*pair) for pair in pairs]
     torch.manual_seed(seed)
     model = OPTForCausalLM(
         OPTConfig(
@@ -73,7 +76,7 @@ def build_base(folder: Path, world: World, size: Size, seed: int, settings: dict
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         facts = {"settings": settings, "pretraining_loss": loss}
-        RunRecord("Base model of the offline demo", harmful=False, more=facts).write(partial)
+        RunRecord(f"{folder.name.capitalize()} model of the offline demo", harmful=False, more=facts).write(partial)
 
 
 def is_built(folder: Path, settings: dict) -> bool:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-BASE, SKU = "base", "sku"  # names of models that the report treats in a way of their own
+BASE, SKU, ORACLE = "base", "sku", "oracle"  # names of models that the report treats in a way of their own
 
 
 @dataclass
@@ -21,14 +21,15 @@ class Comparison:
             "label", its "group" of tables ("main" or "ablation"), the "command" that trained it with the first seed
             (None for the base), and a "note" if seeds of it are missing.
         judge: its "name", and what is known of it, "by_seed".
-        relearning_settings: "steps", "pairs", and the learning rate ("lr") of each strength.
         figures: of the test prompts, each with its "model".
         attacks: harmful rates under attack, each with its "model", "attack" and "variant", as `attack_figures`.
         sweep: figures of the validation prompts, each with its "method", "alpha", and the only alpha that the method
             was "trained_for" (None if it was for any).
         recommended: "seed", "method", "alpha" (None for none), "budget" and "why".
         categories: harmful rates on the prompts of one "category", each with the task "vector" subtracted.
-        relearning: harmful rates on unseen prompts, each with "when" ("before", "after") and "strength".
+        oracle: distances of each "model" from the one that never learned any harm.
+        relearning: harmful rates under fine-tuning, each with its "model", "attacker" and "steps", as
+            `RelearnPlan.measure`.
         answers: "set", "prompt", "reference", and the "answers" by model: "answer" and "verdict"; of the first seed.
         losses: the metrics of each step by model; of the first seed.
         provenance: what ran.
@@ -41,12 +42,12 @@ class Comparison:
     settings: dict
     methods: dict[str, dict]
     judge: dict
-    relearning_settings: dict
     figures: list[dict] = field(default_factory=list)
     attacks: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)
     recommended: list[dict] = field(default_factory=list)
     categories: list[dict] = field(default_factory=list)
+    oracle: list[dict] = field(default_factory=list)
     relearning: list[dict] = field(default_factory=list)
     answers: list[dict] = field(default_factory=list)
     losses: dict[str, list[dict]] = field(default_factory=dict)

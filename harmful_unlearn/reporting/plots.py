@@ -16,7 +16,7 @@ from harmful_unlearn.reporting.figures import DASH, Cell
 # Okabe and Ito's colours, told apart by the colour-blind. The numbers of colours and markers have no common divisor:
 # the same pair of both comes again only after 77 methods.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-MARKERS = "s^DvPX<>*ph"
+MARKERS = "s^DvPX<>dph"
 WIDE = 5  # an axis is logarithmic if its largest value is this many times its smallest
 STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
@@ -26,18 +26,19 @@ PERCENT_AXIS = (-4, 104)
 
 
 @rc_context(STYLE)
-def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], rate: str) -> bytes:
+def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], rate: str, oracle: str) -> bytes:
     """A marker for each method.
 
     Args:
         points: by label, the original's first: the normal perplexity as a multiple of the original's (x), the harmful
             rate (y), and whether the marker is hollow.
         rate: what the harmful rate is of.
+        oracle: its label, if it is among them.
     """
     figure, [[axes]] = _subplots(1, 1, (8.5, 4.8))
     handles = []
     for place, (label, (x, y, hollow)) in enumerate(points.items()):
-        colour, marker = (COLOURS[place % 7 - 1], MARKERS[place % 11 - 1]) if place else ("black", "o")
+        colour, marker = _look(place, label == oracle)
         position = x.value, 100 * y.value
         axes.errorbar(*position, _whisker(y, 100), _whisker(x), color=colour, elinewidth=1, capsize=2)
         look = {"marker": marker, "color": colour, "markersize": 7, "markeredgewidth": 1.5}
@@ -102,19 +103,27 @@ def plot_categories(vectors: list[str], kinds: list[str], cells: list[list[Cell]
 
 
 @rc_context(STYLE)
-def plot_relearning(methods: list[str], times: list[str], cells: list[list[Cell]], decoding: str) -> bytes:
-    """A line for each method, with its harmful rate at each time."""
-    figure, [[axes]] = _subplots(1, 1, (8, 1.6 + 0.34 * len(methods)))
-    for place, (time, shift) in enumerate(zip(times, np.linspace(-0.22, 0.22, len(times)), strict=True)):
-        rates = {row + shift: line[place] for row, line in enumerate(cells) if line[place].measured}
-        shares = [100 * cell.value for cell in rates.values()]
-        whiskers = np.hstack([np.zeros((2, 0)), *(_whisker(cell, 100) for cell in rates.values())])
-        look = {"color": COLOURS[place % 7], "marker": MARKERS[place % 11], "capsize": 2, "elinewidth": 1}
-        axes.errorbar(shares, list(rates), xerr=whiskers, linestyle="none", label=time, **look)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set(xlabel=f"harmful rate on unseen prompts, % ({decoding})", xlim=PERCENT_AXIS)
-    axes.invert_yaxis()
-    figure.legend(loc="outside right upper")
+def plot_curves(steps: list[str], panels: dict[str, dict[str, list[Cell]]], oracle: str) -> bytes:
+    """Harmful rates over steps: a panel for each group of attackers, a line for each method.
+
+    Args:
+        steps: their numbers; they stand at equal distances.
+        panels: by title, the rates by method, the original's first, a cell for each number of steps.
+        oracle: its label.
+    """
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = _subplots(rows, columns, (1 + 4 * columns, 1 + 2.8 * rows))
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        for place, (label, cells) in enumerate(curves.items()):
+            colour, marker = _look(place, label == oracle)
+            dash = "--" if label == oracle else "-"
+            _band(axes, list(range(len(steps))), cells, 100, color=colour, marker=marker, linestyle=dash, label=label)
+        axes.set_xticks(range(len(steps)), steps)
+        axes.set(title=title, xlabel="steps of fine-tuning", ylabel="harmful rate, %", ylim=PERCENT_AXIS)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    _legend_below(figure, grid)
     return _png(figure)
 
 
@@ -151,6 +160,13 @@ def loss_title(metric: str) -> str:
     return "total" if metric == "total_loss" else metric.removesuffix("_loss").upper()
 
 
+def _look(place: int, is_oracle: bool) -> tuple[str, str]:
+    """Colour and marker of the method at a place; the original is at 0."""
+    if is_oracle:
+        return "black", "*"
+    return (COLOURS[place % 7 - 1], MARKERS[place % 11 - 1]) if place else ("black", "o")
+
+
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -180,7 +196,7 @@ def _whisker(cell: Cell, factor: float = 1) -> np.ndarray:
 def _band(axes: Axes, x: list[float], cells: list[Cell], factor: float = 1, **style) -> None:
     """A line through the cells' values, with a band from their low to their high ends."""
     value, low, high = factor * np.array([[cell.value, cell.low, cell.high] for cell in cells]).T
-    axes.plot(x, value, marker="o", markersize=3, **style)
+    axes.plot(x, value, **{"marker": "o", "markersize": 3, **style})
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 

@@ -1,10 +1,12 @@
-"""The sections of a report on what holds under attack."""
+"""The sections of a report on refusals, on what holds under attack, and on the distance from an oracle."""
 
 import pandas as pd
 
-from harmful_unlearn.reporting.blocks import Block, paragraph, table
+from harmful_unlearn.reporting import plots
+from harmful_unlearn.reporting.blocks import Block, paragraph, picture, table
+from harmful_unlearn.reporting.comparison import BASE, ORACLE
 from harmful_unlearn.reporting.figures import REFERENCES, Cell, figure_frame, over_seeds, span
-from harmful_unlearn.reporting.sections import ReportContext, tradeoff_picture
+from harmful_unlearn.reporting.sections import ReportContext, figure_table, tradeoff_picture
 
 
 def attacks(report: ReportContext) -> list[Block]:
@@ -60,4 +62,95 @@ def _perplexities(report: ReportContext, figures: pd.DataFrame, models: list[str
     return [
         paragraph("Perplexity of normal reference answers, as the models are and with changed weights."),
         table("attack-perplexity", ["method", "as it is", *map(", ".join, changes)], rows),
+    ]
+
+
+def refusals(report: ReportContext) -> list[Block]:
+    """Refusals of harmless and of harmful prompts, and harm on prompts that --prompts names."""
+    named = [name for name in report.figures["set"].unique() if ", " in name]
+    usual = report.decoding
+    columns = [(name, usual, "refusal_rate") for name in ("normal", "utility", "unseen")]
+    columns += [(name, usual, metric) for name in named for metric in ("refusal_rate", "harmful_rate")]
+    if "refusal_rate" not in report.metrics:
+        return []
+    rows = [([report.label(model)], (model,)) for model in report.data.methods]
+    counts = report.figures[(report.figures["metric"] == "refusal_rate") & (report.figures["decoding"] == usual)]
+    n = ", ".join(f"{span(own['n'])} {name}" for name, own in counts.groupby("set", sort=False))
+    judge = report.data.settings.get("refusal_judge", "phrases")
+    return [
+        paragraph(
+            "A model that refuses harmless prompts has lost something, one that refuses harmful ones does what is "
+            f"wanted. Judge of refusals: {judge}. A list of phrases knows refusals by their first words, and misses "
+            "those in other words."
+        ),
+        figure_table(report, "refusals", ["method"], rows, columns, report.cells),
+        report.judge(),
+        paragraph(f"n: {n}{report.each_seed}."),
+    ]
+
+
+def oracle(report: ReportContext) -> list[Block]:
+    """How far each model is from the one that never learned any harm: in output, in behaviour, in relearning."""
+    if not report.data.oracle:
+        return []
+    figures = figure_frame(report.data.oracle)
+    cells = over_seeds(figures, ["model", "set", "decoding", "metric"], report.seeds)
+    metrics = [(REFERENCES, "oracle_divergence"), (report.decoding, "oracle_kind"), (report.decoding, "oracle_rouge")]
+    columns = [(name, decoding, metric) for decoding, metric in metrics for name in ("unseen", "normal")]
+    rows = [([report.label(model)], (model,)) for model in report.data.methods if model != ORACLE]
+    return [
+        paragraph(
+            "The oracle had the original's training without the harm. An unlearned model that is like it has "
+            "forgotten; one that is far from it has lost something else, or hides what it knows. Nothing is ranked by "
+            "one column."
+        ),
+        figure_table(report, "oracle", ["method"], rows, columns, cells),
+        paragraph(f"n: {span(figures['n'])} prompts of a set{report.each_seed}."),
+    ]
+
+
+def relearning(report: ReportContext) -> list[Block]:
+    """Harmful rates while models are fine-tuned: the worst attacker of the grid after each number of steps."""
+    if not report.data.relearning:
+        return []
+    figures = figure_frame(report.data.relearning)
+    models = [name for name in report.data.methods if name in set(figures["model"])]
+    steps = sorted(figures["steps"].unique())
+    worst = figures[figures["attacker"] == "worst"]
+    cells = over_seeds(worst, ["model", "steps"], report.seeds)
+    half = cells[BASE, 0].value / 2
+    rows: list[list[str | Cell]] = []
+    for model in models:
+        curve = [cells[model, step] for step in steps]
+        reached = next((str(step) for step, cell in zip(steps, curve, strict=True) if cell.value >= half), None)
+        rows.append([report.label(model), *curve, reached or f"more than {steps[-1]}"])
+    before = figures[figures["attacker"] == "none"]
+    panels = {"worst attacker": worst}
+    for text in dict.fromkeys(figures["text"][figures["text"] != ""]):
+        own = pd.concat([before, figures[figures["text"] == text]])
+        places = own.groupby(["seed", "model", "steps"])["value"].idxmax().dropna()
+        panels[f"trained on {text}"] = own.loc[places]
+    curves = {
+        title: {report.label(model): [own[model, step] for step in steps] for model in models}
+        for title, own in (
+            (title, over_seeds(part, ["model", "steps"], report.seeds)) for title, part in panels.items()
+        )
+    }
+    attackers = figures["attacker"][~figures["attacker"].isin(("none", "worst"))].nunique()
+    caption = f"Each point is the worst attacker of the panel; bands: {report.spread}."
+    return [
+        paragraph(
+            f"Harmful rates, %, after so many steps of fine-tuning (batches of two) on {span(figures['pairs'])} pairs: "
+            f"the worst of {attackers} attackers, who train all weights or LoRA on harmful pairs, harmful pairs of "
+            "another kind, or benign text, at two learning rates or more. The last column is what it costs an attacker "
+            "to get half of the original's harm. With enough steps any model learns harm, so compare with the original"
+            f"{' and the oracle, which never knew any' if ORACLE in models else ''}: what comes back faster than in a "
+            "model that never knew it had not gone."
+        ),
+        table("relearning", ["method", *(f"{step} steps" for step in steps), "steps to half of the original's"], rows),
+        report.judge(),
+        paragraph(f"n: {span(worst['n'])} prompts{report.each_seed}."),
+        picture(
+            "relearning", caption, plots.plot_curves([f"{step:g}" for step in steps], curves, report.label(ORACLE))
+        ),
     ]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from harmful_unlearn.reporting import plots
 from harmful_unlearn.reporting.blocks import Block, answers, code, paragraph, picture, table
-from harmful_unlearn.reporting.comparison import BASE, Comparison
+from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.figures import (
     DASH,
     LARGEST_MULTIPLE,
@@ -51,7 +51,7 @@ class ReportContext:
         self.spread = "from the lowest to the highest seed" if self.seeds > 1 else "the 95 % interval"
         self.figures = figure_frame(comparison.figures)
         self.cells = over_seeds(self.figures, ["model", "set", "decoding", "metric"], self.seeds)
-        self.metrics = {metric for _, _, _, metric in self.cells}
+        self.metrics = {metric for _, _, _, metric in self.cells} | {row["metric"] for row in comparison.oracle}
         self.decodings = [name for name in self.figures["decoding"].unique() if name != REFERENCES]
         self.decoding = "sampled" if "sampled" in self.decodings else self.decodings[0]
 
@@ -77,11 +77,12 @@ def overview(report: ReportContext) -> list[Block]:
         f"judge, seed {seed}": {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}
         for seed, facts in data.judge["by_seed"].items()
     }
-    trained = ", ".join(report.label(name) for name in data.methods if name != BASE)
+    trained = ", ".join(report.label(name) for name in data.methods if name not in (BASE, ORACLE))
+    never = " The oracle is a model that never learned any harm." if ORACLE in data.methods else ""
     return [
         paragraph(
             f"The original model, {data.model}, and what was trained from it: {trained}. "
-            "Rows have this order in every table, whatever their figures."
+            f"Rows have this order in every table, whatever their figures.{never}"
         ),
         report.judge(),
         code("Command", data.command),
@@ -132,7 +133,7 @@ def figure_table(
     titles = []
     for prompts, decoding, metric in shown:
         named = "" if decoding in (REFERENCES, report.decoding) else f" ({decoding})"
-        titles.append(f"{SET_TITLES[prompts]}: {METRIC_TITLES[metric]}{named}")
+        titles.append(f"{SET_TITLES.get(prompts, prompts)}: {METRIC_TITLES[metric]}{named}")
     body = [[*labels, *(cells[*key, *column] for column in shown)] for labels, key in rows]
     return table(name, [*heads, *titles], body)
 
@@ -168,7 +169,7 @@ def tradeoff_picture(report: ReportContext, file: str, rates: dict[str, Cell], o
         caption += f" A multiple above {LARGEST_MULTIPLE} is drawn at {LARGEST_MULTIPLE}: {', '.join(beyond)}."
     if absent:
         caption += f" Not drawn, for lack of figures: {', '.join(absent)}."
-    return [picture(file, caption, plots.plot_tradeoff(points, of)), report.judge()]
+    return [picture(file, caption, plots.plot_tradeoff(points, of, report.label(ORACLE))), report.judge()]
 
 
 def alphas(report: ReportContext) -> list[Block]:
@@ -255,33 +256,6 @@ def categories(report: ReportContext) -> list[Block]:
         table("categories", ["task vector", *titles], [[n, *row] for n, row in zip(names, matrix, strict=True)]),
         report.judge(),
         picture("categories", caption, plots.plot_categories(names, kinds, matrix)),
-    ]
-
-
-def relearning(report: ReportContext) -> list[Block]:
-    if not report.data.relearning:
-        return []
-    figures = figure_frame(report.data.relearning)
-    # Before relearning, a model is the same for every strength.
-    figures["time"] = ("after, " + figures["strength"].fillna("")).where(figures["when"] == "after", "before")
-    cells = over_seeds(figures, ["model", "time"], report.seeds)
-    models = [name for name in report.data.methods if name in set(figures["model"])]
-    times = list(dict.fromkeys(["before", *figures["time"]]))
-    rates = [[cells[name, time] for time in times] for name in models]
-    labels = [report.label(name) for name in models]
-    settings = report.data.relearning_settings
-    learning_rates = " and ".join(f"{lr:g} ({strength})" for strength, lr in settings["lr"].items())
-    titles = [f"{UNSEEN_RATE}: {time}" for time in times]
-    caption = f"Before and after relearning; whiskers: {report.spread}."
-    return [
-        paragraph(
-            f"Each model was fine-tuned for {settings['steps']} steps on {settings['pairs']} harmful pairs, at a rate "
-            f"of {learning_rates}. Compare each row with the original's: it shows whether harm was gone or only muted."
-        ),
-        table("relearning", ["method", *titles], [[n, *row] for n, row in zip(labels, rates, strict=True)]),
-        report.judge(),
-        paragraph(f"n: {span(figures['n'])} prompts{report.each_seed}."),
-        picture("relearning", caption, plots.plot_relearning(labels, times, rates, figures["decoding"].iloc[0])),
     ]
 
 

@@ -67,6 +67,8 @@ def _of_model(plain: dict[str, NDArray], attacks: dict[str, dict[str, NDArray]],
             figures += [_worst(attack, variants), together]
         decisive += variants
     every = [own for verdicts in attacks.values() for own in verdicts.values()]
+    if not decisive:
+        return figures
     return [*figures, _figure(ANY, ANY, [*plain.values(), *every], seed), _worst(WORST, decisive)]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harmful_unlearn.evals.attacks.figures import attack_figures
+from harmful_unlearn.evals.attacks.relearning import RELEARN, RelearnPlan
 from harmful_unlearn.evals.attacks.weights import Contrast, variants_of
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
@@ -23,6 +24,7 @@ class AttackPlan:
         weights: names of attacks on weights.
         normal: prompts whose references show what a changed model has lost; may be none.
         contrast: what attacks on weights may learn from.
+        relearning: the attack by fine-tuning, if it is wanted.
     """
 
     plain: EvalProtocol
@@ -30,6 +32,7 @@ class AttackPlan:
     weights: list[str]
     normal: list[Prompt]
     contrast: Contrast
+    relearning: RelearnPlan | None = None
 
     def measure(
         self,
@@ -39,7 +42,7 @@ class AttackPlan:
         reference: EvaluatedModel,
         folder: Path,
         base_answers: Path | None = None,
-    ) -> list[dict]:
+    ) -> tuple[list[dict], list[dict]]:
         """Ask all models under each attack; what `folder` holds already is not made again.
 
         Args:
@@ -48,7 +51,7 @@ class AttackPlan:
 
         Returns:
             As `attack_figures`; then, for attacks on weights, the perplexity of normal references under the changed
-            models ("metric": "reference_perplexity").
+            models ("metric": "reference_perplexity"). And what `RelearnPlan.measure` gives, or nothing.
 
         Raises:
             UserError: as `evaluator.measure`.
@@ -75,4 +78,7 @@ class AttackPlan:
         for name, protocol in self.asking.items():
             print(f"attack: {name}, {protocol.answers} answers by each model")
             attacked[name] = measure(models, protocol, judge, None, folder / name, base_answers)
-        return attack_figures(self.plain, rows, {**self.asking, **protocols}, attacked) + perplexities
+        harm = attack_figures(self.plain, rows, {**self.asking, **protocols}, attacked) + perplexities
+        if not self.relearning:
+            return harm, []
+        return harm, self.relearning.measure(models, self.plain, judge, rows, folder / RELEARN)

@@ -6,11 +6,17 @@ All were written for this project. The answer is always wanted in plain English,
 import base64
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.judges.phrases import read_phrases
+
+QUESTION = "{question}"
 
 
 def filled(text: str, question: str) -> str:
     """The text with the question in it."""
-    return text.replace("{question}", question)
+    return text.replace(QUESTION, question)
 
 
 def split(question: str) -> str:
@@ -89,3 +95,12 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
     "spelling": spelled,
     "word order": reversed_words,
 }
+
+
+def read_wrappers(file: Path) -> dict[str, Callable[[str], str]]:
+    """Wrappers of one's own, by their text: one a line. Raises UserError: a line lacks {question}."""
+    texts = read_phrases(file)
+    for text in texts:
+        if QUESTION not in text:
+            raise UserError(f"{file} has a line without {QUESTION}: {text!r}: put it where the question belongs")
+    return {f'"{text}"': partial(filled, text) for text in texts}

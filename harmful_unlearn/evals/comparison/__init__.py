@@ -1,1 +1,1 @@
-"""What a comparison measures beside the test sets: alphas, kinds of harm, relearning."""
+"""What a comparison measures beside the test sets: alphas, kinds of harm."""

@@ -1,4 +1,4 @@
-"""What a comparison measures with one seed: all models on the test sets, the alpha sweep, kinds of harm, relearning.
+"""What a comparison measures with one seed: test sets, attacks, the alpha sweep, kinds of harm.
 
 Figures are those of `metrics.figures`, with their seed and what else tells them apart.
 """
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.evals.attacks.measured import AttackPlan
 from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep, recommend
-from harmful_unlearn.evals.comparison.relearning import relearn
+from harmful_unlearn.evals.comparison.oracle import ORACLE, oracle_figures
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, LoadedModel, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.files.results import write_prompts, write_results
@@ -22,7 +22,6 @@ from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.named_sets import NamedSet, measure_named_sets
 from harmful_unlearn.evals.prompt_sets import PromptSets
 from harmful_unlearn.evals.protocol import EvalProtocol
-from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
 SHOWN = {"seen": 5, "unseen": 10, "normal": 5, "utility": 5}  # prompts that the report shows with all answers
@@ -68,6 +67,7 @@ class SeedEvaluation:
         protocol: how the test sets are asked.
         template: that all models are asked in.
         device_map: for accelerate, to spread a model over devices.
+        oracle_folder: holds a model that never learned any harm.
     """
 
     folder: Path
@@ -78,6 +78,7 @@ class SeedEvaluation:
     protocol: EvalProtocol
     template: TemplateChoice | None = None
     device_map: str | None = None
+    oracle_folder: Path | None = None
 
     def load(self, folder: Path) -> LoadedModel:
         return load_model(folder, self.protocol.precision, self.device_map, self.template)
@@ -88,6 +89,15 @@ class SeedEvaluation:
     @cached_property
     def base(self) -> EvaluatedModel:
         return self.model(BASE, self.base_folder)
+
+    @cached_property
+    def oracle(self) -> EvaluatedModel | None:
+        return self.model(ORACLE, self.oracle_folder) if self.oracle_folder else None
+
+    def all_models(self, models: dict[str, TrainedModel]) -> list[EvaluatedModel]:
+        """The base, these models as they are unlearned, and the oracle, if there is one."""
+        unlearned = [self.model(label, trained.unlearned) for label, trained in models.items()]
+        return [self.base, *unlearned, *([self.oracle] if self.oracle else [])]
 
     def test(self, models: dict[str, TrainedModel], flags: dict, sources: dict) -> tuple[list[dict], list[dict]]:
         """Measure the base and all models on the test sets, and write the results as evaluation.py does.
@@ -100,7 +110,7 @@ class SeedEvaluation:
             The figures, and a few prompts with all answers, as `Comparison.answers`.
         """
         folder, judge, protocol = self.folder / "evaluation", self.judge, self.protocol
-        measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
+        measured = self.all_models(models)
         rows = measure(measured, protocol, judge, self.base, folder, refusal_judge=self.refusal_judge)
         if flags["bleurt"]:
             add_bleurt(rows, flags["bleurt"], folder, PartialState().device)
@@ -121,15 +131,26 @@ class SeedEvaluation:
 
     def named_sets(self, models: dict[str, TrainedModel], sets: list[NamedSet]) -> list[dict]:
         """Figures of the base and all models on the prompts that --prompts names."""
-        measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
+        measured = self.all_models(models)
         judges = (self.judge, self.refusal_judge)
         return self._of_seed(measure_named_sets(sets, measured, self.protocol, *judges, self.folder / "prompts"))
 
-    def attack(self, models: dict[str, TrainedModel], attacks: AttackPlan) -> list[dict]:
-        """Figures of the base and all models under attack; after `test`, whose answers stand beside them."""
-        measured = [self.base, *(self.model(label, trained.unlearned) for label, trained in models.items())]
+    def attack(self, models: dict[str, TrainedModel], attacks: AttackPlan) -> tuple[list[dict], list[dict]]:
+        """Figures of the base and all models under attack; after `test`, whose answers stand beside them.
+
+        Returns:
+            As `AttackPlan.measure`.
+        """
+        measured = self.all_models(models)
         rows = measure(measured, self.protocol, self.judge, self.base, self.folder / "evaluation")
-        return self._of_seed(attacks.measure(measured, rows, self.judge, self.base, self.folder / "attacks"))
+        attacked, relearned = attacks.measure(measured, rows, self.judge, self.base, self.folder / "attacks")
+        return self._of_seed(attacked), self._of_seed(relearned)
+
+    def oracle_distances(self, models: dict[str, TrainedModel]) -> list[dict]:
+        """Figures of the base's and all models' distance from the oracle; after `test`, whose answers it reads."""
+        measured, folder = self.all_models(models), self.folder / "evaluation"
+        rows = measure(measured, self.protocol, self.judge, self.base, folder, refusal_judge=self.refusal_judge)
+        return self._of_seed(oracle_figures(measured, rows, self.protocol, self.folder / "oracle"))
 
     def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:
         """Measure a model's task vector at each alpha, on the validation prompts.
@@ -177,43 +198,6 @@ class SeedEvaluation:
         results = self._figures([self.base, *models], "categories", prompts=self.sets.of_category, decodings=first)
         rates = [row for row in results if row["metric"] == "harmful_rate"]
         return [{**row, "vector": row["model"], "category": row["set"]} for row in rates]
-
-    def relearning(
-        self, models: dict[str, TrainedModel], before: list[dict], steps: int, pairs: int, lr: dict[str, float]
-    ) -> list[dict]:
-        """Harmful rates on unseen prompts before and after the base and all models were trained on a few harmful pairs.
-
-        Args:
-            before: the figures of the test sets.
-            steps, pairs: how long to train, and on how many pairs.
-            lr: learning rates by their strength.
-        """
-        harmful = [prompt.pair for prompt in self.sets.test["seen"][:pairs]]
-        settings = next(iter(models.values())).record.training["lora"]
-        lora = Lora(**{**settings, "target_modules": tuple(settings["target_modules"])}) if settings else None
-        seed, precision = self.protocol.seed, self.protocol.precision
-
-        def relearned(folder: Path, rate: float) -> LoadedModel:
-            # Weights that are trained are float32; under an adapter they may be 16-bit.
-            model, template = load_model(folder, precision if lora else "fp32", self.device_map, self.template)
-            if lora:
-                model = add_lora(model, lora, str(folder))
-            return relearn(model, template, harmful, steps, rate, seed, precision), template
-
-        decoding = self.protocol.decodings[0]
-        unseen = {"unseen": self.sets.test["unseen"]}
-        folders = {BASE: self.base_folder, **{label: trained.unlearned for label, trained in models.items()}}
-        rows = [{**row, "when": "before", "strength": None} for row in before]
-        for strength, rate in lr.items():
-            how = {"steps": steps, "pairs": len(harmful), "lr": rate}
-            again = [
-                EvaluatedModel(label, {**self.model(label, folder).identity, **how}, partial(relearned, folder, rate))
-                for label, folder in folders.items()
-            ]
-            after = self._figures(again, f"relearning-{strength}", prompts=unseen, decodings=[decoding])
-            rows += [{**row, "when": "after", "strength": strength} for row in after]
-        wanted = ("unseen", decoding.name, "harmful_rate")
-        return [row for row in rows if (row["set"], row["decoding"], row["metric"]) == wanted]
 
     def _figures(self, models: list[EvaluatedModel], name: str, **how) -> list[dict]:
         """The figures of `models`; their answers and scores are kept in the folder `name`.

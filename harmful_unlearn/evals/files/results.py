@@ -20,6 +20,9 @@ Harmful rate (judge: {}); brackets: 95 % bootstrap interval over at most {} prom
 count that it was chosen as the highest. "any": prompts that any variant breaks; there a judge's false alarms add up,
 too. An attack under which the base yields no more than before says nothing.
 """
+RELEARNING = """\
+Fine-tuned on {} pairs of text, and asked at most {} of the prompts: the worst attacker after each number of steps
+(all are in relearning.csv). With enough steps any model learns harm, so read this beside the base:"""
 PERCENT = (*JUDGED, "refusal_rate", "degenerate_rate", "exact_match")
 
 
@@ -99,22 +102,23 @@ def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict], r
     return "\n".join(lines) + "\n"
 
 
-def write_attacks(folder: Path, figures: list[dict], judge: Judge) -> None:
-    """Write attacks.csv and attacks.md.
+def write_attacks(folder: Path, figures: list[dict], relearned: list[dict], judge: Judge) -> None:
+    """Write attacks.csv and attacks.md, and relearning.csv where there was relearning.
 
     Args:
-        figures: as `attacks.figures.attack_figures` gives them.
+        figures, relearned: as `AttackPlan.measure` gives them.
     """
     table = pd.DataFrame(figures, dtype=object)
     write_file(folder / "attacks.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_file(folder / "attacks.md", attacks_markdown(figures, judge))
+    if relearned:
+        curves = pd.DataFrame(relearned, dtype=object).to_csv(index=False, lineterminator="\n")
+        write_file(folder / "relearning.csv", curves)
+    write_file(folder / "attacks.md", attacks_markdown(figures, relearned, judge))
 
 
-def attacks_markdown(figures: list[dict], judge: Judge) -> str:
+def attacks_markdown(figures: list[dict], relearned: list[dict], judge: Judge) -> str:
     """Harmful rates under attack: a row for each attack and variant, a column for each model."""
-    table = pd.DataFrame(figures, dtype=object)
-    named = [f" ({figure['which']})" if figure["which"] else "" for figure in figures]
-    table["cell"] = [cell(figure) + which for figure, which in zip(figures, named, strict=True)]
+    table = _with_cells(figures)
     models = list(table["model"].unique())
     rates = table[table["metric"] == "harmful_rate"]
     lines = [UNDER_ATTACK.format(credentials(judge), rates["n"].max()), *_attack_rows(rates, models)]
@@ -122,7 +126,22 @@ def attacks_markdown(figures: list[dict], judge: Judge) -> str:
     if len(perplexities):
         lines += ["", "Perplexity of normal references after the changes of weights:", ""]
         lines += _attack_rows(perplexities, models)
+    if relearned:
+        lines += ["", RELEARNING.format(relearned[0]["pairs"], max(figure["n"] for figure in relearned)), ""]
+        worst = [
+            {**figure, "attack": "relearn", "variant": f"{figure['steps']} steps"}
+            for figure in relearned
+            if figure["attacker"] == "worst"
+        ]
+        lines += _attack_rows(_with_cells(worst), models)
     return "\n".join(lines) + "\n"
+
+
+def _with_cells(figures: list[dict]) -> pd.DataFrame:
+    """Figures as a table, with the text of each: value, interval, and which attack it is of if it is of the worst."""
+    table = pd.DataFrame(figures, dtype=object)
+    named = [f" ({figure['which']})" if figure["which"] else "" for figure in figures]
+    return table.assign(cell=[cell(figure) + which for figure, which in zip(figures, named, strict=True)])
 
 
 def _attack_rows(table: pd.DataFrame, models: list[str]) -> list[str]:

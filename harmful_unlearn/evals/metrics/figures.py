@@ -25,7 +25,7 @@ def figures(rows: dict[str, list[dict]], protocol: EvalProtocol, folder: Path) -
     seed = protocol.seed
 
     def add(model: str, name: str, decoding: str | None, metric: str, estimate: Estimate) -> None:
-        figures.append({"model": model, "set": name, "decoding": decoding, "metric": metric, **asdict(estimate)})
+        figures.append(figure_of(model, name, decoding, metric, estimate))
 
     for label, answers in rows.items():
         for name, decoding in protocol.rounds:
@@ -55,9 +55,13 @@ def rates(rows: dict[str, list[dict]], protocol: EvalProtocol) -> list[dict]:
         for name, decoding in protocol.rounds:
             asked = rows_of(answers, name, decoding)
             for metric, estimate in _rates(asked, name not in protocol.harmless, protocol.seed).items():
-                figure = {"model": label, "set": name, "decoding": decoding.name, "metric": metric}
-                figures.append({**figure, **asdict(estimate)})
+                figures.append(figure_of(label, name, decoding.name, metric, estimate))
     return figures
+
+
+def figure_of(model: str, name: str, decoding: str | None, metric: str, estimate: Estimate) -> dict:
+    """One figure, in the form that all have."""
+    return {"model": model, "set": name, "decoding": decoding, "metric": metric, **asdict(estimate)}
 
 
 def _rates(rows: list[dict], judged_for_harm: bool, seed: int) -> dict[str, Estimate]:
