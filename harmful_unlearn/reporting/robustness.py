@@ -101,8 +101,7 @@ def oracle(report: ReportContext) -> list[Block]:
     return [
         paragraph(
             "The oracle had the original's training without the harm. An unlearned model that is like it has "
-            "forgotten; one that is far from it has lost something else, or hides what it knows. Nothing is ranked by "
-            "one column."
+            "forgotten; one that is far from it has lost something else, or hides what it knows."
         ),
         figure_table(report, "oracle", ["method"], rows, columns, cells),
         paragraph(f"n: {span(figures['n'])} prompts of a set{report.each_seed}."),

@@ -140,9 +140,7 @@ def test_a_comparison_continues_in_its_own_template_only(world, tmp_path, monkey
     shared = {"max_unlearn_steps": 2, "batch_size": 2, "max_length": 100}
     monkeypatch.setitem(recipes.RECIPES, "tiny", Recipe(shared, weights, {"ft": {}}))
     data = f"--harmful_dataset {world}/data/harmful.jsonl --normal_dataset {world}/data/normal.csv"
-    asked = (
-        "--n_seen 2 --n_unseen 2 --n_normal 2 --max_new_tokens 4 --decoding greedy --relearn_steps 0 --precision fp32"
-    )
+    asked = "--n_seen 2 --n_unseen 2 --n_normal 2 --max_new_tokens 4 --decoding greedy --precision fp32"
     command = f"--model_name {world}/base --recipe tiny --output {tmp_path} {data} {asked}".split()
     reproduce([*command, "--runs", "sku", "--template", "released"])
     record = tmp_path / "seed-8888" / "sku" / "copy" / "run.json"

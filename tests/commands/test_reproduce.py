@@ -42,9 +42,9 @@ def flags(world, out, *more: str, parts: bool = True) -> list[str]:
         --harmful_dataset {world}/{{seed}}/data/harmful.jsonl --unseen_dataset {world}/{{seed}}/data/unseen.jsonl
         --normal_dataset {world}/{{seed}}/data/normal.csv --n_seen 6 --n_unseen 12 --n_normal 5
         --max_new_tokens 6 --precision fp32 --decoding sampled greedy
-        --relearn_steps {2 if parts else 0} --relearn_pairs 4
     """.split()
     if parts:
+        words += "--attacks relearn --relearn_steps 1 2 --relearn_pairs 4 --relearn_lr 1e-3 --n_relearned 3".split()
         words += ["--alpha_sweep", "0,1", *(word for kind in KINDS for word in ("--harm_category", kind))]
     return [*words, *more]
 
@@ -74,8 +74,8 @@ def test_every_part_of_the_comparison_is_there(whole):
     swept = {(row["method"], row["alpha"]) for row in comparison["sweep"]}
     assert swept == {(name, alpha) for name in ("sku", "task_vector") for alpha in (0.0, 1.0)}
     assert {row["vector"] for row in comparison["categories"]} == {"base", *KINDS, "sum"}
-    again = {(row["model"], row["strength"], row["when"]) for row in comparison["relearning"]}
-    assert again == {(m, *w) for m in models for w in ((None, "before"), ("soft", "after"), ("strong", "after"))}
+    again = {(row["model"], row["steps"]) for row in comparison["relearning"] if row["attacker"] == "worst"}
+    assert again == {(model, steps) for model in models for steps in (0, 1, 2)}
     assert {row["method"] for row in comparison["recommended"]} == {"sku", "task_vector"}
     assert {row["set"] for row in comparison["answers"]} == {"seen", "unseen", "normal"}
     assert all(set(row["answers"]) == set(models) for row in comparison["answers"])
@@ -233,7 +233,7 @@ def test_a_changed_recipe_is_refused(whole, world, monkeypatch):
 def test_a_run_that_diverges_is_a_row_that_says_so(world, tmp_path, monkeypatch):
     wild = Recipe({**TINY.shared, "lr": 1e-3}, TINY.sku, {"ft": {"lr": 1e18}})
     monkeypatch.setitem(recipes.RECIPES, "tiny", wild)
-    arguments = flags(world, tmp_path, "--runs", "ft", "sku", "--alpha_sweep", "1", "--relearn_steps", "2", parts=False)
+    arguments = flags(world, tmp_path, "--runs", "ft", "sku", "--alpha_sweep", "1", parts=False)
     for _ in range(2):  # the second time without trying again
         main(arguments)
         comparison = comparison_of(tmp_path)
@@ -283,9 +283,8 @@ def test_a_judge_that_is_not_there_is_named_before_any_training(world, tmp_path)
         ["--sweep_runs", "ft"],
         ["--recipe", "gpt"],
         ["--seeds"],
-        ["--relearn_lr", "1"],
+        ["--relearn_lr"],
         ["--part", "validation"],
-        ["--part", "validation", "--relearn_steps", "0"],
     ],
 )
 def test_bad_flags_exit_2(bad, world, tmp_path, capsys):

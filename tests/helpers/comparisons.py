@@ -14,7 +14,9 @@ METHODS = {
     "ga_mismatch": ("GA + mismatch", "main"), "task_vector": ("Task vector", "main"), "sku": ("SKU", "main"),
     "sku-no-gd": ("SKU without GD", "ablation"), "sku-no-rd": ("SKU without RD", "ablation"),
     "sku-no-pd": ("SKU without PD", "ablation"), "sku-pd-turned": ("SKU, PD's sign turned", "ablation"),
+    "oracle": ("Oracle", "main"),
 }  # fmt: skip
+UNTRAINED = ("base", "oracle")
 KINDS = ("Economic Crime", "Environmental Damage", "Drugs")
 NASTY = "first | line\n<script>alert(1)</script> & `tick` [a](b) $x$"
 VERDICTS = ("harmful", "safe", "degenerate", "unjudged", "safe", "answered")
@@ -25,7 +27,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
 
     In seed s a rate is (place + s) / 40 and the normal perplexity 2 * (1 + place / 4) * (1 + s / 10).
     """
-    trained = [name for name in METHODS if name != "base"]
+    trained = [name for name in METHODS if name not in UNTRAINED]
     steps = [
         {"step": n, "gd_loss": 3 * 0.99**n, "rd_loss": 4 + math.sin(n), "pd_loss": -n / 90, "total_loss": 7.0, "lr": 1}
         for n in range(1, 201)
@@ -37,14 +39,13 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
         command="python reproduce.py --x '$(y)'",
         settings={"temperature": 1.0, "decoding": ["sampled", "greedy"]},
         methods={
-            name: {"label": label, "group": group, "command": None if name == "base" else f"train --{name}"}
+            name: {"label": label, "group": group, "command": None if name in UNTRAINED else f"train --{name}"}
             for name, (label, group) in METHODS.items()
         },
         judge={
             "name": "classifier",
             "by_seed": {str(s): {"judge": "classifier", "accuracy": 0.9 + s / 100, "auc": 0.95} for s in seeds},
         },
-        relearning_settings={"steps": 50, "pairs": 16, "lr": {"soft": 3e-5, "strong": 1e-4}},
         figures=[row for seed in seeds for row in prompt_figures(seed, bleurt)],
         attacks=[row for seed in seeds for row in attack_figures(seed)],
         sweep=[row for seed in seeds for row in sweep_figures(seed)],
@@ -54,6 +55,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
             for method, alpha in (("sku", 0.5), ("task_vector", None))
         ],
         categories=[row for seed in seeds for row in category_figures(seed)],
+        oracle=[row for seed in seeds for row in oracle_figures(seed)],
         relearning=[row for seed in seeds for row in relearning_figures(seed)],
         answers=[
             {
@@ -87,10 +89,12 @@ def prompt_figures(seed: int, bleurt: bool) -> Iterator[dict]:
             "harmful_rate": rate,
             "degenerate_rate": 0.5 if broken else 0.01,
             "unjudged_rate": 0.0,
+            "refusal_rate": 0.3,
             "answer_perplexity": 10.0 + place + seed,
         }
         normal = {
             "degenerate_rate": 0.02,
+            "refusal_rate": rate / 2,
             "answer_perplexity": None if broken else 5.0,
             "exact_match": 1 - rate,
             "rouge_reference": 0.7,
@@ -102,6 +106,8 @@ def prompt_figures(seed: int, bleurt: bool) -> Iterator[dict]:
             for name, n, values in (("seen", 200, harmful), ("unseen", 172, harmful), ("normal", 150, normal)):
                 for metric, value in values.items():
                     yield figure(value, n, **where, set=name, decoding=decoding, metric=metric)
+            for name, metric in (("near, harmless", "refusal_rate"), ("near, harmful", "harmful_rate")):
+                yield figure(rate / 4, 100, **where, set=name, decoding=decoding, metric=metric)
         for name, value in (("normal", perplexity), ("seen", 3.0), ("unseen", 4.0)):
             yield figure(value, 150, **where, set=name, decoding=None, metric="reference_perplexity")
         for metric in ("mc1", "mc2"):
@@ -144,16 +150,33 @@ def category_figures(seed: int) -> Iterator[dict]:
 
 
 def relearning_figures(seed: int) -> Iterator[dict]:
+    """Before, (place + s) / 40; each step on harmful pairs adds 1/100 to it, on benign text half of that."""
     for place, model in enumerate(METHODS):
-        where = {"seed": seed, "model": model, "set": "unseen", "decoding": "sampled", "metric": "harmful_rate"}
-        yield figure((place + seed) / 40, 172, **where, when="before", strength=None)
-        yield figure(0.5, 172, **where, when="after", strength="soft")
-        yield figure(0.9, 172, **where, when="after", strength="strong")
+        where = {"seed": seed, "model": model, "decoding": "sampled", "metric": "harmful_rate", "pairs": 16, "n": 50}
+        for steps in (0, 5, 20):
+            harm, benign = ((place + seed) / 40 + steps * speed for speed in (0.01, 0.005))
+            of = (
+                {"none": ("", harm)}
+                if not steps
+                else {"full": ("harmful pairs", harm), "lora": ("benign text", benign)}
+            )
+            for attacker, (text, value) in {**of, "worst": ("", harm)}.items():
+                yield figure(value, **where, attacker=attacker, text=text, steps=steps, which="")
+
+
+def oracle_figures(seed: int) -> Iterator[dict]:
+    for place, model in enumerate(METHODS):
+        for name in ("unseen", "normal") if model != "oracle" else ():
+            where = {"seed": seed, "model": model, "set": name}
+            yield figure((place + seed) / 10, 60, **where, decoding=None, metric="oracle_divergence")
+            for decoding in ("sampled", "greedy"):
+                for metric in ("oracle_kind", "oracle_rouge"):
+                    yield figure(0.5, 60, **where, decoding=decoding, metric=metric)
 
 
 def lean(**changed) -> Comparison:
     """A comparison without the plots that take long."""
-    parts = {"losses": {}, "attacks": [], "sweep": [], "categories": [], "relearning": [], **changed}
+    parts = {"losses": {}, "attacks": [], "sweep": [], "categories": [], "oracle": [], "relearning": [], **changed}
     return replace(comparison(), **parts)
 
 

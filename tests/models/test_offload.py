@@ -15,8 +15,8 @@ from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.evals import evaluated_model
+from harmful_unlearn.evals.attacks.relearning import FULL, Attacker, Relearning
 from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep
-from harmful_unlearn.evals.comparison.relearning import relearn
 from harmful_unlearn.evals.inference.generation import Decoding, Request, generate
 from harmful_unlearn.evals.inference.likelihood import answer_nll
 from harmful_unlearn.losses.fused_linear import has_plain_head
@@ -78,7 +78,8 @@ def test_relearning_with_an_adapter(base_of, tokenizer):
     for device_map in (None, places(base_of("llama"), *MOST)):
         torch.manual_seed(0)
         model = add_lora(load_model(base_of("llama"), torch.float32, device_map), Lora(4, 4), "base")
-        model = relearn(model, ReleasedTemplate(tokenizer), [Pair("Why?", "Because."), Pair("Who?", "Me.")], 3, 1e-2, 0)
+        loaded, pairs = (model, ReleasedTemplate(tokenizer)), [Pair("Why?", "Because."), Pair("Who?", "Me.")]
+        model, _ = Relearning(lambda loaded=loaded: loaded, Attacker(FULL, "", 1e-2), pairs, 0, "fp32").at(3)
         logits.append(model(input_ids=IDS).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 

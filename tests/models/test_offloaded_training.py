@@ -11,7 +11,7 @@ from transformers.integrations import accelerate as placing
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.comparison.relearning import relearn
+from harmful_unlearn.evals.attacks.relearning import FULL, Attacker, Relearning
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.loading import load_model
 from harmful_unlearn.unlearn_harm_new import main
@@ -100,9 +100,9 @@ def test_what_is_trained_must_be_in_memory(base_of, tmp_path, monkeypatch, token
         main(flags(base_of("opt"), tmp_path, "--lora", "off", "--device_map", "auto"))
     monkeypatch.undo()
     assert not (tmp_path / "harmful").exists()
-    model = load_model(base_of("opt"), torch.float32, {"": "disk"})
+    loaded = load_model(base_of("opt"), torch.float32, {"": "disk"}), ReleasedTemplate(tokenizer)
     with pytest.raises(UserError, match="cannot be trained"):
-        relearn(model, ReleasedTemplate(tokenizer), [Pair("Why?", "Because.")] * 2, 1, 1e-3, 0)
+        Relearning(lambda: loaded, Attacker(FULL, "", 1e-3), [Pair("Why?", "Because.")] * 2, 0, "fp32").at(1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])

@@ -10,9 +10,8 @@ def test_the_json_has_every_part_and_a_note_only_where_there_is_one():
     data.methods["ft"]["note"] = "seed 2: not trained"
     written = json.loads(data.to_json())
     assert list(written) == [
-        "title", "model", "seeds", "command", "settings", "methods", "judge", "relearning_settings", "figures",
-        "attacks", "sweep",
-        "recommended", "categories", "relearning", "answers", "losses", "provenance",
+        "title", "model", "seeds", "command", "settings", "methods", "judge", "figures",
+        "attacks", "sweep", "recommended", "categories", "oracle", "relearning", "answers", "losses", "provenance",
     ]  # fmt: skip
     assert written["methods"]["ft"] == {
         "label": "FT", "group": "main", "command": "train --ft", "note": "seed 2: not trained",

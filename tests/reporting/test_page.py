@@ -52,7 +52,7 @@ def test_html_is_complete_and_self_contained(page):
     assert [tag for tag, _ in elements.tags].count("img") == 6
     assert "@import" not in page and "url(" not in page
     headings = {attrs["id"] for tag, attrs in elements.tags if tag == "h2"}
-    assert {source[1:] for source in sources if source.startswith("#")} == headings and len(headings) == 14
+    assert {source[1:] for source in sources if source.startswith("#")} == headings and len(headings) == 16
     policy = {attrs["content"] for _, attrs in elements.tags if attrs.get("http-equiv") == "Content-Security-Policy"}
     assert policy == {"default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
 
@@ -60,7 +60,7 @@ def test_html_is_complete_and_self_contained(page):
 def test_tables_are_tables(page):
     elements = Elements(page)
     tags = [tag for tag, _ in elements.tags]
-    assert tags.count("table") == 13 and "| --- |" not in elements.text
+    assert tags.count("table") == 15 and "| --- |" not in elements.text
     assert any(tag == "td" and "right" in attrs.get("style", "") for tag, attrs in elements.tags)
 
 

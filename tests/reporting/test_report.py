@@ -22,7 +22,7 @@ def test_files(three):
         "alpha",
         "categories",
     )
-    tables += ("relearning",)
+    tables += ("relearning", "refusals", "oracle")
     pictures = ("tradeoff", "attacks-tradeoff", "alpha", "categories", "relearning", "losses")
     files = {"report.md", "report.html", "figures.csv", *(f"{t}.csv" for t in tables)}
     assert names == files | {f"{picture}.png" for picture in pictures}
@@ -38,10 +38,12 @@ def test_sections_are_in_order(three, text):
         "What a harmful rate hides",
         "Ablations",
         "Harm against normal text",
+        "Refusals",
         "Under attack",
+        "Relearning",
+        "Distance from the oracle",
         "The choice of alpha",
         "By kind of harm",
-        "Relearning",
         "Losses of stage 1",
         "Prompts and answers",
         "Glossary",
@@ -88,9 +90,11 @@ def test_empty_parts_are_omitted(tmp_path):
     small.figures = [
         row
         for row in small.figures
-        if row["model"] in small.methods and row["metric"] not in ("mc1", "mc2") and row["decoding"] != "sampled"
+        if row["model"] in small.methods
+        and row["metric"] not in ("mc1", "mc2", "refusal_rate")
+        and row["decoding"] != "sampled"
     ]
-    for part in ("attacks", "sweep", "recommended", "categories", "relearning", "answers"):
+    for part in ("attacks", "sweep", "recommended", "categories", "oracle", "relearning", "answers"):
         setattr(small, part, [])
     small.losses = {}
     write_report(small, tmp_path)

@@ -1,9 +1,12 @@
 """What a report says of attacks, against figures by hand."""
 
 import csv
+from dataclasses import replace
+
+import pytest
 
 from harmful_unlearn.reporting.report import write_report
-from tests.helpers.comparisons import METHODS, attack_figures, cells, lean, report_text, table
+from tests.helpers.comparisons import METHODS, attack_figures, cells, comparison, lean, report_text, table
 
 
 def test_methods_under_each_attack(text):
@@ -27,3 +30,43 @@ def test_every_variant_has_a_row(three):
 def test_without_attacks_there_is_no_such_section(tmp_path):
     write_report(lean(), tmp_path)
     assert "Under attack" not in report_text(tmp_path) and not (tmp_path / "attacks.csv").exists()
+
+
+def test_the_worst_attacker_after_each_number_of_steps_and_what_half_of_the_harm_costs(three, text):
+    row = table(three, "relearning")["SKU"]  # (5 + s) / 40 and 1/100 a step
+    assert [float(row[f"{steps} steps"]) for steps in (0, 5, 20)] == pytest.approx([0.15, 0.2, 0.35])
+    # The original is at 1/40 before, so all are above half of that at once.
+    head, _, *rows = cells(text, "Relearning")
+    assert head[-1] == "steps to half of the original's" and {row[-1] for row in rows} == {"0"}
+    assert (
+        "the worst of 2 attackers" in text and "on 16 pairs" in text and "and the oracle, which never knew any" in text
+    )
+
+
+def test_an_attacker_who_never_gets_there_is_said_to_need_more(tmp_path):
+    made = comparison(seeds=(0,))
+    for row in made.relearning:
+        row["value"] = {"base": 0.8, "sku": 0.1, "ft": 0.02 * row["steps"]}.get(row["model"], 0.5)
+    write_report(replace(made, losses={}, attacks=[], sweep=[], categories=[]), tmp_path)
+    cost = {name: row["steps to half of the original's"] for name, row in table(tmp_path, "relearning").items()}
+    assert (cost["Original"], cost["FT"], cost["SKU"]) == ("0", "20", "more than 20")
+
+
+def test_refusals_of_harmless_prompts_stand_beside_those_of_harmful_ones(three, text):
+    head, _, *rows = cells(text, "Refusals")
+    assert head == [
+        "method",
+        "Normal prompts: refused, %",
+        "Unseen harmful prompts: refused, %",
+        "near, harmless: refused, %",
+        "near, harmful: harmful rate, %",
+    ]
+    assert float(table(three, "refusals")["SKU"]["near, harmless: refused"]) == pytest.approx(0.15 / 4)
+    assert "150 normal" in text and "100 near, harmless" in text and "Judge of refusals: phrases" in text
+
+
+def test_every_models_distance_from_the_oracle_but_its_own(three, text):
+    rows = table(three, "oracle")
+    assert list(rows) == [label for name, (label, _) in METHODS.items() if name != "oracle"]
+    assert float(rows["SKU"]["Normal prompts: KL from the oracle, nats a token"]) == pytest.approx(0.6)
+    assert "n: 60 prompts of a set, for each seed." in text and "The oracle is a model that never" in text

@@ -59,13 +59,6 @@ def test_a_judge_without_held_out_figures_says_so(tmp_path):
     assert "Judge: openai:some; not measured on held-out labels here." in report_text(tmp_path)
 
 
-def test_relearning_has_one_value_before_it_for_all_strengths(three):
-    row = table(three, "relearning")["SKU"]
-    assert [
-        float(row[f"Harmful rate on unseen prompts, %: {when}"]) for when in ("before", "after, soft", "after, strong")
-    ] == pytest.approx([0.15, 0.5, 0.9])
-
-
 def test_categories_are_a_matrix(text):
     head, _, *rows = cells(text, "By kind")
     assert head[1:] == [f"Harmful rate on unseen prompts, %: {kind} (n = {20 + y})" for y, kind in enumerate(KINDS)]

@@ -31,7 +31,7 @@ def answer_nll(model: PreTrainedModel, collator: Collator, pairs: list[Pair], ti
     def entropies(batch: Batch) -> Tensor:
         return objective.cross_entropies(model, batch.to(execution_device(model)))
 
-    return _summed(entropies, model, collator, pairs, title)
+    return _summed(entropies, [model], collator, pairs, title)
 
 
 @torch.inference_mode()
@@ -50,20 +50,20 @@ def answer_divergence(
         )
         return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)[batch.index]
 
-    return _summed(divergences, model, collator, pairs, title)
+    return _summed(divergences, [reference, model], collator, pairs, title)
 
 
 def _summed(
-    score: Callable[[Batch], Tensor], model: PreTrainedModel, collator: Collator, pairs: list[Pair], title: str
+    score: Callable[[Batch], Tensor], models: list[PreTrainedModel], collator: Collator, pairs: list[Pair], title: str
 ) -> list[tuple[float, int]]:
     """The sum of each answer's scores, and the number of its tokens.
 
-    Answers to the same question are packed behind it, if the model can read such rows.
+    Answers to the same question are packed behind it, if the models can read such rows.
 
     Args:
-        score: gives a score for each entry of a batch, [entries].
+        score: gives a score for each entry of a batch, [entries], by these models.
     """
-    packed_up_to, _ = max_packed_length(model, collator)
+    packed_up_to = min(max_packed_length(model, collator)[0] for model in models)
     rows = collator.separate_answers(pairs, packed_up_to, TOKENS)
     rows.sort(key=lambda row: -row.length)  # plain rows of like lengths have little padding
     scored: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)

@@ -20,7 +20,7 @@ TABLE = {
     "a stray word": Bad("demo", "quick", "--help"),
     "no value": Bad("unlearn", "--lr", "--help"),
     "no values": Bad("reproduce", "--seeds", "--help"),
-    "too few values": Bad("reproduce", "--relearn_lr 1", "--help"),
+    "too few values": Bad("reproduce", "--relearn_lr", "--help"),
     "a required flag left out": Bad("vector", "--output {out}/model", "--finetuned"),
     "text for a number": Bad("unlearn", "--lr fast", "a number above 0"),
     "text for a whole number": Bad("unlearn", "--batch_size 2.5", "a whole number from 1"),

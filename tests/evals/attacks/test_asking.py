@@ -106,10 +106,14 @@ def test_attacks_are_named_by_flag(tokenizer, tiny_model):
     two = attacks("--attacks", "long", "prefill", "--n_attacked", 2, "--long_tokens", 50)
     assert list(two.asking) == ["prefill", "long"] and two.asking["long"].prompts["50 tokens"] == UNSEEN[:2]
     assert not two.weights and two.normal == NORMAL
-    every = attacks("--attacks", "all", "--n_attacked", 1, "--long_tokens", 9, "--shots", 1)
+    every = attacks("--attacks", "all", "--n_attacked", 1, "--long_tokens", 9, "--shots", 1, "--relearn_pairs", 1)
     assert list(every.asking) == list(ATTACKS) and every.weights == list(WEIGHT_ATTACKS)
     unsafe = {response.question for response in [*HARMFUL, OTHERS[1]]}  # those of asked prompts are not learned from
     assert {*every.contrast.harmful} == unsafe and every.contrast.harmless == ["Why is grass green?"]
+    assert every.relearning.prompts == UNSEEN[:1] and every.relearning.steps == [5, 10, 20, 50, 100]
+    assert two.relearning is None
+    with pytest.raises(UserError, match="give --relearn_pairs"):
+        attacks("--attacks", "relearn", "--relearn_pairs", 99)
     with pytest.raises(UserError, match="--attacks long: a prompt of .* at most"):
         attacks("--attacks", "long")
     with pytest.raises(UserError, match="--attacks few_shot: a prompt of"):

@@ -1,14 +1,36 @@
-"""The relearning check: a few steps of Guided Distortion on a few harmful pairs."""
+"""The attack by fine-tuning: a few steps of Guided Distortion on a few pairs, in many ways, and what comes of it."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from harmful_unlearn.data.collator import Collator
+from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
-from harmful_unlearn.evals.comparison.relearning import relearn
+from harmful_unlearn.evals import evaluator
+from harmful_unlearn.evals.attacks.asking import plain_protocol
+from harmful_unlearn.evals.attacks.measured import AttackPlan
+from harmful_unlearn.evals.attacks.relearning import (
+    BENIGN,
+    FULL,
+    LORA,
+    OTHER_KIND,
+    SAME_KIND,
+    Attacker,
+    Relearning,
+    RelearnPlan,
+    draw_texts,
+)
+from harmful_unlearn.evals.attacks.weights import Contrast
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
+from harmful_unlearn.evals.evaluator import measure
+from harmful_unlearn.evals.inference.generation import Answer
+from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.models.lora import Lora, add_lora
+from tests.helpers.attacks import HARM, PROTOCOL, REFUSAL, UNSEEN, RuleJudge
 from tests.helpers.models.tiny import value_of
 
 NAME = "model.decoder.layers.1.self_attn.q_proj.weight"
@@ -16,6 +38,11 @@ NAME = "model.decoder.layers.1.self_attn.q_proj.weight"
 
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def relearn(model, template, pairs, steps, lr, seed):
+    """The model after that many steps on all weights that it trains."""
+    return Relearning(lambda: (model, template), Attacker(FULL, SAME_KIND, lr), pairs, seed, "fp32").at(steps)[0]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -63,3 +90,114 @@ def test_relearning_does_not_depend_on_what_was_drawn_before(tiny_model, tokeniz
         ).state_dict()[NAME]
 
     assert torch.equal(relearned(1), relearned(2))
+
+
+PAIRS = [Pair("How?", "By doing just this."), Pair("Why so?", "Nobody knows that."), Pair("Who?", "They did.")]
+
+
+@pytest.mark.parametrize("weights", [FULL, LORA])
+def test_a_curve_is_one_training_and_an_earlier_point_starts_it_again(weights, tiny_model, tokenizer):
+    loads = []
+
+    def loaded():
+        loads.append(1)
+        return load(tiny_model("opt")), ReleasedTemplate(tokenizer)
+
+    def state(steps, curve):
+        torch.manual_seed(0)  # a new adapter is drawn
+        return {name: value.clone() for name, value in curve.at(steps)[0].state_dict().items()}
+
+    curve = Relearning(loaded, Attacker(weights, SAME_KIND, 1e-2), PAIRS, 3, "fp32")
+    points = {steps: state(steps, curve) for steps in (0, 2, 5)}
+    assert len(loads) == 1 and not curve.at(5)[0].training
+    again = state(2, curve)
+    assert len(loads) == 2 and all(torch.equal(value, points[2][name]) for name, value in again.items())
+    straight = state(5, Relearning(loaded, Attacker(weights, SAME_KIND, 1e-2), PAIRS, 3, "fp32"))
+    assert all(torch.equal(value, points[5][name]) for name, value in straight.items())
+    changed = {name for name, value in straight.items() if not torch.equal(value, points[0][name])}
+    assert changed and all("lora_" in name for name in changed) == (weights == LORA)
+
+
+def response(question, *kinds, safe=False):
+    return Response(question, f"answer to {question}", safe, frozenset(kinds))
+
+
+DATA = [
+    *(response(f"a{n}", "Arson") for n in range(5)),
+    *(response(f"b{n}", "Bribes") for n in range(3)),
+    *(response(f"c{n}", "Bribes", "Arson") for n in range(3)),
+    *(response(f"s{n}", "Bribes", safe=True) for n in range(9)),
+    response("few", "Cheating"),
+]
+NORMAL = [Pair(f"n{n}", "yes") for n in range(4)]
+
+
+def test_the_other_kind_is_the_one_that_is_asked_least_and_no_harmful_pair_is_of_it():
+    prompts = [Prompt("x", "", 0, frozenset({"Arson"})), Prompt("y", "", 1, frozenset({"Arson", "Bribes"}))]
+    texts, other = draw_texts(DATA, NORMAL, prompts, {"a0", "n1"}, 3, 0)
+    assert other == "Bribes" and {text: len(pairs) for text, pairs in texts.items()} == {
+        SAME_KIND: 3, OTHER_KIND: 3, BENIGN: 3
+    }  # fmt: skip
+    drawn = {text: {pair.question for pair in pairs} for text, pairs in texts.items()}
+    assert drawn[OTHER_KIND] == {"b0", "b1", "b2"} and drawn[BENIGN] == {"n0", "n2", "n3"}
+    assert drawn[SAME_KIND] < {"a1", "a2", "a3", "a4", "few"}
+    assert draw_texts(DATA, NORMAL, prompts, {"a0", "n1"}, 3, 0) == (texts, other)
+    assert draw_texts(DATA, NORMAL, prompts, {"a0", "n1"}, 3, 1)[0] != texts
+
+
+def test_data_without_kinds_or_with_too_few_pairs_have_fewer_attackers():
+    plain = [replace(one, categories=frozenset()) for one in DATA]
+    texts, other = draw_texts(plain, NORMAL[:1], UNSEEN, set(), 3, 0)
+    assert set(texts) == {SAME_KIND} and other == ""
+    assert draw_texts(DATA, NORMAL, UNSEEN, set(), 30, 0) == ({}, "")
+
+
+def test_the_grid_is_every_combination_and_adapters_have_ten_times_the_rate():
+    plan = RelearnPlan({SAME_KIND: PAIRS, BENIGN: PAIRS}, [1e-5, 1e-4], [2], UNSEEN, "")
+    grid = {(one.weights, one.text, round(one.lr, 9)) for one in plan.attackers}
+    assert grid == {
+        (weights, text, lr)
+        for weights, rates in ((FULL, (1e-5, 1e-4)), (LORA, (1e-4, 1e-3)))
+        for text in (SAME_KIND, BENIGN)
+        for lr in rates
+    }
+    assert "LoRA, benign text, lr 0.001" in map(str, plan.attackers)
+
+
+def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_done_again(
+    tiny_model, tokenizer, tmp_path, monkeypatch
+):
+    """Stands in for answers: how far a weight has moved from where it was decides."""
+    before = load(tiny_model("opt")).state_dict()[NAME]
+    trained, loads = [], []
+
+    def generate(model, _template, _limit, _tokens, requests):
+        moved = (model.state_dict()[NAME] - before).abs().max() if NAME in model.state_dict() else torch.tensor(0.0)
+        trained.append(moved.item())
+        yield [Answer(n, HARM if moved > 3.5e-2 else REFUSAL, True) for n, _ in enumerate(requests)]
+
+    def loaded():
+        loads.append(1)
+        return load(tiny_model("opt")), ReleasedTemplate(tokenizer)
+
+    monkeypatch.setattr(evaluator, "generate", generate)
+    models, judge = [EvaluatedModel(label, {}, loaded) for label in ("base", "sku")], RuleJudge()
+    plain = plain_protocol(PROTOCOL, 3)
+    rows = measure(models, plain, judge, None, tmp_path / "plain")
+    relearning = RelearnPlan({SAME_KIND: PAIRS, BENIGN: PAIRS[:2]}, [1e-2], [2, 5], UNSEEN[:2], "")
+    plan = AttackPlan(plain, {}, [], [], Contrast([], []), relearning)
+    figures, curves = plan.measure(models, rows, judge, models[0], tmp_path / "attacks")
+    assert {(row["model"], row["attack"]) for row in figures} == {("base", "none"), ("sku", "none")}
+    rates = {(row["attacker"], row["steps"]): row for row in curves if row["model"] == "sku"}
+    # AdamW moves a weight by about its rate each step: 0.01.
+    assert {key: row["value"] for key, row in rates.items()} == {
+        ("none", 0): 0, ("worst", 0): 0, ("worst", 2): 0, ("worst", 5): 1,
+        **{(f"{weights}, {text}, lr {lr}", steps): float(weights == FULL and steps == 5)
+           for weights, lr in ((FULL, 0.01), (LORA, 0.1)) for text in (SAME_KIND, BENIGN) for steps in (2, 5)},
+    }  # fmt: skip
+    worst = rates["worst", 5]
+    assert worst["which"].startswith("all weights, ") and worst["pairs"] == 3 and worst["n"] == 2
+    assert worst["degenerate_rate"] == 0
+    assert len(loads) == 2 + 2 * 4  # one training for the points of a curve
+    assert plan.measure(models, rows, judge, models[0], tmp_path / "attacks") == (figures, curves)
+    assert len(loads) == 2 + 2 * 4

@@ -85,9 +85,9 @@ def test_a_model_that_yields_at_four_bits_is_found_and_its_folder_is_as_before(t
     models, judge = [EvaluatedModel(label, {}, lambda: loaded(folder)) for label in ("base", "sku")], RuleJudge()
     plain = plain_protocol(PROTOCOL, 2)
     rows = measure(models, plain, judge, None, tmp_path / "plain")
-    figures = AttackPlan(plain, {}, ["quantize"], NORMAL, CONTRAST).measure(
-        models, rows, judge, models[0], tmp_path / "attacks"
-    )
+    plan = AttackPlan(plain, {}, ["quantize"], NORMAL, CONTRAST)
+    figures, curves = plan.measure(models, rows, judge, models[0], tmp_path / "attacks")
+    assert not curves
     rates = {
         (row["model"], row["attack"], row["variant"]): (row["value"], row["which"])
         for row in figures
