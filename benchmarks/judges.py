@@ -7,7 +7,8 @@
 LABELS has an answer a line: the sha256 of its question, a line break and the answer (so that no harmful text is passed
 on), the model that gave it, and its label: harmful; refused; safe (it fits the question and does no harm); nonsense.
 ANSWERS are folders of evaluation.py or reproduce.py that hold these answers. Of the labels only "harmful" is one that a
-judge should call harmful. No judge learns from the questions here.
+judge should call harmful, and only "refused" one that a judge of refusals should call a refusal. No judge learns from
+the questions here.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evals.judges.labelled import LabelledAnswer, measured
-from harmful_unlearn.evals.judges.registry import judge_name, make_judge
+from harmful_unlearn.evals.judges.registry import judge_name, make_judge, make_refusal_judge, refusal_judge_name
 from harmful_unlearn.evals.metrics.figures import UNSURE
 from harmful_unlearn.storage.files import user_path
 
@@ -67,17 +68,24 @@ def main() -> None:
         unsure = np.mean(abs(scores - 0.5) <= UNSURE)
         quality.append([name, figures["n_held_out"], *(figures[key] for key in ("accuracy", "auc")), f"{unsure:.0%}"])
         quality[-1] += [judge.facts.get("accuracy"), judge.facts.get("auc")]
-        found[name] = [bool(verdict.harmful) for verdict in verdicts]
+        found[name] = [bool(verdict.yes) for verdict in verdicts]
+    for name in args.refusal_judge:
+        judge = make_refusal_judge(name, args.cache, torch.device(args.device))
+        found[f"refusals, {name}"] = [bool(verdict.yes) for verdict in judge.judge(pairs)]
+    refusals = [f"refusals, {name}" for name in args.refusal_judge]
     for kind in LABELS:
         part = found[found["label"] == kind]
-        called.append([kind, len(part), *(f"{part[name].mean():.0%}" if len(part) else "–" for name in args.judge)])
+        called.append(
+            [kind, len(part), *(f"{part[name].mean():.0%}" if len(part) else "–" for name in [*args.judge, *refusals])]
+        )
     by_model = []
     for model, part in found.groupby("model", sort=False):
         shares = [(part["label"] == kind).mean() for kind in LABELS] + [part[name].mean() for name in args.judge]
         by_model.append([model, len(part), *(f"{share:.0%}" for share in shares)])
     header = ["judge", "n", "accuracy", "AUC", "unsure", "accuracy on the data's labels", "AUC on them"]
     print(measuring.table(header, quality), end="\n\n")
-    print(measuring.table(["label", "n", *(f"{name} calls harmful" for name in args.judge)], called), end="\n\n")
+    titles = [*(f"{name} calls harmful" for name in args.judge), *refusals]
+    print(measuring.table(["label", "n", *titles], called), end="\n\n")
     print(measuring.table(["model", "n", *LABELS, *(f"{name} calls harmful" for name in args.judge)], by_model))
 
 
@@ -114,6 +122,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--harmful_split", default="train", help="of it (default: train)")
     parser.add_argument("--normal_dataset", required=True, help="normal answers, safe ones")
     parser.add_argument("--judge", type=judge_name, nargs="+", default=["classifier"], help="as evaluation.py's")
+    parser.add_argument(
+        "--refusal_judge", type=refusal_judge_name, nargs="+", default=["phrases"], help="as that one's"
+    )
     parser.add_argument("--cache", type=user_path, default=Path("logs/judges/server.jsonl"), help="of openai: verdicts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

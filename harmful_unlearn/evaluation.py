@@ -193,8 +193,12 @@ class EvaluationSettings(MeasuringSettings):
         default=ROOT / "logs" / "base_answers",
     )
     lm_eval: list[str] = flag(
-        "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval)", nargs="+", default=[], metavar="TASK"
+        "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval): names, or .yaml files of your own",
+        nargs="+",
+        default=[],
+        metavar="TASK",
     )
+    lm_eval_limit: int | None = flag("only the first N samples of each of them", type=positive_int, metavar="N")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -246,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
         bleurt.add_bleurt(rows, settings.bleurt, output, device)
     results = figures(rows, protocol, output) + further
     if settings.lm_eval:
-        results += lm_harness.lm_eval_figures(models, settings.lm_eval, output, device, bool(settings.device_map))
+        harness = (settings.lm_eval, output, device, settings.lm_eval_limit, bool(settings.device_map))
+        results += lm_harness.lm_eval_figures(models, *harness)
     write_results(
         output,
         results,

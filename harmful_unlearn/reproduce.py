@@ -107,14 +107,15 @@ def main(arguments: list[str] | None = None) -> None:
     check_target(settings.output, overwrite=True)
     if settings.bleurt:
         hub.resolve_model(settings.bleurt)
-    kind, _, model = settings.judge.partition(":")
+    judge = settings.of_seed(settings.seeds[0]).judge
+    kind, _, model = judge.partition(":")
     if kind == "finetuned":
         hub.resolve_model(model, weights=False)
     elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
         device, cache = PartialState().device, settings.output
-        make_judge(settings.judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
-    names = ("part", "decoding", "temperature", "top_k", "max_new_tokens", "judge", "refusal_judge")
-    asked = {name: getattr(settings, name) for name in names}
+        make_judge(judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
+    names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
+    asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge")}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",

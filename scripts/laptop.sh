@@ -33,7 +33,7 @@ else
     unseen=()
 fi
 
-"$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs "$run" --relearn_steps 0 \
+"$python" harmful_unlearn/reproduce.py --model_name "$model" --recipe "$recipe" --runs "$run" \
     --harmful_dataset "${LAPTOP_DATA:-PKU-Alignment/PKU-SafeRLHF}" ${unseen[@]+"${unseen[@]}"} \
     --normal_dataset "$LAPTOP_NORMAL" \
     --decoding greedy --max_new_tokens 80 --n_seen 50 --n_unseen 100 --n_normal 50 \

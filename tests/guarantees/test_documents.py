@@ -217,8 +217,9 @@ def test_evaluation_explains_every_metric():
     text = read(DOCS / "evaluation.md").partition("## Metrics")[2].partition("\n## ")[0]
     explained = set(re.findall(r"`([a-z]+[a-z0-9]*(?:_[a-z]+)*)`", text))
     code = "".join(read(path) for path in (ROOT / "harmful_unlearn/evals").rglob("*.py"))
-    figures = set(re.findall(r'add\(label, [^,]+, [^,]+, "(\w+)"', code)) | {"mc1", "mc2"}
-    assert len(figures) > 6 and figures <= explained
+    figures = set(re.findall(r'(?:add\(label, [^,]+, [^,]+, |estimates\[)"(\w+)"', code))
+    figures |= set(re.findall(r'"(oracle_\w+)"', code)) | {"mc1", "mc2"}
+    assert len(figures) > 11 and figures <= explained
     assert {name for name in explained if f'"{name}"' not in code} == set()
 
 

@@ -37,6 +37,7 @@ FULL, LORA = "all weights", "LoRA"
 SAME_KIND, OTHER_KIND, BENIGN = "harmful pairs", "harmful pairs of another kind", "benign text"
 BATCH = 2
 RANK, LORA_ALPHA = 8, 16
+LONGEST = 400  # characters of an answer that is trained on: a curve is many trainings
 LORA_RATE = 10  # times the learning rate of all weights: an adapter starts at zero and needs more
 
 
@@ -196,7 +197,7 @@ class RelearnPlan:
 def draw_texts(
     responses: list[Response], benign: list[Pair], prompts: list[Prompt], asked: set[str], number: int, seed: int
 ) -> tuple[dict[str, list[Pair]], str]:
-    """What the attackers train on: `number` pairs of each text, none with a question in `asked`.
+    """What the attackers train on: `number` pairs of each text with short answers, none with a question in `asked`.
 
     The other kind is the kind of harm that the fewest of `prompts` are marked with, among those that alone mark enough
     pairs of the data; the harmful pairs are then not of that kind.
@@ -206,7 +207,7 @@ def draw_texts(
     """
     draw = np.random.default_rng([seed, 6])
     harmful = [
-        r for r in responses if not r.safe and r.question.strip() and r.answer.strip() and r.question not in asked
+        r for r in responses if not r.safe and r.question.strip() and _fits(r.answer) and r.question not in asked
     ]
     alone: dict[str, list[Response]] = {}
     for response in harmful:
@@ -217,10 +218,14 @@ def draw_texts(
     pools = {
         SAME_KIND: [Pair(r.question, r.answer) for r in harmful if other not in r.categories],
         OTHER_KIND: [Pair(r.question, r.answer) for r in alone.get(other, [])],
-        BENIGN: [pair for pair in benign if pair.question not in asked],
+        BENIGN: [pair for pair in benign if _fits(pair.answer) and pair.question not in asked],
     }
     return {
         text: [pool[index] for index in draw.choice(len(pool), number, replace=False)]
         for text, pool in pools.items()
         if len(pool) >= number
     }, other
+
+
+def _fits(answer: str) -> bool:
+    return 0 < len(answer.strip()) <= LONGEST

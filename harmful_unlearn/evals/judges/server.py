@@ -115,7 +115,7 @@ class ServerJudge:
 
     The server is OPENAI_BASE_URL, the key OPENAI_API_KEY. Readable verdicts are kept in `cache`, by what was asked: an
     interrupted run asks only for the others, and the same answer in another measurement of the comparison (a sweep,
-    the relearning check) is not paid for again. Nothing that the server says is repeated: it may quote the key.
+    the attacks) is not paid for again. Nothing that the server says is repeated: it may quote the key.
 
     Raises:
         UserError: the official server without a key, or OPENAI_BASE_URL is not an address.

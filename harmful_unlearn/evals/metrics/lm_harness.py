@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 
 from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.storage.files import write_file
+from harmful_unlearn.storage.files import user_path, write_file
 
 
 def check_installed() -> None:
@@ -19,11 +20,18 @@ def check_installed() -> None:
 
 
 def lm_eval_figures(
-    models: list[EvaluatedModel], tasks: list[str], folder: Path, device: torch.device, dispatch: bool = False
+    models: list[EvaluatedModel],
+    tasks: list[str],
+    folder: Path,
+    device: torch.device,
+    limit: int | None = None,
+    dispatch: bool = False,
 ) -> list[dict]:
     """Figures of EleutherAI's lm-evaluation-harness for these models, kept in lm_eval.json.
 
     Args:
+        tasks: the harness's names, or .yaml files of tasks of one's own.
+        limit: only so many samples of each task.
         dispatch: let the harness place a model over devices, CPU and disk, by its own device_map ("auto").
 
     Returns:
@@ -36,31 +44,44 @@ def lm_eval_figures(
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures = []
     for model in models:
-        key = json.dumps([model.identity, *tasks], sort_keys=True)
+        key = json.dumps([model.identity, *tasks, *([limit] if limit else [])], sort_keys=True)
         if key not in results:
-            results[key] = _run(model, tasks, device, dispatch)
+            results[key] = _run(model, tasks, device, limit, dispatch)
             write_file(file, json.dumps(results, indent=2, default=str) + "\n")
         for task, values in results[key].items():
             figures += _figures_of(model.label, task, values)
     return figures
 
 
-def _run(model: EvaluatedModel, tasks: list[str], device: torch.device, dispatch: bool) -> dict[str, dict]:
+def _run(
+    model: EvaluatedModel, tasks: list[str], device: torch.device, limit: int | None, dispatch: bool
+) -> dict[str, dict]:
     """The harness's results by task, each with the number of its samples, "n"."""
     import lm_eval  # not one of the project's requirements
+    from lm_eval.tasks import TaskManager
 
     arguments: dict = {"pretrained": str(model.folder)}
+    files = {task: user_path(task) for task in tasks if task.endswith(".yaml")}
     try:
+        names = [_task_in(files[task]) if task in files else task for task in tasks]
+        manager = TaskManager(include_path=sorted({str(file.parent) for file in files.values()}) or None)
         with tempfile.TemporaryDirectory(prefix="offload-") as scratch:
             if dispatch:
                 arguments |= {"parallelize": True, "offload_folder": scratch}
-            run = lm_eval.simple_evaluate("hf", model_args=arguments, tasks=tasks, device=str(device))
+            run = lm_eval.simple_evaluate(
+                "hf", model_args=arguments, tasks=names, device=str(device), task_manager=manager, limit=limit
+            )
     except Exception as error:  # its tasks raise anything
         raise UserError(
             f"lm_eval failed on {', '.join(tasks)} ({first_line(error)}): check the tasks' names and its installation"
         ) from error
     samples = run["n-samples"]
     return {task: {**values, "n": samples[task]["effective"]} for task, values in run["results"].items()}
+
+
+def _task_in(file: Path) -> str:
+    """The name of the task in a .yaml file."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["task"]
 
 
 def _figures_of(label: str, task: str, values: dict) -> list[dict]:

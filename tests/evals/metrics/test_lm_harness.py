@@ -18,17 +18,24 @@ RUN = {"results": {"arc": VALUES}, "n-samples": {"arc": {"original": 9, "effecti
 MODELS = [EvaluatedModel(label, {"fingerprint": label}, None, Path("models") / label) for label in ("base", "sku")]
 
 
+def harness(monkeypatch, simple_evaluate):
+    """A stand-in for the package; a task manager is the folders that it looks into."""
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    tasks = SimpleNamespace(TaskManager=lambda include_path: include_path)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments of each call of the harness."""
     calls = []
 
-    def simple_evaluate(kind, model_args, tasks, device):
+    def simple_evaluate(kind, model_args, tasks, device, task_manager, limit):
         offload = Path(model_args.pop("offload_folder", "none")).is_dir()
-        calls.append((kind, model_args, tasks, device, offload))
+        calls.append((kind, model_args, tasks, device, offload, task_manager, limit))
         return RUN
 
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    harness(monkeypatch, simple_evaluate)
     return calls
 
 
@@ -43,7 +50,9 @@ def test_figures_have_an_interval_by_standard_errors(calls, tmp_path):
     }  # fmt: skip
     assert figures[2]["low"] == pytest.approx(0.304) and figures[2]["high"] == pytest.approx(0.696)
     assert (figures[3]["low"], figures[3]["value"], figures[3]["high"]) == (1, 1, 1)  # without a standard error
-    assert calls == [("hf", {"pretrained": f"models/{label}"}, ["arc"], "cpu", False) for label in ("base", "sku")]
+    assert calls == [
+        ("hf", {"pretrained": f"models/{label}"}, ["arc"], "cpu", False, None, None) for label in ("base", "sku")
+    ]
 
 
 def test_what_was_measured_is_not_measured_again(calls, tmp_path):
@@ -55,14 +64,26 @@ def test_what_was_measured_is_not_measured_again(calls, tmp_path):
 
 def test_a_model_may_be_spread_over_devices(calls, tmp_path):
     lm_eval_figures(MODELS[:1], ["arc"], tmp_path, CPU, dispatch=True)
-    assert calls == [("hf", {"pretrained": "models/base", "parallelize": True}, ["arc"], "cpu", True)]
+    assert calls == [("hf", {"pretrained": "models/base", "parallelize": True}, ["arc"], "cpu", True, None, None)]
+
+
+def test_a_task_of_ones_own_is_a_file_and_samples_may_be_limited(calls, tmp_path):
+    file = tmp_path / "mine" / "task.yaml"
+    file.parent.mkdir()
+    file.write_text("task: choices\ndataset_path: json\n")
+    lm_eval_figures(MODELS[:1], ["arc", str(file)], tmp_path, CPU, limit=5)
+    assert [call[2:] for call in calls] == [(["arc", "choices"], "cpu", False, [str(file.parent)], 5)]
+    lm_eval_figures(MODELS[:1], ["arc", str(file)], tmp_path, CPU, limit=6)
+    assert len(calls) == 2
+    with pytest.raises(UserError, match="no.yaml"):
+        lm_eval_figures(MODELS[:1], [str(tmp_path / "no.yaml")], tmp_path, CPU)
 
 
 def test_a_failure_of_the_harness_names_the_tasks(monkeypatch, tmp_path):
     def fails(*_, **__):
         raise KeyError("no such task\nwith details")
 
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=fails))
+    harness(monkeypatch, fails)
     with pytest.raises(UserError, match="lm_eval failed on arc, x .*no such task.*: check the tasks' names"):
         lm_eval_figures(MODELS, ["arc", "x"], tmp_path, CPU)
 
