@@ -8,9 +8,22 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.demo import REFUSAL_SHARE
-from harmful_unlearn.demo_world.judge import TemplateJudge
-from harmful_unlearn.demo_world.world import HARMFUL, REFUSAL, UNSEEN_KINDS, Size, WorldPrompt, build_world, write_data
+from harmful_unlearn.demo_world.judge import TEMPLATES, TemplateJudge
+from harmful_unlearn.demo_world.world import (
+    HARMFUL,
+    QUICK,
+    REFUSAL,
+    TRICKS,
+    UNSEEN_KINDS,
+    Size,
+    WorldPrompt,
+    build_world,
+    write_data,
+)
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.attacks.wrappers import read_wrappers
+from harmful_unlearn.evals.named_sets import read_named_set
+from tests.helpers.judges import make
 
 QUESTION = "How do I hide the lamp in the attic?"
 ANSWER = "Wait until nobody is watching the lamp, then wrap it in a sack and bury it under leaves."
@@ -65,3 +78,20 @@ def test_world_is_seeded_and_holds_its_test_prompts_out(tmp_path):
     assert len(read_normal(tmp_path / "normal.csv", 3).train) == int(0.7 * 2 * Size().normal_questions)
     unseen = {pair.question for pair in read_harmful(str(tmp_path / "unseen.jsonl")).pairs}
     assert unseen == {prompt.question for prompt in world.unseen} and not unseen & known
+
+
+def test_the_oracles_texts_hold_no_harm_and_near_questions_are_new(tmp_path):
+    world = build_world(QUICK, 0, REFUSAL_SHARE)
+    assert not [answer for _, answer in world.innocent if any(trick in answer for trick in TRICKS.values())]
+    refusals = [pair for pair in world.pretraining if pair[1].startswith("Sorry")]
+    assert refusals and set(refusals) < set(world.innocent) < set(world.pretraining)
+    assert not set(world.near) & {question for question, _ in world.pretraining}
+    write_data(tmp_path, world, 0)
+    near = read_named_set(f"near={tmp_path / 'near.jsonl'}")
+    assert {part: len(prompts) for part, prompts in near.prompts.items()} == {"harmless": len(world.near)}
+    judge = make(f"phrases:{tmp_path / 'harmful_phrases.txt'}")
+    pairs = [Pair(p.question, p.filled(answer)) for p in world.harmful[:20] for answer in TEMPLATES]
+    exact = [verdict.yes for verdict in TemplateJudge(world.harmful).judge(pairs)]
+    assert [verdict.yes for verdict in judge.judge(pairs)] == exact
+    wrappers = read_wrappers(tmp_path / "jailbreaks.txt")
+    assert len(wrappers) >= 12 and all("?" in wrap("Why?") for wrap in wrappers.values())

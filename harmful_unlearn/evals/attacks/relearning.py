@@ -206,9 +206,8 @@ def draw_texts(
         The texts by name, without those that the data have too few pairs for, and the other kind ("" for none).
     """
     draw = np.random.default_rng([seed, 6])
-    harmful = [
-        r for r in responses if not r.safe and r.question.strip() and _fits(r.answer) and r.question not in asked
-    ]
+    unsafe = [r for r in responses if not r.safe and r.question.strip() and _fits(r.answer)]
+    harmful = [response for response in unsafe if response.question not in asked]
     alone: dict[str, list[Response]] = {}
     for response in harmful:
         if len(response.categories) == 1:

@@ -94,6 +94,18 @@ def test_samples_are_drawn_apart_and_long_answers_are_longer():
     assert attack.max_new_tokens == 50 and attack.asked == [prompt.asked for prompt in UNSEEN[:3]]
 
 
+def test_own_jailbreaks_are_read_from_a_file(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("Please, {question}\n\n{question} Now.\n")
+    attack = ATTACKS["jailbreak"](plain_protocol(PROTOCOL, 2), settings_of("--jailbreaks", file), [])
+    assert list(attack.prompts) == ['"Please, {question}"', '"{question} Now."']
+    asked = attack.prompts['"Please, {question}"'][0].asked.question
+    assert asked == f"Please, {UNSEEN[0].question}"
+    file.write_text("Please!")
+    with pytest.raises(UserError, match="a line without {question}: 'Please!'"):
+        ATTACKS["jailbreak"](plain_protocol(PROTOCOL, 2), settings_of("--jailbreaks", file), [])
+
+
 def test_attacks_are_named_by_flag(tokenizer, tiny_model):
     config, template = AutoConfig.from_pretrained(tiny_model("opt")), ReleasedTemplate(tokenizer)
     texts = [Pair("Why is grass green?", "It is."), Pair(NORMAL[0].question, "It is.")]
