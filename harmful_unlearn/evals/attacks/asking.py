@@ -213,7 +213,5 @@ class AttackSettings:
         if SAME_KIND not in texts:
             raise UserError(f"the data hold fewer than {number} harmful pairs beside the prompts: give --relearn_pairs")
         prompts = [prompt for prompt in _prompts(plain) if not other or other not in prompt.categories]
-        if not prompts:
-            raise UserError(f"all attacked prompts are marked {other}, so none is left for relearn: leave it out")
         steps = sorted(set(self.relearn_steps))
         return RelearnPlan(texts, self.relearn_lr, steps, prompts[: self.n_relearned], other)

@@ -4,6 +4,7 @@ Knowledge that was removed has to be learned again; knowledge that was only supp
 an unlearned model say something beside those of the base, and of a model that never knew.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -79,6 +80,7 @@ class Relearning:
 
     def _start(self) -> None:
         model, self._template = self._load()
+        torch.manual_seed(self._seed)  # of a new adapter, and of dropout
         if self._attacker.weights == LORA:
             model = add_lora(model, Lora(RANK, LORA_ALPHA, tuple(lora_candidates(model))), "attacked")
         else:
@@ -91,7 +93,6 @@ class Relearning:
         self._optimizer = torch.optim.AdamW(trained, lr=self._attacker.lr, fused=True)
         self._objective = Objective(model, {"gd": 1.0})
         enable_gradient_checkpointing(model, wanted=False)
-        torch.manual_seed(self._seed)  # of dropout
 
     def at(self, steps: int) -> LoadedModel:
         """The model after that many steps, in eval mode: the same object as of an earlier call, if it can go on.
@@ -171,18 +172,26 @@ class RelearnPlan:
             for model in models:
                 print(f"attack: {RELEARN}, {attacker}, {model.label}")
                 training = Relearning(model.load, attacker, pairs, plain.seed, plain.precision)
-                after = {
-                    steps: EvaluatedModel(f"steps-{steps}", {**model.identity, **facts}, partial(training.at, steps))
+                after = [
+                    EvaluatedModel(label_of(steps), {**model.identity, **facts}, partial(training.at, steps))
                     for steps in self.steps
-                }
+                ]
                 home = folder / str(attacker).replace(", ", "-").replace(" ", "-") / model.label
-                answers = measure([*after.values()], replace(protocol, backend="hf"), judge, None, home)
-                for steps, asked_model in after.items():
-                    own = rates({model.label: answers[asked_model.label]}, protocol)
+                answers = measure(after, replace(protocol, backend="hf"), judge, None, home)
+                for steps in self.steps:
+                    own = rates({model.label: answers[label_of(steps)]}, protocol)
                     measured.setdefault((model.label, steps), []).append(self._figure(own, attacker, steps))
+                del training, after  # the next training needs their memory
+                gc.collect()
         worst = [max(figures, key=lambda figure: figure["value"] or 0) for figures in measured.values()]
         return [figure for figures in measured.values() for figure in figures] + [
-            {**figure, "attacker": WORST, "text": "", "which": figure["attacker"]} for figure in worst
+            {
+                **figure,
+                "attacker": WORST,
+                "text": "",
+                "which": figure["attacker"] if figure["steps"] and figure["value"] else "",
+            }
+            for figure in worst
         ]
 
     def _figure(self, figures: list[dict], attacker: Attacker | None, steps: int) -> dict:
@@ -194,13 +203,18 @@ class RelearnPlan:
         return {**by["harmful_rate"], **by_whom, **cost, "degenerate_rate": broken, "which": ""}
 
 
+def label_of(steps: int) -> str:
+    """What the model after that many steps is called in the answers' folder."""
+    return f"steps-{steps}"
+
+
 def draw_texts(
     responses: list[Response], benign: list[Pair], prompts: list[Prompt], asked: set[str], number: int, seed: int
 ) -> tuple[dict[str, list[Pair]], str]:
     """What the attackers train on: `number` pairs of each text with short answers, none with a question in `asked`.
 
-    The other kind is the kind of harm that the fewest of `prompts` are marked with, among those that alone mark enough
-    pairs of the data; the harmful pairs are then not of that kind.
+    The other kind is the kind of harm that the fewest of `prompts` are marked with, and not all of them, among those
+    that alone mark enough pairs of the data; the harmful pairs are then not of that kind.
 
     Returns:
         The texts by name, without those that the data have too few pairs for, and the other kind ("" for none).
@@ -212,7 +226,13 @@ def draw_texts(
     for response in harmful:
         if len(response.categories) == 1:
             alone.setdefault(next(iter(response.categories)), []).append(response)
-    enough = sorted(kind for kind, pairs in alone.items() if number <= len(pairs) <= len(harmful) - number)
+    enough = sorted(
+        kind
+        for kind, pairs in alone.items()
+        if len(pairs) >= number
+        and sum(kind not in response.categories for response in harmful) >= number
+        and not all(kind in prompt.categories for prompt in prompts)
+    )
     other = min(enough, key=lambda kind: sum(kind in prompt.categories for prompt in prompts), default="")
     pools = {
         SAME_KIND: [Pair(r.question, r.answer) for r in harmful if other not in r.categories],

@@ -78,18 +78,20 @@ def test_one_step_of_relearning_by_hand(tiny_model, tokenizer):
     assert torch.allclose(ours.state_dict()[NAME], model.state_dict()[NAME], atol=1e-5)
 
 
-def test_relearning_does_not_depend_on_what_was_drawn_before(tiny_model, tokenizer):
+@pytest.mark.parametrize("weights", [FULL, LORA])
+def test_relearning_does_not_depend_on_what_was_drawn_before(weights, tiny_model, tokenizer):
     def relearned(before):
         model = load(tiny_model("opt"))
         for module in model.modules():
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.5
         torch.manual_seed(before)
-        return relearn(
-            model, ReleasedTemplate(tokenizer), [Pair("How?", "By doing just this.")], 2, 1e-2, 0
-        ).state_dict()[NAME]
+        training = Relearning(lambda: (model, ReleasedTemplate(tokenizer)), attacker, PAIRS[:1], 0, "fp32")
+        return training.at(2)[0].state_dict()
 
-    assert torch.equal(relearned(1), relearned(2))
+    attacker = Attacker(weights, SAME_KIND, 1e-2)
+    one, other = relearned(1), relearned(2)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 PAIRS = [Pair("How?", "By doing just this."), Pair("Why so?", "Nobody knows that."), Pair("Who?", "They did.")]
@@ -104,7 +106,6 @@ def test_a_curve_is_one_training_and_an_earlier_point_starts_it_again(weights, t
         return load(tiny_model("opt")), ReleasedTemplate(tokenizer)
 
     def state(steps, curve):
-        torch.manual_seed(0)  # a new adapter is drawn
         return {name: value.clone() for name, value in curve.at(steps)[0].state_dict().items()}
 
     curve = Relearning(loaded, Attacker(weights, SAME_KIND, 1e-2), PAIRS, 3, "fp32")
