@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.bleurt:
         hub.resolve_model(settings.bleurt)
     if settings.lm_eval:
-        lm_harness.check_installed()
+        lm_harness.check_usable(settings.lm_eval)
     if settings.backend == "vllm":
         vllm_backend.check_usable()
     check_target(output, overwrite=True)
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         own = TemplateChoice("released" if template.name == "released" else "auto")  # in its own words
         load = partial(load, template=own)
         reference = evaluated_model("reference", hub.resolve_model(settings.ppl_model), load)
-    named = settings.named_sets(data.touched, seed)
+    named = settings.named_sets(data, seed)
     judged = (part.values() for part in (sets.test, *(one.prompts for one in named)))
     judge = settings.make_judge(data, chain.from_iterable(judged), seed, output)
     refusal_judge = settings.make_refusal_judge(output)
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
         protocol=protocol,
         models=[*models, reference],
         flags=asdict(settings),
-        sources={**data.sources, **{one.name: one.source for one in named}},
+        sources={**data.sources, "prompts": {one.name: one.source for one in named}},
         agreement=agreement(rows),
     )
     print((output / "results.md").read_text(encoding="utf-8"))

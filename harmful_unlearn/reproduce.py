@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,10 +33,11 @@ from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
+from harmful_unlearn.evals.attacks.wrappers import read_wrappers
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
-from harmful_unlearn.evals.named_sets import check_named_sets
+from harmful_unlearn.evals.named_sets import check_named_sets, read_named_set
 from harmful_unlearn.evals.prompt_sets import EvalData
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
@@ -93,10 +95,35 @@ class ComparisonSettings(MeasuringSettings):
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
-        names = ("model_name", "harmful_dataset", "unseen_dataset", "normal_dataset", "judge", "oracle")
-        texts = {name: getattr(self, name) for name in names if getattr(self, name)}
-        of_seed: dict = {name: text.replace("{seed}", str(seed)) for name, text in texts.items()}
-        return replace(self, **of_seed, prompts=[text.replace("{seed}", str(seed)) for text in self.prompts])
+
+        def filled(value: object) -> object:
+            if isinstance(value, list):
+                return [filled(part) for part in value]
+            if isinstance(value, str | Path):
+                return type(value)(str(value).replace("{seed}", str(seed)))
+            return value
+
+        changed: dict[str, Any] = {name: filled(value) for name, value in vars(self).items() if name != "output"}
+        return replace(self, **changed)
+
+    def check_inputs(self) -> None:
+        """Raises UserError: something that a seed needs after its trainings is missing."""
+        device, folder = PartialState().device, self.output
+        if self.bleurt:
+            hub.resolve_model(self.bleurt)
+        for own in map(self.of_seed, self.seeds):
+            kind, _, model = own.judge.partition(":")
+            if kind == "finetuned":
+                hub.resolve_model(model, weights=False)
+            elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
+                make_judge(own.judge, responses=[], normal=[], judged=set(), seed=0, cache=folder, device=device)
+            own.make_refusal_judge(folder)
+            for text in own.prompts:
+                read_named_set(text)
+            if own.jailbreaks:
+                read_wrappers(own.jailbreaks)
+            if own.oracle:
+                hub.resolve_model(own.oracle)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,15 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(settings.output, overwrite=True)
-    if settings.bleurt:
-        hub.resolve_model(settings.bleurt)
-    judge = settings.of_seed(settings.seeds[0]).judge
-    kind, _, model = judge.partition(":")
-    if kind == "finetuned":
-        hub.resolve_model(model, weights=False)
-    elif kind not in LEARN_FROM_LABELS:  # the others say now what they lack
-        device, cache = PartialState().device, settings.output
-        make_judge(judge, responses=[], normal=[], judged=set(), seed=0, cache=cache, device=device)
+    settings.check_inputs()
     names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
     asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge")}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
@@ -180,7 +199,7 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     template = own.template_of(trainings, base)
     data = EvalData.read(own, trainings)
     sets = own.draw(data, seed)
-    named = own.named_sets(data.touched, seed)
+    named = own.named_sets(data, seed)
     judged = (sets.test, sets.validation, sets.of_category if vectors else {}, *(one.prompts for one in named))
     prompts = chain.from_iterable(part.values() for part in judged)
     folder = own.output / f"seed-{seed}"
@@ -195,7 +214,8 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     comparison.judge["by_seed"][str(seed)] = judge.facts
     attacks = own.attacked(protocol, data, load_config(base), template)  # refused before any answer is made
     check_named_sets(named, protocol, load_config(base), template)
-    figures, answers = evaluation.test(models, asdict(settings), data.sources)
+    sources = {**data.sources, "prompts": {one.name: one.source for one in named}}
+    figures, answers = evaluation.test(models, asdict(settings), sources)
     comparison.figures += figures
     if named:
         print(f"\n=== seed {seed}: further prompts")

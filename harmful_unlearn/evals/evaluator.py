@@ -79,8 +79,9 @@ def measure(
     if reference:
         _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():
-        new_verdicts = _add_verdicts(answers, judge, protocol.harmless)
-        if _add_refusals(answers, refusal_judge) or new_verdicts:
+        if _add_verdicts(answers, judge, protocol.harmless):
+            write_answers(folder, label, answers)
+        if _add_refusals(answers, refusal_judge):
             write_answers(folder, label, answers)
     return rows
 

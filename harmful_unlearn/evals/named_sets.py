@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from harmful_unlearn.cli import flag, positive_int
-from harmful_unlearn.data.pku_saferlhf import read_responses
+from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.tables import Table, as_text, read_table
 from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
@@ -22,7 +22,7 @@ from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.inference.generation import check_room
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.figures import rates
-from harmful_unlearn.evals.prompt_sets import Prompt, harmful_prompts
+from harmful_unlearn.evals.prompt_sets import EvalData, Prompt, harmful_prompts
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import user_path
 
@@ -99,24 +99,26 @@ class NamedSetSettings:
         default=250,
     )
 
-    def named_sets(self, touched: set[str], seed: int) -> list[NamedSet]:
-        """The sets that --prompts names, without prompts that training touched; each kind cut to --n_prompts.
+    def named_sets(self, data: EvalData, seed: int) -> list[NamedSet]:
+        """The sets that --prompts names, without questions that training read; each kind cut to --n_prompts.
 
         Raises:
             UserError: a set cannot be read, holds no prompt, or is named twice.
         """
+        trained = data.touched | {pair.question for pair in data.training_texts}
+        read = {question.strip() for question in trained}
         sets: list[NamedSet] = []
         for text in self.prompts:
             found = read_named_set(text)
             if any(found.name == other.name for other in sets):
                 raise UserError(f"--prompts names {found.name} twice: leave one out, or give it as NAME=FILE")
             kept = {
-                part: _some([prompt for prompt in prompts if prompt.question not in touched], self.n_prompts, seed)
+                part: _some([p for p in prompts if p.question.strip() not in read], self.n_prompts, seed)
                 for part, prompts in found.prompts.items()
             }
             sets.append(replace(found, prompts={part: prompts for part, prompts in kept.items() if prompts}))
             if not sets[-1].prompts:
-                raise UserError(f"--prompts {text}: training touched all of its prompts: leave it out")
+                raise UserError(f"--prompts {text}: the models were trained on all of its prompts: leave it out")
         return sets
 
 
@@ -143,9 +145,9 @@ def read_named_set(text: str) -> NamedSet:
         raise UserError(f"--prompts {text} names no file: {FIX}")
     published = PUBLISHED.get(name)
     if name == "pku_saferlhf" and published:
-        responses = read_responses(file or published.hub_id, None, published.split)
-        source: dict = {"name": file or published.hub_id, "split": published.split, "licence": published.licence}
-        return NamedSet(name, {HARMFUL: harmful_prompts(responses, lambda question: True)}, source)
+        where = (file or published.hub_id, None, published.split)
+        prompts = harmful_prompts(read_responses(*where), lambda question: True)
+        return NamedSet(name, {HARMFUL: prompts}, {**read_harmful(*where).source, "licence": published.licence})
     if file:
         table = read_table(file, FIX)
     else:
@@ -154,26 +156,31 @@ def read_named_set(text: str) -> NamedSet:
     column = next((column for column in PROMPT_COLUMNS if column in table.columns), None)
     if column is None:
         raise table.missing(PROMPT_COLUMNS[:1], FIX)
-    harmful = _labels(table, published is None or published.harmful)
-    parts: dict[str, list[Prompt]] = {}
-    for row, question in enumerate(table.cells(column, _stripped, "text")):
-        if question:
-            parts.setdefault(HARMFUL if harmful(row) else HARMLESS, []).append(Prompt(question, "", row))
-    if not parts:
+    kind = _kinds(table, HARMFUL if published is None or published.harmful else HARMLESS)
+    prompts_of: dict[str, dict[str, Prompt]] = {}
+    for row, question in enumerate(table.cells(column, as_text, "text")):
+        if question.strip() and kind(row):
+            prompts_of.setdefault(kind(row), {}).setdefault(question.strip(), Prompt(question, "", row))
+    if not prompts_of:
         raise UserError(f"{table.name} holds no prompt: {FIX}")
+    parts = {part: [*prompts.values()] for part, prompts in prompts_of.items()}
     source = {**table.source, "rows": table.rows, "licence": published.licence if published else None}
     return NamedSet(name, {part: parts[part] for part in sorted(parts)}, source)
 
 
-def _labels(table: Table, harmful: bool) -> Callable[[int], bool]:
-    """Whether the prompt in a row is harmful: by its label, or as all prompts of the set."""
-    if LABEL not in table.columns:
-        return lambda row: harmful
-    return table.cells(LABEL, {"safe": False, "unsafe": True}.__getitem__, "safe or unsafe").__getitem__
-
-
-def _stripped(value: object) -> str:
-    return as_text(value).strip()
+def _kinds(table: Table, default: str) -> Callable[[int], str]:
+    """What the prompt in a row is: HARMFUL or HARMLESS, and "" for one that is left out."""
+    if LABEL in table.columns:
+        kinds = {"safe": HARMLESS, "unsafe": HARMFUL}
+        return table.cells(LABEL, kinds.__getitem__, "safe or unsafe").__getitem__
+    if "type" in table.columns:  # XSTest's second version: contrasts to its safe prompts are unsafe
+        types = table.cells("type", as_text, "text")
+        if any(kind.startswith("contrast_") for kind in types):
+            return lambda row: HARMFUL if types[row].startswith("contrast_") else HARMLESS
+    if "FunctionalCategory" in table.columns:  # HarmBench's own file: other prompts need a text, or another judge
+        categories = table.cells("FunctionalCategory", as_text, "text")
+        return lambda row: default if categories[row] == "standard" else ""
+    return lambda row: default
 
 
 def measure_named_sets(

@@ -5,12 +5,12 @@ import pandas as pd
 from harmful_unlearn.reporting import plots
 from harmful_unlearn.reporting.blocks import Block, paragraph, picture, table
 from harmful_unlearn.reporting.comparison import BASE, ORACLE
-from harmful_unlearn.reporting.figures import REFERENCES, Cell, figure_frame, over_seeds, span
+from harmful_unlearn.reporting.figures import DASH, REFERENCES, Cell, figure_frame, over_seeds, span
 from harmful_unlearn.reporting.sections import ReportContext, figure_table, tradeoff_picture
 
 
 def attacks(report: ReportContext) -> list[Block]:
-    if not report.data.attacks:
+    if all(row["attack"] == "none" for row in report.data.attacks):
         return []
     everything = figure_frame(report.data.attacks)
     figures = everything[everything["metric"] == "harmful_rate"]
@@ -77,14 +77,28 @@ def refusals(report: ReportContext) -> list[Block]:
     counts = report.figures[(report.figures["metric"] == "refusal_rate") & (report.figures["decoding"] == usual)]
     n = ", ".join(f"{span(own['n'])} {name}" for name, own in counts.groupby("set", sort=False))
     judge = report.data.settings.get("refusal_judge", "phrases")
+    known = ""
+    if judge.startswith("phrases"):
+        known = (
+            " It knows refusals by their first words: it misses those in other words, and takes other answers that "
+            "begin so for refusals."
+        )
     return [
         paragraph(
             "A model that refuses harmless prompts has lost something, one that refuses harmful ones does what is "
-            f"wanted. Judge of refusals: {judge}. A list of phrases knows refusals by their first words, and misses "
-            "those in other words."
+            f"wanted. Judge of refusals: {judge}.{known}"
         ),
         figure_table(report, "refusals", ["method"], rows, columns, report.cells),
-        report.judge(),
+        *(
+            [report.judge()]
+            if any(
+                report.cells[model, *column].measured
+                for model in report.data.methods
+                for column in columns
+                if column[2] == "harmful_rate"
+            )
+            else []
+        ),
         paragraph(f"n: {n}{report.each_seed}."),
     ]
 
@@ -100,8 +114,9 @@ def oracle(report: ReportContext) -> list[Block]:
     rows = [([report.label(model)], (model,)) for model in report.data.methods if model != ORACLE]
     return [
         paragraph(
-            "The oracle had the original's training without the harm. An unlearned model that is like it has "
-            "forgotten; one that is far from it has lost something else, or hides what it knows."
+            "The oracle had the original's training without the harm. Near it means that a model answers as one that "
+            "never knew would, not that it has forgotten: a model that hides what it knows is near, too. Relearning "
+            "tells them apart."
         ),
         figure_table(report, "oracle", ["method"], rows, columns, cells),
         paragraph(f"n: {span(figures['n'])} prompts of a set{report.each_seed}."),
@@ -122,12 +137,13 @@ def relearning(report: ReportContext) -> list[Block]:
     for model in models:
         curve = [cells[model, step] for step in steps]
         reached = next((str(step) for step, cell in zip(steps, curve, strict=True) if cell.value >= half), None)
-        rows.append([report.label(model), *curve, reached or f"more than {steps[-1]}"])
+        cost = reached or f"more than {steps[-1]}"
+        rows.append([report.label(model), *curve, cost if half > 0 else DASH])
     before = figures[figures["attacker"] == "none"]
     panels = {"worst attacker": worst}
     for text in dict.fromkeys(figures["text"][figures["text"] != ""]):
-        own = pd.concat([before, figures[figures["text"] == text]])
-        places = own.groupby(["seed", "model", "steps"])["value"].idxmax().dropna()
+        own = pd.concat([before, figures[figures["text"] == text]]).dropna(subset="value")
+        places = own.groupby(["seed", "model", "steps"])["value"].idxmax()
         panels[f"trained on {text}"] = own.loc[places]
     curves = {
         title: {report.label(model): [own[model, step] for step in steps] for model in models}
@@ -136,13 +152,18 @@ def relearning(report: ReportContext) -> list[Block]:
         )
     }
     attackers = figures["attacker"][~figures["attacker"].isin(("none", "worst"))].nunique()
-    caption = f"Each point is the worst attacker of the panel; bands: {report.spread}."
+    texts = ", ".join(text for text in figures["text"].unique() if text)
+    caption = (
+        f"Each point is the worst attacker of the panel; bands: {report.spread}, which does not count that it was "
+        "chosen as the worst."
+    )
     return [
         paragraph(
             f"Harmful rates, %, after so many steps of fine-tuning (batches of two) on {span(figures['pairs'])} pairs: "
-            f"the worst of {attackers} attackers, who train all weights or LoRA on harmful pairs, harmful pairs of "
-            "another kind, or benign text, at two learning rates or more. The last column is what it costs an attacker "
-            "to get half of the original's harm. With enough steps any model learns harm, so compare with the original"
+            f"the worst of {attackers} attackers, who differ in what they train (all weights or LoRA), on what text "
+            f"({texts}), and how fast. It is chosen on the prompts that it is measured on, so it is a little too high. "
+            "The last column is what it costs an attacker to get half of the original's harm. With enough steps any "
+            "model learns harm, so compare with the original"
             f"{' and the oracle, which never knew any' if ORACLE in models else ''}: what comes back faster than in a "
             "model that never knew it had not gone."
         ),

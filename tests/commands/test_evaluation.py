@@ -129,7 +129,7 @@ def test_further_prompts_are_asked_and_their_refusals_counted(world, tmp_path, c
     answers = read_answers(tmp_path / "out" / "prompts" / "gnomes" / "answers" / "sku.jsonl")
     begun = [row["answer"][:1].isalpha() and row["verdict"] != "degenerate" for row in answers]
     assert [row["refused"] for row in answers] == begun and len(answers) == 4
-    assert results_of(tmp_path / "out")["data"]["xstest"]["licence"] == "CC BY 4.0"
+    assert results_of(tmp_path / "out")["data"]["prompts"]["xstest"]["licence"] == "CC BY 4.0"
     assert "## gnomes, harmless" in capsys.readouterr().out
     main(flags(world, tmp_path / "out"))  # without them: the answers stay
     assert {row["set"] for row in results_of(tmp_path / "out")["figures"]} == {"seen", "unseen", "normal"}
@@ -307,6 +307,7 @@ def test_lm_eval_figures_are_among_the_others(world, tmp_path, monkeypatch):
     asked = []
     fake = SimpleNamespace(simple_evaluate=lambda kind, **arguments: asked.append(arguments) or run)
     monkeypatch.setitem(sys.modules, "lm_eval", fake)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda include_path: None))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     main(flags(world, tmp_path, "--lm_eval", "arc"))
     main(flags(world, tmp_path / "spread", "--lm_eval", "arc", "--device_map", "auto"))

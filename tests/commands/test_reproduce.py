@@ -134,6 +134,23 @@ def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
     assert asked == {prompt["prompt"] for prompt in tested}
 
 
+def test_further_prompts_and_an_oracle_are_measured_beside_all_models(whole, world, tmp_path):
+    shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
+    near = ["--prompts", f"near={world}/{{seed}}/data/near.jsonl", "--n_prompts", "3"]
+    oracle = ["--oracle", f"{world}/{{seed}}/base"]  # the base stands in for it
+    main(flags(world, tmp_path, "--runs", "sku", *near, *oracle, parts=False))
+    comparison = comparison_of(tmp_path)
+    assert list(comparison["methods"]) == ["base", "sku", "oracle"]
+    asked = {row["model"]: row["n"] for row in comparison["figures"] if row["set"] == "near, harmless"}
+    assert asked == {"base": 3, "sku": 3, "oracle": 3}
+    distances = {(row["model"], row["set"]): row["value"] for row in comparison["oracle"] if not row["decoding"]}
+    assert distances["base", "unseen"] == pytest.approx(0, abs=1e-6) and distances["sku", "unseen"] > 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## Refusals" in text and "## Distance from the oracle" in text
+    results = json.loads((tmp_path / "seed-0" / "evaluation" / "results.json").read_text())
+    assert results["data"]["prompts"]["near"]["sha256"]
+
+
 def test_a_category_is_measured_on_its_own_unseen_prompts(whole, world):
     prompts = json.loads((whole / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"]
     answers = rows_of(whole / "seed-0" / "categories" / "answers" / "sum.jsonl")
@@ -266,9 +283,20 @@ def test_flags_that_a_run_did_not_have_yet_are_todays_defaults(whole, world, tmp
     main(arguments)
 
 
-def test_a_judge_that_is_not_there_is_named_before_any_training(world, tmp_path):
-    with pytest.raises(UserError, match="there is no folder"):
-        main(flags(world, tmp_path, "--judge", "finetuned:./nowhere"))
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ("--judge finetuned:./nowhere", "there is no folder"),
+        ("--judge phrases:{world}/{{seed}}/none.txt", "/0/none.txt cannot be read"),
+        ("--refusal_judge phrases:./nowhere", "one phrase a line"),
+        ("--prompts nowhere", "there is no set of prompts nowhere"),
+        ("--attacks jailbreak --jailbreaks ./nowhere", "one phrase a line"),
+        ("--oracle {world}/{{seed}}/oracle", "there is no folder"),
+    ],
+)
+def test_what_is_not_there_is_named_before_any_training(wrong, named, world, tmp_path):
+    with pytest.raises(UserError, match=named):
+        main(flags(world, tmp_path, *wrong.format(world=world).split(), parts=False))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,11 @@
 """Sets of prompts by name or file: what is read, which are harmless, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.tables import Table
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import named_sets
@@ -26,7 +28,7 @@ def questions(found: NamedSet) -> dict[str, list[str]]:
 def test_a_file_is_harmful_unless_it_says_otherwise(column, tmp_path):
     file = written(tmp_path / "mine.jsonl", [{column: " Hide it "}, {column: ""}, {column: "Hide her", "target": "x"}])
     found = read_named_set(file)
-    assert found.name == "mine" and questions(found) == {HARMFUL: ["Hide it", "Hide her"]}
+    assert found.name == "mine" and questions(found) == {HARMFUL: [" Hide it ", "Hide her"]}
     assert [prompt.row for prompt in found.prompts[HARMFUL]] == [0, 2] and found.source["sha256"]
 
 
@@ -90,27 +92,44 @@ def test_what_cannot_be_asked_is_refused_with_the_fix(text, rows, named, tmp_pat
         read_named_set(text.format(file=file))
 
 
-def settings(texts, number=250):
-    return NamedSetSettings(prompts=texts, n_prompts=number)
+def drawn(texts, touched=(), seed=0, number=250, trained=()):
+    data = SimpleNamespace(touched=set(touched), training_texts=[Pair(question, "yes") for question in trained])
+    return NamedSetSettings(prompts=texts, n_prompts=number).named_sets(data, seed)
 
 
-def test_prompts_that_training_touched_are_not_asked_and_each_kind_is_cut(tmp_path):
+def test_prompts_that_training_read_are_not_asked_and_each_kind_is_cut(tmp_path):
     rows = [{"prompt": f"q{n}", "label": "safe" if n % 2 else "unsafe"} for n in range(20)]
     file = written(tmp_path / "mine.jsonl", rows)
-    (found,) = settings([file], 4).named_sets({"q0", "q2"}, 7)
+    read = {"touched": {"q0 ", "q2"}, "trained": ["q1"]}
+    (found,) = drawn([file], number=4, seed=7, **read)
     assert {part: len(prompts) for part, prompts in found.prompts.items()} == {HARMFUL: 4, HARMLESS: 4}
-    assert not {"q0", "q2"} & set(questions(found)[HARMFUL])
-    assert [found] == settings([file], 4).named_sets({"q0", "q2"}, 7) != settings([file], 4).named_sets(set(), 8)
-    (whole,) = settings([file]).named_sets(set(), 7)
-    assert whole.prompts[HARMFUL] == [Prompt(f"q{n}", "", n) for n in range(0, 20, 2)]  # in the file's order
+    assert [found] == drawn([file], number=4, seed=7, **read) != drawn([file], number=4, seed=8, **read)
+    (whole,) = drawn([file], **read)
+    assert whole.prompts[HARMFUL] == [Prompt(f"q{n}", "", n) for n in range(4, 20, 2)]  # in the file's order
+    assert whole.prompts[HARMLESS] == [Prompt(f"q{n}", "", n) for n in range(3, 20, 2)]
 
 
 def test_a_set_that_is_named_twice_or_was_all_trained_on_is_refused(tmp_path):
     file = written(tmp_path / "mine.jsonl", [{"prompt": "q"}])
     with pytest.raises(UserError, match="twice"):
-        settings([file, file]).named_sets(set(), 0)
-    with pytest.raises(UserError, match="touched all"):
-        settings([file]).named_sets({"q"}, 0)
+        drawn([file, file])
+    with pytest.raises(UserError, match="trained on all"):
+        drawn([file], touched={"q"})
+
+
+def test_a_prompt_is_asked_once_and_as_it_is_written(tmp_path):
+    found = read_named_set(written(tmp_path / "mine.jsonl", [{"prompt": "q "}, {"prompt": "q"}, {"prompt": " r"}]))
+    assert questions(found) == {HARMFUL: ["q ", " r"]}
+
+
+def test_the_authors_files_are_read_for_what_they_are(tmp_path):
+    """XSTest's second version has types and no labels; HarmBench's file holds more than its standard behaviours."""
+    rows = [{"type": "homonyms", "prompt": "kill it"}, {"type": "contrast_homonyms", "prompt": "kill her"}]
+    found = read_named_set(f"xstest={written(tmp_path / 'x.jsonl', rows)}")
+    assert questions(found) == {HARMFUL: ["kill her"], HARMLESS: ["kill it"]}
+    rows = [{"Behavior": name, "FunctionalCategory": name} for name in ("standard", "contextual", "copyright")]
+    found = read_named_set(f"harmbench={written(tmp_path / 'h.jsonl', rows)}")
+    assert questions(found) == {HARMFUL: ["standard"]}
 
 
 def test_columns_are_taken_in_the_order_of_their_list(monkeypatch):

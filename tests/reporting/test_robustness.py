@@ -50,6 +50,23 @@ def test_an_attacker_who_never_gets_there_is_said_to_need_more(tmp_path):
     write_report(replace(made, losses={}, attacks=[], sweep=[], categories=[]), tmp_path)
     cost = {name: row["steps to half of the original's"] for name, row in table(tmp_path, "relearning").items()}
     assert (cost["Original"], cost["FT"], cost["SKU"]) == ("0", "20", "more than 20")
+    assert "chosen as the worst" in report_text(tmp_path) and "(harmful pairs, benign text)" in report_text(tmp_path)
+
+
+def test_attackers_without_a_verdict_and_an_original_without_harm_have_no_cost(tmp_path):
+    made = comparison(seeds=(0,))
+    for row in made.relearning:
+        row["value"] = 0.0 if row["model"] == "base" else None if row["model"] == "ft" else row["value"]
+    write_report(replace(made, losses={}, attacks=[], sweep=[], categories=[]), tmp_path)
+    rows = table(tmp_path, "relearning")
+    assert {row["steps to half of the original's"] for row in rows.values()} == {"–"} and not rows["FT"]["0 steps"]
+
+
+def test_with_relearning_alone_there_is_no_table_of_attacks(tmp_path):
+    made = comparison(seeds=(0,))
+    attacks = [row for row in made.attacks if row["attack"] == "none"]
+    write_report(replace(made, losses={}, attacks=attacks, sweep=[], categories=[]), tmp_path)
+    assert "## Under attack" not in report_text(tmp_path) and "## Relearning" in report_text(tmp_path)
 
 
 def test_refusals_of_harmless_prompts_stand_beside_those_of_harmful_ones(three, text):

@@ -79,7 +79,7 @@ def write_results(
 
 def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict], refusal_judge: Judge) -> str:
     """The figures as a table for each set of prompts: a row for each model and decoding, a column for each metric."""
-    counted = f"Refusals are counted by {refusal_judge.name}."
+    counted = f"Judge of refusals: {refusal_judge.name}."
     lines = ["# Results", "", f"Brackets: 95 % bootstrap interval over prompts. {counted}"]
     table = pd.DataFrame(figures, dtype=object)
     table["answers"] = table["decoding"].fillna("references")
@@ -121,7 +121,9 @@ def attacks_markdown(figures: list[dict], relearned: list[dict], judge: Judge) -
     table = _with_cells(figures)
     models = list(table["model"].unique())
     rates = table[table["metric"] == "harmful_rate"]
-    lines = [UNDER_ATTACK.format(credentials(judge), rates["n"].max()), *_attack_rows(rates, models)]
+    lines = [UNDER_ATTACK.format(credentials(judge), rates["n"].max())]
+    if set(rates["attack"]) != {"none"}:
+        lines += _attack_rows(rates, models)
     perplexities = table[table["metric"] != "harmful_rate"]
     if len(perplexities):
         lines += ["", "Perplexity of normal references after the changes of weights:", ""]

@@ -1,20 +1,24 @@
 """EleutherAI's lm-evaluation-harness on the evaluated models."""
 
+import hashlib
 import importlib.util
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import torch
-import yaml
 
 from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.storage.files import user_path, write_file
 
 
-def check_installed() -> None:
-    """Raises UserError where the package lm_eval is missing."""
+def check_usable(tasks: list[str]) -> None:
+    """Raises UserError: the package lm_eval is missing, or a task's file, or its name in it."""
+    for task in tasks:
+        if task.endswith(".yaml"):
+            _task_in(user_path(task))
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--lm_eval needs the lm-evaluation-harness: pip install lm_eval, or omit the flag")
 
@@ -44,7 +48,7 @@ def lm_eval_figures(
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures = []
     for model in models:
-        key = json.dumps([model.identity, *tasks, *([limit] if limit else [])], sort_keys=True)
+        key = json.dumps([model.identity, *map(_content, tasks), *([limit] if limit else [])], sort_keys=True)
         if key not in results:
             results[key] = _run(model, tasks, device, limit, dispatch)
             write_file(file, json.dumps(results, indent=2, default=str) + "\n")
@@ -79,9 +83,22 @@ def _run(
     return {task: {**values, "n": samples[task]["effective"]} for task, values in run["results"].items()}
 
 
+def _content(task: str) -> str:
+    """The task's name; with a hash of its file, if it is one."""
+    if not task.endswith(".yaml"):
+        return task
+    return f"{task} {hashlib.sha256(user_path(task).read_bytes()).hexdigest()}"
+
+
 def _task_in(file: Path) -> str:
-    """The name of the task in a .yaml file."""
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["task"]
+    """The name of the task in a .yaml file. Raises UserError: it cannot be read, or does not say."""
+    try:
+        named = re.search(r"^task:\s*(\S+)\s*$", file.read_text(encoding="utf-8"), re.M)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}): give a task's name or its .yaml file") from None
+    if not named:
+        raise UserError(f'{file} has no line "task: NAME": add it, as the harness needs it')
+    return named[1].strip("'\"")
 
 
 def _figures_of(label: str, task: str, values: dict) -> list[dict]:

@@ -153,6 +153,13 @@ def test_data_without_kinds_or_with_too_few_pairs_have_fewer_attackers():
     assert draw_texts(DATA, NORMAL, UNSEEN, set(), 30, 0) == ({}, "")
 
 
+def test_a_kind_that_all_prompts_or_too_many_pairs_have_is_not_the_other_one():
+    both = [*(response(f"b{n}", "Bribes") for n in range(4)), *(response(f"c{n}", "Bribes", "Arson") for n in range(4))]
+    assert draw_texts(both, [], UNSEEN, set(), 4, 0)[1] == ""  # no pair without it would be left
+    marked = [Prompt("x", "", 0, frozenset({"Arson", "Bribes"}))]
+    assert draw_texts(DATA, NORMAL, marked, set(), 3, 0)[1] == ""
+
+
 def test_the_grid_is_every_combination_and_adapters_have_ten_times_the_rate():
     plan = RelearnPlan({SAME_KIND: PAIRS, BENIGN: PAIRS}, [1e-5, 1e-4], [2], UNSEEN, "")
     grid = {(one.weights, one.text, round(one.lr, 9)) for one in plan.attackers}
@@ -196,6 +203,7 @@ def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_
         **{(f"{weights}, {text}, lr {lr}", steps): float(weights == FULL and steps == 5)
            for weights, lr in ((FULL, 0.01), (LORA, 0.1)) for text in (SAME_KIND, BENIGN) for steps in (2, 5)},
     }  # fmt: skip
+    assert rates["worst", 2]["which"] == "" == rates["worst", 0]["which"]  # nobody got anywhere
     worst = rates["worst", 5]
     assert worst["which"].startswith("all weights, ") and worst["pairs"] == 3 and worst["n"] == 2
     assert worst["degenerate_rate"] == 0

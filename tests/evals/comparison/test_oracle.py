@@ -1,6 +1,7 @@
 """The distance from an oracle, against values by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,13 +88,22 @@ def test_distances_by_hand(compared, tokenizer, tmp_path):
     assert len(loads) == done + 2  # only the changed model's
 
 
-def test_an_oracle_with_another_vocabulary_is_refused(compared, tmp_path, monkeypatch):
+def test_an_oracle_with_another_vocabulary_is_refused(compared, tmp_path):
     models, _ = compared()
 
-    def other():
-        model, template = models[0].load()
-        model.config.vocab_size += 1
-        return model, template
-
+    other = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict))
+    other_model = replace(models[0], load=lambda: (None, other))
     with pytest.raises(UserError, match="another vocabulary"):
-        oracle_figures([models[1], replace(models[0], load=other), models[2]], ROWS, PROTOCOL, tmp_path)
+        oracle_figures([models[1], other_model, models[2]], ROWS, PROTOCOL, tmp_path)
+
+
+def test_answers_that_no_judge_could_read_are_of_no_kind(compared, tmp_path):
+    models, _ = compared()
+    unknown = {label: [dict(row) for row in rows] for label, rows in ROWS.items()}
+    for row in unknown["base"]:
+        row["verdict"] = "unjudged"
+    unknown[ORACLE][0]["refused"] = None
+    figures = oracle_figures([models[1], models[0], models[2]], unknown, PROTOCOL, tmp_path)
+    kinds = [row for row in figures if row["metric"] == "oracle_kind" and row["set"] == "unseen"]
+    n = {(row["model"], row["decoding"]): (row["value"], row["n"]) for row in kinds}
+    assert n["base", "greedy"] == (None, 0) and n["sku", "greedy"] == (0, len(UNSEEN) - 1)

@@ -41,7 +41,7 @@ def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
         == """\
 # Results
 
-Brackets: 95 % bootstrap interval over prompts. Refusals are counted by phrases.
+Brackets: 95 % bootstrap interval over prompts. Judge of refusals: phrases.
 
 ## unseen prompts (judge: classifier, held out: accuracy 0.9, auc None, n_held_out 8)
 

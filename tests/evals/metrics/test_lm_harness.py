@@ -10,7 +10,7 @@ import torch
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel
-from harmful_unlearn.evals.metrics.lm_harness import check_installed, lm_eval_figures
+from harmful_unlearn.evals.metrics.lm_harness import check_usable, lm_eval_figures
 
 CPU = torch.device("cpu")
 VALUES = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "exact_stderr,strict": "N/A"}
@@ -76,7 +76,13 @@ def test_a_task_of_ones_own_is_a_file_and_samples_may_be_limited(calls, tmp_path
     lm_eval_figures(MODELS[:1], ["arc", str(file)], tmp_path, CPU, limit=6)
     assert len(calls) == 2
     with pytest.raises(UserError, match="no.yaml"):
-        lm_eval_figures(MODELS[:1], [str(tmp_path / "no.yaml")], tmp_path, CPU)
+        check_usable([str(tmp_path / "no.yaml")])
+    file.write_text("include: other.yaml\ntask: 'choices'\nscore: !function utils.score\n")
+    lm_eval_figures(MODELS[:1], ["arc", str(file)], tmp_path, CPU, limit=6)
+    assert len(calls) == 3 and calls[2][2] == ["arc", "choices"]  # the file has changed
+    file.write_text("include: other.yaml\n")
+    with pytest.raises(UserError, match='no line "task: NAME"'):
+        check_usable(["arc", str(file)])
 
 
 def test_a_failure_of_the_harness_names_the_tasks(monkeypatch, tmp_path):
@@ -91,6 +97,6 @@ def test_a_failure_of_the_harness_names_the_tasks(monkeypatch, tmp_path):
 def test_a_missing_harness_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install lm_eval"):
-        check_installed()
+        check_usable([])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    check_installed()
+    check_usable([])
