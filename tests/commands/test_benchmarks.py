@@ -285,7 +285,8 @@ def test_judges_are_measured_on_labelled_answers(labelled, printed, tmp_path):
     text = printed(judges, *labelled)
     assert rows_of(text, "judge")["classifier"][:4] == ["20", "1.0", "1.0", "0%"]
     called = rows_of(text, "label")
-    assert called["harmful"] == ["10", "100%"] and called["refused"] == ["10", "0%"] and called["safe"] == ["0", "–"]
+    assert called["harmful"] == ["10", "100%", "0%"] and called["safe"] == ["0", "–", "–"]
+    assert called["refused"] == ["10", "0%", "100%"]  # they begin as published refusals do
     assert rows_of(text, "model") == {
         "base": ["10", "100%", "0%", "0%", "0%", "100%"],
         "sku": ["10", "0%", "100%", "0%", "0%", "0%"],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -27,7 +28,7 @@ def figure(figures: list[dict], model: str, name: str, decoding: str | None, met
 def quick_demo(tmp_path_factory):
     """`make demo` in small, through the real commands: its output folder, its figures, and what it printed."""
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "harmful_unlearn/demo.py", "--quick", "--oracle", "--output", str(output)]
+    command = [sys.executable, "harmful_unlearn/demo.py", "--quick", "--output", str(output)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return output, json.loads((output / "results.json").read_text())["figures"], run.stdout
@@ -43,17 +44,36 @@ def test_quick_demo_unlearns(quick_demo):
     assert (output / "seed-0" / "unlearned" / "model.safetensors").exists()
 
 
-def test_the_oracle_knows_what_is_normal_and_no_harm(quick_demo):
-    _, figures, _ = quick_demo
+def test_an_oracle_is_trained_on_the_bases_texts_without_the_harm(tmp_path):
+    world = demo.build(tmp_path, 0, replace(QUICK, pretraining_steps=20), oracle=True)
+    (_, pretraining), (_, innocent) = (read_model(tmp_path / name) for name in ("base", "oracle"))
+    assert pretraining != innocent and len(world.innocent) < len(world.pretraining)
+    vocabularies = {(tmp_path / name / "tokenizer.json").read_bytes() for name in ("base", "oracle")}
+    assert len(vocabularies) == 1
+    oracle = (tmp_path / "oracle" / "model.safetensors").stat().st_mtime_ns
+    demo.build(tmp_path, 0, replace(QUICK, pretraining_steps=20), oracle=True)  # it is there already
+    assert (tmp_path / "oracle" / "model.safetensors").stat().st_mtime_ns == oracle
+
+
+@pytest.mark.slow
+def test_the_oracle_knows_what_is_normal_and_no_harm(tmp_path):
+    world = demo.build(tmp_path, 0, QUICK, oracle=True)
+    figures = measure_models(tmp_path, ["base", "oracle"], world, 0)
     for name in ("seen", "unseen", "unseen kinds"):
         assert figure(figures, "oracle", name, "greedy", "harmful") == 0
     assert figure(figures, "oracle", "normal", "greedy", "exact") >= 0.6
 
 
+def read_model(folder):
+    """The weights' file, and the hash of the texts that the model was trained on."""
+    record = json.loads((folder / "run.json").read_text())
+    return (folder / "model.safetensors").read_bytes(), record["settings"]["texts_sha256"]
+
+
 def test_the_evaluations_harmful_rate_is_the_exact_one(quick_demo):
     _, figures, _ = quick_demo
     rates = [row for row in figures if row["metric"] == "harmful_rate"]
-    assert {row["set"] for row in rates} == {"seen", "unseen", "unseen kinds"} and len(rates) == 3 * 2 * 3
+    assert {row["set"] for row in rates} == {"seen", "unseen", "unseen kinds"} and len(rates) == 2 * 2 * 3
     for rate in rates:
         assert rate["value"] == figure(figures, rate["model"], rate["set"], rate["decoding"], "harmful")
 
@@ -69,9 +89,9 @@ def test_normal_prompts_are_asked_greedily_only(quick_demo):
 
 def test_the_demo_measures_the_same_again(quick_demo, tmp_path):
     output, figures, _ = quick_demo
-    for model in ("base", "unlearned", "oracle"):
+    for model in ("base", "unlearned"):
         (tmp_path / model).symlink_to(output / "seed-0" / model)
-    again = measure_models(tmp_path, ["base", "unlearned", "oracle"], build_world(QUICK, 0, REFUSAL_SHARE), 0)
+    again = measure_models(tmp_path, ["base", "unlearned"], build_world(QUICK, 0, REFUSAL_SHARE), 0)
     assert [{"seed": 0, **row} for row in again] == figures
 
 

@@ -161,7 +161,8 @@ def test_a_second_evaluation_takes_the_bases_answers_from_the_first(world, tmp_p
 
 
 def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monkeypatch, capsys):
-    attacks = ["--attacks", "all", "--n_attacked", "2", "--shots", "2", "--best_of", "2", "--long_tokens", "12"]
+    attacks = "--attacks all --n_attacked 2 --shots 2 --best_of 2 --relearn_steps 1 --relearn_pairs 2".split()
+    attacks += "--relearn_lr 1e-3 --long_tokens 12".split()
     main(flags(world, tmp_path / "out", *attacks))
     printed = capsys.readouterr().out
     table = (tmp_path / "out" / "attacks.md").read_text()
@@ -173,6 +174,8 @@ def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monk
         "none", "prefill", "jailbreak", "few_shot", "best_of_n", "long", "quantize", "abliterate", "worst", "any"
     }  # fmt: skip
     assert all(row["n"] in ("0", "1", "2") for row in rows if row["metric"] == "harmful_rate")
+    curves = list(csv.DictReader((tmp_path / "out" / "relearning.csv").read_text().splitlines()))
+    assert {row["steps"] for row in curves} == {"0", "1"} and "| relearn | 1 steps |" in table
     assert "Perplexity of normal references" in table and "| quantize | 4 bits |" in table
     asked = {row["prompt"] for row in read_answers(tmp_path / "out" / "attacks" / "long" / "answers" / "sku.jsonl")}
     assert len(asked) == 2 and asked <= questions_of(tmp_path / "out", "unseen")

@@ -44,7 +44,6 @@ def flags(world, out, *more: str, parts: bool = True) -> list[str]:
         --max_new_tokens 6 --precision fp32 --decoding sampled greedy
     """.split()
     if parts:
-        words += "--attacks relearn --relearn_steps 2 --relearn_pairs 4 --relearn_lr 1e-3 --n_relearned 3".split()
         words += ["--alpha_sweep", "0,1", *(word for kind in KINDS for word in ("--harm_category", kind))]
     return [*words, *more]
 
@@ -74,8 +73,6 @@ def test_every_part_of_the_comparison_is_there(whole):
     swept = {(row["method"], row["alpha"]) for row in comparison["sweep"]}
     assert swept == {(name, alpha) for name in ("sku", "task_vector") for alpha in (0.0, 1.0)}
     assert {row["vector"] for row in comparison["categories"]} == {"base", *KINDS, "sum"}
-    again = {(row["model"], row["steps"]) for row in comparison["relearning"] if row["attacker"] == "worst"}
-    assert again == {(model, steps) for model in models for steps in (0, 2)}
     assert {row["method"] for row in comparison["recommended"]} == {"sku", "task_vector"}
     assert {row["set"] for row in comparison["answers"]} == {"seen", "unseen", "normal"}
     assert all(set(row["answers"]) == set(models) for row in comparison["answers"])
@@ -123,11 +120,14 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
 
 def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
     shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
-    attacks = ["--attacks", "prefill", "long", "--n_attacked", "3", "--long_tokens", "9"]
+    attacks = ["--attacks", "prefill", "long", "relearn", "--n_attacked", "3", "--long_tokens", "9"]
+    attacks += "--relearn_steps 2 --relearn_pairs 4 --relearn_lr 1e-3 --n_relearned 2".split()
     main(flags(world, tmp_path, "--runs", "sku", *attacks, parts=False))
     rows = comparison_of(tmp_path)["attacks"]
     assert {row["attack"] for row in rows} == {"none", "prefill", "long", "worst", "any"}
     assert {(row["seed"], row["model"]) for row in rows} == {(0, "base"), (0, "sku")}
+    again = [row for row in comparison_of(tmp_path)["relearning"] if row["attacker"] == "worst"]
+    assert {(row["model"], row["steps"]) for row in again} == {(m, s) for m in ("base", "sku") for s in (0, 2)}
     assert "## Under attack" in (tmp_path / "report.md").read_text()
     tested = json.loads((tmp_path / "seed-0" / "evaluation" / "prompts.json").read_text())["unseen"][:3]
     asked = {row["prompt"] for row in rows_of(tmp_path / "seed-0" / "attacks" / "long" / "answers" / "sku.jsonl")}
