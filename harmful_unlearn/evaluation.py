@@ -104,7 +104,9 @@ class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, Attack
     tokens_per_batch: int = _asking(
         "of prompts and answers that are in memory at a time", type=positive_int, default=TOKENS_PER_BATCH
     )
-    precision: str = _asking("auto: bf16 on a GPU that has it", choices=("auto", "fp32", "bf16"), default="auto")
+    precision: str = _asking(
+        "auto: bf16 where the device has instructions for it", choices=("auto", "fp32", "bf16"), default="auto"
+    )
     device_map: str | None = _asking("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
 
     @property
