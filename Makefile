@@ -14,7 +14,7 @@ help:
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
 	@echo "make laptop          unlearning on a real language model of 135M parameters, on a CPU; LAPTOP_MODEL=..."
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (half an hour)"
-	@echo "make robustness-demo  the demo's worlds under every attack, beside an oracle, three seeds (an hour and a half)"
+	@echo "make robustness-demo  the demo's worlds under every attack, beside an oracle, three seeds (under an hour)"
 	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"
 	@echo "make setup           only the virtual environment"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does it hold? The demo's worlds under every attack, with an oracle that never learned any harm and exact verdicts, over
-# three seeds: about an hour and a half. If it is interrupted, run it again: it continues.
+# three seeds: under an hour. If it is interrupted, run it again: it continues.
 #
 #     make robustness-demo                                 # sets up .venv first, then runs this script
 #     scripts/robustness_demo.sh --n_attacked 20           # more flags for reproduce.py
