@@ -52,6 +52,7 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
 # --- step ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
     text = printed(step, "--device", "cpu", "--model", tiny_model("llama"), *DATA, *NORMAL, "--repeat", 1, "--ways",
                    "packed", "--tokens_per_pass", 100)  # fmt: skip
@@ -106,6 +107,7 @@ def test_real_data_need_a_tokenizer(printed):
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_of_a_run_against_its_plan(printed, tmp_path, monkeypatch):
     flags = [*SHAPE, "--steps", 2, "--trains", "LoRA", "--precisions", "fp32", "--record", tmp_path / "record.json",
              "--folder", tmp_path]  # fmt: skip

@@ -161,7 +161,7 @@ def test_a_second_evaluation_takes_the_bases_answers_from_the_first(world, tmp_p
 
 
 def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monkeypatch, capsys):
-    attacks = "--attacks all --n_attacked 2 --shots 2 --best_of 2 --relearn_steps 1 --relearn_pairs 2".split()
+    attacks = "--attacks all --n_attacked 2 --shots 2 --best_of 2 --relearn_steps 1 --relearn_pairs 30".split()
     attacks += "--relearn_lr 1e-3 --long_tokens 12".split()
     main(flags(world, tmp_path / "out", *attacks))
     printed = capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
 def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
     shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
     attacks = ["--attacks", "prefill", "long", "relearn", "--n_attacked", "3", "--long_tokens", "9"]
-    attacks += "--relearn_steps 2 --relearn_pairs 4 --relearn_lr 1e-3 --n_relearned 2".split()
+    attacks += "--relearn_steps 2 --relearn_pairs 30 --relearn_lr 1e-3 --n_relearned 2".split()
     main(flags(world, tmp_path, "--runs", "sku", *attacks, parts=False))
     rows = comparison_of(tmp_path)["attacks"]
     assert {row["attack"] for row in rows} == {"none", "prefill", "long", "worst", "any"}

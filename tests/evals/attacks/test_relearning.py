@@ -192,7 +192,7 @@ def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_
     models, judge = [EvaluatedModel(label, {}, loaded) for label in ("base", "sku")], RuleJudge()
     plain = plain_protocol(PROTOCOL, 3)
     rows = measure(models, plain, judge, None, tmp_path / "plain")
-    relearning = RelearnPlan({SAME_KIND: PAIRS, BENIGN: PAIRS[:2]}, [1e-2], [2, 5], UNSEEN[:2], "")
+    relearning = RelearnPlan({SAME_KIND: PAIRS}, [1e-2], [2, 5], UNSEEN[:2], "")
     plan = AttackPlan(plain, {}, [], [], Contrast([], []), relearning)
     figures, curves = plan.measure(models, rows, judge, models[0], tmp_path / "attacks")
     assert {(row["model"], row["attack"]) for row in figures} == {("base", "none"), ("sku", "none")}
@@ -201,12 +201,12 @@ def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_
     assert {key: row["value"] for key, row in rates.items()} == {
         ("none", 0): 0, ("worst", 0): 0, ("worst", 2): 0, ("worst", 5): 1,
         **{(f"{weights}, {text}, lr {lr}", steps): float(weights == FULL and steps == 5)
-           for weights, lr in ((FULL, 0.01), (LORA, 0.1)) for text in (SAME_KIND, BENIGN) for steps in (2, 5)},
+           for weights, lr in ((FULL, 0.01), (LORA, 0.1)) for text in (SAME_KIND,) for steps in (2, 5)},
     }  # fmt: skip
     assert rates["worst", 2]["which"] == "" == rates["worst", 0]["which"]  # nobody got anywhere
     worst = rates["worst", 5]
     assert worst["which"].startswith("all weights, ") and worst["pairs"] == 3 and worst["n"] == 2
     assert worst["degenerate_rate"] == 0
-    assert len(loads) == 2 + 2 * 4  # one training for the points of a curve
+    assert len(loads) == 2 + 2 * 2  # one training for the points of a curve
     assert plan.measure(models, rows, judge, models[0], tmp_path / "attacks") == (figures, curves)
-    assert len(loads) == 2 + 2 * 4
+    assert len(loads) == 2 + 2 * 2
