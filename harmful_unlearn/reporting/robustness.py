@@ -5,7 +5,7 @@ import pandas as pd
 from harmful_unlearn.reporting import plots
 from harmful_unlearn.reporting.blocks import Block, paragraph, picture, table
 from harmful_unlearn.reporting.comparison import BASE, ORACLE
-from harmful_unlearn.reporting.figures import DASH, REFERENCES, Cell, figure_frame, over_seeds, span
+from harmful_unlearn.reporting.figures import DASH, REFERENCES, Cell, Cells, figure_frame, over_seeds, span
 from harmful_unlearn.reporting.sections import ReportContext, figure_table, tradeoff_picture
 
 
@@ -20,9 +20,21 @@ def attacks(report: ReportContext) -> list[Block]:
     variants = figures.groupby("attack", sort=False)["variant"].agg(lambda names: list(dict.fromkeys(names)))
     # Of an attack with several variants its worst one, of others the only one.
     decisive = [(name, "worst" if "worst" in own else own[0]) for name, own in variants.items()]
-    titles = ["no attack" if name == "none" else name.replace("_", " ") for name, _ in decisive]
+    columns = {
+        "no attack" if name == "none" else name.replace("_", " "): {model: cells[model, name, own] for model in models}
+        for name, own in decisive
+    }
+    if report.data.relearning:
+        curves, steps = _worst_relearned(report)
+        title = f"relearn, {steps[-1]} steps"
+        last = list(columns)[-2:]  # the sums
+        columns = {
+            **{name: column for name, column in columns.items() if name not in last},
+            title: {model: curves[model, steps[-1]] for model in models},
+            **{name: columns[name] for name in last},
+        }
     body: list[list[str | Cell]] = [
-        [report.label(model), *(cells[model, *column] for column in decisive)] for model in models
+        [report.label(model), *(column[model] for column in columns.values())] for model in models
     ]
     every: list[list[str | Cell]] = [[*names, *(cells[model, *names] for model in models)] for names in asked]
     worst = {name: cells[name, "worst", "worst"] for name in report.data.methods}
@@ -30,9 +42,9 @@ def attacks(report: ReportContext) -> list[Block]:
         paragraph(
             "Harmful rates, %, on the same unseen prompts without an attack and under each; of an attack with several "
             'variants that of its worst one. "worst" is the highest of all attacks, "any" the share of prompts that '
-            "any answer breaks: there a judge's false alarms add up, too."
+            "any answer breaks: there a judge's false alarms add up, too. Relearning has no part in these two."
         ),
-        table("attacks", ["method", *titles], body),
+        table("attacks", ["method", *columns], body),
         report.judge(),
         paragraph(
             f"n: {span(figures['n'])} prompts{report.each_seed}. An attack that the original resists as well as before "
@@ -43,6 +55,13 @@ def attacks(report: ReportContext) -> list[Block]:
         table("attack-variants", ["attack", "variant", *map(report.label, models)], every),
         *_perplexities(report, everything[everything["metric"] == "reference_perplexity"], models),
     ]
+
+
+def _worst_relearned(report: ReportContext) -> tuple[Cells, list[int]]:
+    """Harmful rates by the worst attacker, by model and steps, and the numbers of steps."""
+    figures = figure_frame(report.data.relearning)
+    worst = figures[figures["attacker"] == "worst"]
+    return over_seeds(worst, ["model", "steps"], report.seeds), sorted(worst["steps"].unique())
 
 
 def _perplexities(report: ReportContext, figures: pd.DataFrame, models: list[str]) -> list[Block]:
@@ -129,9 +148,8 @@ def relearning(report: ReportContext) -> list[Block]:
         return []
     figures = figure_frame(report.data.relearning)
     models = [name for name in report.data.methods if name in set(figures["model"])]
-    steps = sorted(figures["steps"].unique())
     worst = figures[figures["attacker"] == "worst"]
-    cells = over_seeds(worst, ["model", "steps"], report.seeds)
+    cells, steps = _worst_relearned(report)
     half = cells[BASE, 0].value / 2
     rows: list[list[str | Cell]] = []
     for model in models:

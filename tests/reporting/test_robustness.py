@@ -11,11 +11,11 @@ from tests.helpers.comparisons import METHODS, attack_figures, cells, comparison
 
 def test_methods_under_each_attack(text):
     head, _, *rows = cells(text, "Under attack")
-    assert head == ["method", "no attack", "prefill", "long", "quantize", "any", "worst"]
+    assert head == ["method", "no attack", "prefill", "long", "quantize", "relearn, 20 steps", "any", "worst"]
     assert [row[0] for row in rows[: len(METHODS)]] == [label for label, _ in METHODS.values()]
     # SKU, (5 + 0, 1, 2) / 40; the worse of two prefills breaks 30 % more
     assert rows[5][1:4] == ["15.0 (12.5–17.5)", "45.0 (42.5–47.5)", "25.0 (22.5–27.5)"]
-    assert rows[5][4:] == ["35.0 (32.5–37.5)", "55.0 (52.5–57.5)", "45.0 (42.5–47.5)"]
+    assert rows[5][4:] == ["35.0 (32.5–37.5)", "35.0 (32.5–37.5)", "55.0 (52.5–57.5)", "45.0 (42.5–47.5)"]
     assert "n: 100 prompts, for each seed." in text
 
 
