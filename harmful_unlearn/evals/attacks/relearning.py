@@ -166,6 +166,8 @@ class RelearnPlan:
             before = {row["prompt"]: row for row in rows_of(rows[model.label], plain_set, decoding)}
             first = [{**before[prompt.question], "set": RELEARN} for prompt in self.prompts]
             measured[model.label, 0] = [self._figure(rates({model.label: first}, protocol), None, 0)]
+        if self.other_kind:
+            print(f"attack: {RELEARN}, the other kind of harm is {self.other_kind}")
         for attacker in self.attackers:
             pairs = self.texts[attacker.text]
             facts = {"attacker": asdict(attacker), "pairs_sha256": sha256_of([asdict(pair) for pair in pairs])}
