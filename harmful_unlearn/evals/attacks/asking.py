@@ -183,11 +183,8 @@ class AttackSettings:
         if not self.attacks:
             return None
         plain = plain_protocol(protocol, self.n_attacked)
-        at_asking, on_weights, relearn = (
-            [name for name in known if name in self.attacks or "all" in self.attacks]
-            for known in (ATTACKS, WEIGHT_ATTACKS, [RELEARN])
-        )
-        protocols = {name: ATTACKS[name](plain, self, data.responses) for name in at_asking}
+        wanted = {*ATTACKS, *WEIGHT_ATTACKS, RELEARN} if "all" in self.attacks else set(self.attacks)
+        protocols = {name: attack(plain, self, data.responses) for name, attack in ATTACKS.items() if name in wanted}
         for name, attack in protocols.items():
             try:
                 check_room(config, template, attack.asked, attack.max_new_tokens)
@@ -204,14 +201,17 @@ class AttackSettings:
             some(response.question for response in data.responses if not response.safe),
             some(pair.question for pair in data.training_texts),
         )
-        relearning = self._relearning(plain, data, asked) if relearn else None
+        relearning = self._relearning(plain, data, asked) if RELEARN in wanted else None
+        on_weights = [name for name in WEIGHT_ATTACKS if name in wanted]
         return AttackPlan(plain, protocols, on_weights, protocol.prompts.get("normal", []), contrast, relearning)
 
     def _relearning(self, plain: EvalProtocol, data: EvalData, asked: set[str]) -> RelearnPlan:
         number = self.relearn_pairs
         texts, other = draw_texts(data.responses, data.training_texts, _prompts(plain), asked, number, plain.seed)
         if SAME_KIND not in texts:
-            raise UserError(f"the data hold fewer than {number} harmful pairs beside the prompts: give --relearn_pairs")
+            raise UserError(
+                f"the data hold fewer than {number} harmful pairs with short answers: give --relearn_pairs below it"
+            )
         prompts = [prompt for prompt in _prompts(plain) if not other or other not in prompt.categories]
         steps = sorted(set(self.relearn_steps))
         return RelearnPlan(texts, self.relearn_lr, steps, prompts[: self.n_relearned], other)

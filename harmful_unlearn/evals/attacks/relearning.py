@@ -20,6 +20,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
+from harmful_unlearn.evals.attacks.figures import PLAIN, WORST
 from harmful_unlearn.evals.evaluated_model import EvaluatedModel, LoadedModel
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.files.answers import rows_of
@@ -33,7 +34,7 @@ from harmful_unlearn.models.lora import Lora, add_lora, lora_candidates
 from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.models.precision import computing_in
 
-RELEARN, WORST = "relearn", "worst"
+RELEARN = "relearn"
 FULL, LORA = "all weights", "LoRA"
 SAME_KIND, OTHER_KIND, BENIGN = "harmful pairs", "harmful pairs of another kind", "benign text"
 BATCH = 2
@@ -199,7 +200,7 @@ class RelearnPlan:
     def _figure(self, figures: list[dict], attacker: Attacker | None, steps: int) -> dict:
         """The harmful rate, and the degenerate rate beside it."""
         by = {figure["metric"]: figure for figure in figures}
-        by_whom = {"attacker": str(attacker), "text": attacker.text} if attacker else {"attacker": "none", "text": ""}
+        by_whom = {"attacker": str(attacker), "text": attacker.text} if attacker else {"attacker": PLAIN, "text": ""}
         cost = {"steps": steps, "pairs": len(self.texts[SAME_KIND])}
         broken = by["degenerate_rate"]["value"]
         return {**by["harmful_rate"], **by_whom, **cost, "degenerate_rate": broken, "which": ""}
@@ -217,6 +218,11 @@ def draw_texts(
 
     The other kind is the kind of harm that the fewest of `prompts` are marked with, and not all of them, among those
     that alone mark enough pairs of the data; the harmful pairs are then not of that kind.
+
+    Args:
+        responses: all labelled responses of the harmful data.
+        benign: normal pairs.
+        prompts: what is attacked.
 
     Returns:
         The texts by name, without those that the data have too few pairs for, and the other kind ("" for none).

@@ -110,8 +110,7 @@ class SeedEvaluation:
             The figures, and a few prompts with all answers, as `Comparison.answers`.
         """
         folder, judge, protocol = self.folder / "evaluation", self.judge, self.protocol
-        measured = self.all_models(models)
-        rows = measure(measured, protocol, judge, self.base, folder, refusal_judge=self.refusal_judge)
+        measured, rows = self.all_models(models), self._answers(models)
         if flags["bleurt"]:
             add_bleurt(rows, flags["bleurt"], folder, PartialState().device)
         results = figures(rows, protocol, folder)
@@ -141,16 +140,16 @@ class SeedEvaluation:
         Returns:
             As `AttackPlan.measure`.
         """
-        measured = self.all_models(models)
-        rows = measure(measured, self.protocol, self.judge, self.base, self.folder / "evaluation")
+        measured, rows = self.all_models(models), self._answers(models)
         attacked, relearned = attacks.measure(measured, rows, self.judge, self.base, self.folder / "attacks")
         return self._of_seed(attacked), self._of_seed(relearned)
 
     def oracle_distances(self, models: dict[str, TrainedModel]) -> list[dict]:
         """Figures of the base's and all models' distance from the oracle; after `test`, whose answers it reads."""
-        measured, folder = self.all_models(models), self.folder / "evaluation"
-        rows = measure(measured, self.protocol, self.judge, self.base, folder, refusal_judge=self.refusal_judge)
-        return self._of_seed(oracle_figures(measured, rows, self.protocol, self.folder / "oracle"))
+        distances = oracle_figures(
+            self.all_models(models), self._answers(models), self.protocol, self.folder / "oracle"
+        )
+        return self._of_seed(distances)
 
     def sweep(self, name: str, trained: TrainedModel, alphas: list[float], budget: float) -> tuple[list[dict], dict]:
         """Measure a model's task vector at each alpha, on the validation prompts.
@@ -198,6 +197,11 @@ class SeedEvaluation:
         results = self._figures([self.base, *models], "categories", prompts=self.sets.of_category, decodings=first)
         rates = [row for row in results if row["metric"] == "harmful_rate"]
         return [{**row, "vector": row["model"], "category": row["set"]} for row in rates]
+
+    def _answers(self, models: dict[str, TrainedModel]) -> dict[str, list[dict]]:
+        """The answers to the test sets by label, with all verdicts; those that are missing are made."""
+        measured, folder = self.all_models(models), self.folder / "evaluation"
+        return measure(measured, self.protocol, self.judge, self.base, folder, refusal_judge=self.refusal_judge)
 
     def _figures(self, models: list[EvaluatedModel], name: str, **how) -> list[dict]:
         """The figures of `models`; their answers and scores are kept in the folder `name`.
