@@ -98,7 +98,7 @@ def acquire(run: Stage1, log: RunLog, stage_2_follows: bool = False) -> Path:
         Stopped: Ctrl-C or SIGTERM, after a checkpoint.
     """
     theta, theta_o = load_models(run)
-    objective = Objective(theta, run.settings.loss_weights, theta_o)
+    objective = Objective(theta, run.settings.loss_weights, theta_o, run.settings.loss_parameters)
     landing = None
     if theta_o and run.settings.uses_landing_point:  # LAND and LANDS only
         landing = LandingPoint(theta, theta_o, run.settings.scaling_coef)

@@ -20,6 +20,7 @@ class Row:
         entries: (place, target): the weight in each average. The cross-entropy of token `target` is read at the
             position `place` of the row, which may lie in its padding ("released" counts that of normal texts).
         averages: the names of the averages.
+        texts: the number of texts of the whole step, where each text has an average of its own.
     """
 
     input_ids: list[int]
@@ -27,6 +28,7 @@ class Row:
     position_ids: list[int]
     entries: dict[tuple[int, int], dict[str, float]]
     averages: tuple[str, ...]
+    texts: int = 1
 
     @property
     def length(self) -> int:
@@ -50,7 +52,9 @@ class Batch:
             `index[e]`. Ascending in `index`. In a packed row several tokens may follow one position.
         weights: an [entries] float32 vector for each average that losses may take over this batch: "own_answer" and
             "random_answers" of `Collator.answers`; "text" of `Collator.texts` (which has one entry for each scored
-            position, and no targets).
+            position, and no targets); "0", "1", ... of `Collator.separate_answers` and `Collator.preferences`, one
+            for each text.
+        texts: the number of texts in all batches of the step, where each has an average of its own.
         attention_mask: [rows, length] int64 of plain rows, 0 in the padding. Of packed rows a layout, [1, 1, 2,
             length] int64: the number of each token's row (-1 in the padding), and of its branch there
             (models/tree_attention.py).
@@ -65,6 +69,7 @@ class Batch:
     weights: dict[str, Tensor]
     attention_mask: Tensor
     position_ids: Tensor | None = None
+    texts: int = 1
 
     @property
     def is_packed(self) -> bool:
@@ -130,6 +135,7 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
         weights={key: torch.tensor([weights.get(key, 0.0) for _, _, weights in entries]) for key in keys},
         attention_mask=attention_mask,
         position_ids=position_ids,
+        texts=rows[0].texts,
     )
 
 

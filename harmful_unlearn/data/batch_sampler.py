@@ -34,7 +34,7 @@ class BatchSampler:
         UserError: the pool has fewer than K answers.
     """
 
-    pairs: int  # the number of harmful pairs
+    harmful: Sequence[int]  # the harmful pairs to train on (indices into `HarmfulData.pairs`)
     normal: Sequence[int]  # the normal training texts (`NormalData.train`)
     answers: int  # the size of the pool of answers
     batch_size: int  # B, the number of harmful pairs and that of normal texts
@@ -50,11 +50,11 @@ class BatchSampler:
     @property
     def batches_per_epoch(self) -> int:
         """Steps until the harmful pairs start again."""
-        return self._batches(self.pairs)
+        return self._batches(len(self.harmful))
 
     def _batches(self, rows: int) -> int:
         if not self.all_harmful:
-            rows = min(self.pairs, len(self.normal))
+            rows = min(len(self.harmful), len(self.normal))
         return math.ceil(rows / self.batch_size)
 
     @cached_property
@@ -68,7 +68,7 @@ class BatchSampler:
 
     def __getitem__(self, step: int) -> StepIndices:
         start = step % self.batches_per_epoch * self.batch_size
-        harmful = range(start, min(start + self.batch_size, self.pairs))
+        harmful = self.harmful[start : start + self.batch_size]
         epoch, batch = divmod(step, self._batches(len(self.normal)))
         start = batch * self.batch_size
         normal = self._order(epoch)[start : start + self.batch_size].tolist()

@@ -51,7 +51,7 @@ class _ScoredText(NamedTuple):
     key: str  # the entry of `Batch.weights` that it counts in
     input_ids: list[int]
     positions: range
-    shared_by: int  # the number of positions that share the text's weight of 1
+    weight: float  # of each position
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,39 @@ class Collator:
             groups = [part for group in groups for part in _divided(group, row_tokens)]
         return [_lay_out(group, averaged_over) for group in groups]
 
-    def separate_answers(self, pairs: list[Pair], packed_up_to: float, row_tokens: float) -> list[Row]:
+    def separate_answers(self, pairs: list[Pair], packed_up_to: float = 0, row_tokens: float = math.inf) -> list[Row]:
         """Answers that are averaged over nothing: `Batch.weights["3"]` is 1 at each token of the fourth answer.
 
         Answers to the same question share a row; the limits are those of `answers`.
         """
         groups: dict[str, list[_ScoredText]] = defaultdict(list)
-        for number, (pair, text) in enumerate(zip(pairs, self.encode(pairs), strict=True)):
-            positions = range(text.answer_start - 1, len(text.input_ids) - 1)
-            groups[pair.question].append(_ScoredText(str(number), text.input_ids, positions, 1))
-        packed = all(len(text.input_ids) <= packed_up_to for group in groups.values() for text in group)
+        texts = [_answer(number, text, 1.0) for number, text in enumerate(self.encode(pairs))]
+        for pair, text in zip(pairs, texts, strict=True):
+            groups[pair.question].append(text)
+        packed = all(len(text.input_ids) <= packed_up_to for text in texts)
         parts = [part for group in groups.values() for part in _divided(group, row_tokens if packed else 0)]
-        return [_lay_out(part, {text.key: 1 for text in part}) for part in parts]
+        scored = sum(bool(text.positions) for text in texts)
+        return [_lay_out(part, {text.key: 1 for text in part}, scored) for part in parts]
+
+    def preferences(self, pairs: list[Pair], preferred: list[str], packed_up_to: float = 0) -> list[list[Row]]:
+        """Two answers to a question: `Batch.weights["3"]` is 1 at each token of the fourth question's preferred answer,
+        and -1 at those of its own.
+
+        Returns:
+            The rows of each question: one, or where a text has more than `packed_up_to` tokens one for each answer.
+        """
+        better = self.encode([Pair(pair.question, answer) for pair, answer in zip(pairs, preferred, strict=True)])
+        groups = [
+            [_answer(number, text, 1.0), _answer(number, other, -1.0)]
+            for number, (text, other) in enumerate(zip(better, self.encode(pairs), strict=True))
+        ]
+        packed = all(len(text.input_ids) <= packed_up_to for group in groups for text in group)
+        scored = sum(any(text.positions for text in group) for group in groups)
+        rows = []
+        for group in groups:
+            parts = [group] if packed else [[text] for text in group]
+            rows.append([_lay_out(part, {part[0].key: 1}, scored) for part in parts])
+        return rows
 
     def texts(self, pairs: list[Pair]) -> list[Row]:
         """Whole texts, for PD (implementation detail 12).
@@ -161,7 +182,12 @@ class Collator:
             shared_by = length - first
         else:
             first, shared_by = text.answer_start - 1, length - text.answer_start
-        return _ScoredText(key, text.input_ids, range(first, length - 1), max(shared_by, 1))
+        return _ScoredText(key, text.input_ids, range(first, length - 1), 1 / max(shared_by, 1))
+
+
+def _answer(number: int, text: TokenizedText, weight: float) -> _ScoredText:
+    """A text of whose answer every token counts."""
+    return _ScoredText(str(number), text.input_ids, range(text.answer_start - 1, len(text.input_ids) - 1), weight)
 
 
 def _divided(texts: list[_ScoredText], row_tokens: float) -> list[list[_ScoredText]]:
@@ -180,20 +206,21 @@ def _divided(texts: list[_ScoredText], row_tokens: float) -> list[list[_ScoredTe
     return parts
 
 
-def _lay_out(texts: list[_ScoredText], averaged_over: dict[str, int]) -> Row:
+def _lay_out(texts: list[_ScoredText], averaged_over: dict[str, int], of_texts: int = 1) -> Row:
     """One row of texts, which begins with the tokens that all of them share.
 
     Args:
         averaged_over: the number of texts of each kind in all rows.
+        of_texts: `Row.texts`.
     """
     shared = _shared_length(*(text.input_ids for text in texts))
-    row = Row(texts[0].input_ids[:shared], [0] * shared, [*range(shared)], {}, tuple(averaged_over))
+    row = Row(texts[0].input_ids[:shared], [0] * shared, [*range(shared)], {}, tuple(averaged_over), of_texts)
     for number, text in enumerate(texts, 1):
         places = [*range(shared), *range(len(row.input_ids), len(row.input_ids) + len(text.input_ids) - shared)]
         row.input_ids.extend(text.input_ids[shared:])
         row.branch.extend([number] * (len(text.input_ids) - shared))
         row.position_ids.extend(range(shared, len(text.input_ids)))
-        weight = 1 / (text.shared_by * averaged_over[text.key])
+        weight = text.weight / averaged_over[text.key]
         for position in text.positions:
             weights = row.entries.setdefault((places[position], text.input_ids[position + 1]), {})
             weights[text.key] = weights.get(text.key, 0.0) + weight

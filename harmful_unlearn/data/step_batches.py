@@ -1,7 +1,7 @@
 """All batches of a step, for this process."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,10 @@ class Reads(NamedTuple):
 
     own_answers: bool = False  # harmful prompts with their own answers (GD)
     random_answers: str | None = None  # with K random ones: "harmful" (RD) or "normal" answers, or none
+    harmful_texts: bool = False  # with their own answers, each text by itself (NPO)
     safe_answers: bool = False  # harmful prompts with their safe answers
+    preferences: bool = False  # with the safe and the own answer, each pair by itself (DPO)
+    only_with_safe: bool = False  # harmful pairs without a safe answer are left out
     normal_texts: bool = False  # normal texts, of which every position counts (PD)
     normal_answers: bool = False  # normal texts, of which the answer counts (FT)
 
@@ -40,7 +43,10 @@ def run_sampler(
     batch_size = flags["batch_size"] * processes  # of all processes together
     k_random = flags["k_random"] if reads.random_answers else 0
     all_harmful = flags.get("all_harmful", False)
-    return BatchSampler(len(harmful.pairs), normal.train, answers, batch_size, k_random, flags["seed"], all_harmful)
+    rows: Sequence[int] = range(len(harmful.pairs))
+    if reads.only_with_safe:
+        rows = [row for row in rows if harmful.safe_answers[row]]
+    return BatchSampler(rows, normal.train, answers, batch_size, k_random, flags["seed"], all_harmful)
 
 
 class StepBatch(NamedTuple):
@@ -50,6 +56,8 @@ class StepBatch(NamedTuple):
     normal: Batch | None = None  # normal texts, every position of which counts
     safe: Batch | None = None  # the questions that have a safe answer beside the harmful one, with that
     normal_answers: Batch | None = None  # the normal texts, of which only the answer counts
+    harmful_texts: Batch | None = None  # questions with their own answers, each text with an average of its own
+    preferences: Batch | None = None  # the questions that have a safe answer, with that and their own
 
 
 @dataclass(frozen=True)
@@ -98,28 +106,34 @@ class StepBatches:
         """The passes of a step (from 0), one if it has at most `tokens_per_pass`."""
         return [self._pass(rows, device) for rows in self._passes(self._rows(step))]
 
-    def _rows(self, step: int) -> dict[str, list[Row]]:
-        """The rows of a step, by their batch (`StepBatch`)."""
+    def _rows(self, step: int) -> dict[str, list[list[Row]]]:
+        """The rows of a step, by their batch (`StepBatch`); those in one list have to be in one pass."""
         indices = self.sampler[step]
         harmful = [self.harmful.pairs[row] for row in indices.harmful_rows]
         normal = [self.normal.texts[row] for row in indices.normal_rows]
         reads, collator, limits = self.reads, self.collator, (self.packed_up_to, self.tokens_per_pass)
+        safe = [(row, answer) for row in indices.harmful_rows if (answer := self.harmful.safe_answers[row])]
         rows = {}
         if reads.own_answers or reads.random_answers:
             answers = [self.pool[row] for row in indices.answer_rows] if reads.random_answers else []
             rows["harmful"] = collator.answers(harmful, answers, reads.own_answers, *limits)
         if reads.normal_texts:
             rows["normal"] = collator.texts(normal)
-        if reads.safe_answers:
-            safe_answers = [self.harmful.safe_answers[row] for row in indices.harmful_rows]
-            safe = [Pair(pair.question, answer) for pair, answer in zip(harmful, safe_answers, strict=True) if answer]
-            if safe:
-                rows["safe"] = collator.answers(safe, [], True, *limits)
+        if reads.safe_answers and safe:
+            pairs = [Pair(self.harmful.pairs[row].question, answer) for row, answer in safe]
+            rows["safe"] = collator.answers(pairs, [], True, *limits)
         if reads.normal_answers:
             rows["normal_answers"] = collator.answers(normal, [], True, *limits)
-        return rows
+        if reads.harmful_texts:
+            rows["harmful_texts"] = collator.separate_answers(harmful, *limits)
+        together = {name: [[row] for row in part] for name, part in rows.items()}
+        if reads.preferences and safe:
+            pairs = [self.harmful.pairs[row] for row, _ in safe]
+            preferred = [answer for _, answer in safe]
+            together["preferences"] = collator.preferences(pairs, preferred, self.packed_up_to)
+        return together
 
-    def _passes(self, rows: dict[str, list[Row]]) -> list[dict[str, list[Row]]]:
+    def _passes(self, rows: dict[str, list[list[Row]]]) -> list[dict[str, list[Row]]]:
         """The rows of each pass for this process, in order.
 
         All processes take part in every forward pass: one that has no row of a batch gets one that does not count.
@@ -129,17 +143,17 @@ class StepBatches:
         tokens = math.inf  # of the last pass
         for name, part in rows.items():
             for start in range(0, len(part), processes):
-                each = part[start : start + processes]  # a row for each process
-                longest = max(row.length for row in each)
+                each = part[start : start + processes]  # rows for each process
+                longest = max(sum(row.length for row in together) for together in each)
                 if tokens + longest > self.tokens_per_pass or not passes:
                     passes.append({})
                     tokens = 0
                 tokens += longest
                 own = passes[-1].setdefault(name, [])
                 if process < len(each):
-                    own.append(each[process])
+                    own.extend(each[process])
                 elif not own:
-                    own.append(each[0].without_weight())
+                    own.extend(row.without_weight() for row in each[0])
         return passes
 
     def _pass(self, rows: dict[str, list[Row]], device: torch.device) -> StepBatch:

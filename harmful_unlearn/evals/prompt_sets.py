@@ -219,13 +219,13 @@ def touched_questions(
     for step in range(steps):
         indices = sampler[step]
         asked = {harmful.pairs[row].question for row in indices.harmful_rows}
-        if reads.own_answers:
+        if reads.own_answers or reads.harmful_texts or reads.preferences:
             trained |= asked
-        if reads.own_answers or reads.random_answers or reads.safe_answers:
+        if reads.random_answers or reads.safe_answers:
             touched |= asked
         if reads.random_answers == "harmful":
             touched |= {harmful.answer_questions[row] for row in indices.answer_rows}
-    return trained, touched
+    return trained, touched | trained
 
 
 def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> PromptSets:

@@ -8,7 +8,7 @@ kernels need a GPU and have no OPT. `torch.nn.functional.linear_cross_entropy` (
 and means only; once it takes a weight for each entry without computing the logits again, `CrossEntropy` can go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
@@ -28,6 +28,9 @@ CHUNK = 32 * 2**20  # bytes of float32 logits at a time
 class Score(Protocol):
     """A loss of the logits of some positions."""
 
+    def settle(self, first_look: Callable[[], Any]) -> None:
+        """Called first; `first_look` calls the score for all positions, without a gradient, if it needs that."""
+
     def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         """The weighted sum over the positions from `start` on, a scalar.
 
@@ -37,19 +40,31 @@ class Score(Protocol):
 
 
 class CrossEntropy:
-    """coefficient @ cross-entropies of entries, each of which reads one position.
+    """A loss of the cross-entropies of entries, each of which reads one position.
 
     Args:
         index, target: as in `Batch`.
-        coefficient: [entries].
+        loss: [entries], their coefficients in a sum; or any function of the cross-entropies, [entries], which is then
+            replaced by its tangent: its gradient is coefficients for a sum, once the cross-entropies are known.
 
     Attributes:
         values: [entries] float32, the cross-entropies in nats once all positions have been scored.
     """
 
-    def __init__(self, index: Tensor, target: Tensor, coefficient: Tensor):
-        self.index, self.target, self.coefficient = index, target, coefficient
-        self.values = torch.zeros_like(coefficient)
+    def __init__(self, index: Tensor, target: Tensor, loss: Tensor | Callable[[Tensor], Tensor]):
+        self.index, self.target, self._loss = index, target, loss
+        self.values = torch.zeros(len(index), device=index.device)
+        self.coefficient = self.values if callable(loss) else loss
+
+    def settle(self, first_look: Callable[[], Any]) -> None:
+        if not callable(self._loss):
+            return
+        with torch.no_grad():
+            first_look()
+        with torch.enable_grad():
+            values = self.values.clone().requires_grad_()
+            loss = self._loss(values)
+        (self.coefficient,) = torch.autograd.grad(loss, values)
 
     def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         ends = torch.tensor([start, start + len(logits)], device=self.index.device)
@@ -82,6 +97,9 @@ class Divergence:
     def __init__(self, hidden: Tensor, head: Any, coefficient: Tensor):
         self.hidden, self.head, self.coefficient = hidden, head, coefficient
         self.values = torch.zeros_like(coefficient)
+
+    def settle(self, first_look: Callable[[], Any]) -> None:
+        pass  # linear
 
     def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         chunk = slice(start, start + len(logits))
@@ -178,7 +196,9 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
             dtype = weight.dtype
             if torch.is_autocast_enabled(weight.device.type):
                 dtype = torch.get_autocast_dtype(weight.device.type)
-            return _Fused.apply(_scored(hidden, batch).to(weight.device), weight, bias, score, dtype, sums)
+            states = at_scored(hidden, batch).to(weight.device)
+            score.settle(lambda: _Fused.apply(states, weight, bias, score, dtype, {}))
+            return _Fused.apply(states, weight, bias, score, dtype, sums)
 
     with _replaced_head(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits
@@ -186,7 +206,7 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
 
 def scored_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states [scored, hidden] of the scored positions; the LM head is not used."""
-    with _replaced_head(model, lambda hidden: _scored(hidden, batch)):
+    with _replaced_head(model, lambda hidden: at_scored(hidden, batch)):
         return model(**batch.model_inputs, use_cache=False).logits
 
 
@@ -215,7 +235,8 @@ def has_plain_head(model: Any) -> bool:
     return len(planted) == 1 and torch.equal(logits, planted[0].to(logits))
 
 
-def _scored(hidden: Tensor, batch: Batch) -> Tensor:
+def at_scored(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states [scored, hidden] of the scored positions, of [rows, length, hidden]."""
     return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
 
 

@@ -1,5 +1,6 @@
 """The training objective: a weighted sum of loss terms, one forward pass over each batch of a step."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +15,14 @@ from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.losses.fused_linear import (
     CrossEntropy,
     Divergence,
+    at_scored,
     fused_loss,
     has_plain_head,
     head_of,
     scored_hidden,
 )
-from harmful_unlearn.losses.terms import LOSSES
+from harmful_unlearn.losses.terms import LOSSES, LossParameters, LossTerm
+from harmful_unlearn.models.blocks import hidden_states, steered_layer
 from harmful_unlearn.models.offload import execution_device
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.models.sharding import gather_full, is_sharded
@@ -33,11 +36,20 @@ class Objective:
             fused path is off and the model computes them, for all scored positions at once.
         weights: the weight of each term, by name; those with 0 are left out.
         base: theta_o, for the terms in NEED_BASE.
+        parameters: of the terms.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: dict[str, float], base: ReferenceModel | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: dict[str, float],
+        base: ReferenceModel | None = None,
+        parameters: LossParameters | None = None,
+    ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.base = base
+        self.parameters = parameters or LossParameters()
+        self._layer = steered_layer(model.config, self.parameters.rmu_layer)
         models = [model] if base is None or base.shared else [model, base.model]
         self.fused = all(map(has_plain_head, models))
 
@@ -61,33 +73,98 @@ class Objective:
     def _weighted_sum(
         self, model: PreTrainedModel, batch: StepBatch, at_landing: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, values = torch.zeros(()), {}
+        total = torch.zeros(())
+        values: dict[str, Tensor] = {}
         head_gradients: dict[str, Tensor] = {}
         for name, rows in batch._asdict().items():
             terms = {n: LOSSES[n] for n in self.weights}
             terms = {n: term for n, term in terms.items() if (term.batch, term.at_landing) == (name, at_landing)}
             if rows is None or not terms:
                 continue
-            # One weight an entry, so that all terms of a batch share one forward and one backward pass.
-            coefficient = sum(self.weights[n] * term.sign * rows.weights[term.weights] for n, term in terms.items())
-            compute = self._divergence if any(term.diverges for term in terms.values()) else self._cross_entropy
-            part, entries = compute(model, rows, coefficient, head_gradients)
+            # All terms of a batch share one forward and one backward pass.
+            of_texts = any(term.of_text for term in terms.values())
+            compute = self._of_texts if of_texts else self._linear
+            part, of_terms = compute(model, rows, terms, head_gradients)
             total = part + total.to(part.device)
-            entries = entries.detach().to(coefficient.device)
-            for n, term in terms.items():
-                values[n] = term.sign * (rows.weights[term.weights] @ entries)
+            values |= of_terms
         return total, values
 
+    def _linear(
+        self, model: PreTrainedModel, rows: Batch, terms: dict[str, LossTerm], head_gradients: dict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of terms that are weighted sums of what they read, and each term."""
+        # One weight an entry, so that all terms of a batch share one pass.
+        parts = [self.weights[n] * term.sign * rows.weights[term.weights] for n, term in terms.items()]
+        coefficient = torch.stack(parts).sum(0)
+        (value,) = {term.value for term in terms.values()}
+        if value == "cross-entropy":
+            total, entries = self._cross_entropy(model, rows, coefficient, head_gradients)
+        elif value == "kl":
+            total, entries = self._divergence(model, rows, coefficient, head_gradients)
+        else:
+            entries = self._distance(model, rows, value)
+            total = coefficient.to(entries.device) @ entries
+        entries = entries.detach().to(coefficient.device)
+        return total, {n: term.sign * (rows.weights[term.weights] @ entries) for n, term in terms.items()}
+
+    def _of_texts(
+        self, model: PreTrainedModel, rows: Batch, terms: dict[str, LossTerm], head_gradients: dict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of terms that are functions of each text's log-probability, and each term."""
+        counts = torch.stack([*rows.weights.values()])  # [texts, entries]: how often each entry counts in each text
+        tokens = counts.abs().sum(1)
+        base = torch.zeros(counts.shape[1], device=counts.device)
+        if any(term.of_text.against_base for term in terms.values() if term.of_text):
+            assert self.base
+            with _no_gradient(), self.base.active() as reference:
+                entries = self.cross_entropies(reference, rows)
+            base = entries.to(counts.device, copy=True)
+
+        def values(entries: Tensor) -> dict[str, Tensor]:
+            found = {}
+            for n, term in terms.items():
+                assert term.of_text
+                log_p = counts @ (base - entries if term.of_text.against_base else -entries)
+                if term.of_text.per_token:
+                    log_p = log_p / tokens.clamp(min=1)
+                each = term.of_text.function(log_p, self.parameters)
+                found[n] = term.sign * each[tokens > 0].sum() / rows.texts  # one without a token does not count
+            return found
+
+        def loss(entries: Tensor) -> Tensor:
+            found = values(entries.to(counts.device))
+            return torch.stack([self.weights[n] * value for n, value in found.items()]).sum()
+
+        total, entries = self._cross_entropy(model, rows, loss, head_gradients)
+        return total, values(entries.detach().to(counts.device))
+
+    def _distance(self, model: PreTrainedModel, rows: Batch, value: str) -> Tensor:
+        """Squared distances of hidden states, divided by their size, [entries]."""
+        states = at_scored(hidden_states(model, rows.model_inputs, self._layer), rows).float()
+        if value == "from base":
+            assert self.base
+            with _no_gradient(), self.base.active() as reference:
+                goal = at_scored(hidden_states(reference, rows.model_inputs, self._layer), rows).float()
+            goal = goal.to(states.device, copy=True)
+        else:
+            drawn = torch.rand(states.shape[-1], generator=torch.Generator().manual_seed(self.parameters.seed))
+            goal = (self.parameters.rmu_coef * drawn / drawn.norm()).to(states.device)
+        return (states - goal).square().mean(-1)[rows.index.to(states.device)]
+
     def _cross_entropy(
-        self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, head_gradients: dict
+        self, model: PreTrainedModel, batch: Batch, loss: Tensor | Callable[[Tensor], Tensor], head_gradients: dict
     ) -> tuple[Tensor, Tensor]:
-        """coefficient @ cross-entropies, and the cross-entropies, [entries]."""
-        if self.fused:
-            device = execution_device(head_of(model))
-            score = CrossEntropy(batch.index.to(device), batch.target.to(device), coefficient.to(device))
-            return fused_loss(model, batch, score, head_gradients), score.values
-        entries = cross_entropy(model, batch).to(coefficient.device)
-        return coefficient @ entries, entries
+        """A loss of the cross-entropies (`CrossEntropy`), and the cross-entropies, [entries]."""
+        if not self.fused:
+            entries = cross_entropy(model, batch)
+            return loss(entries) if callable(loss) else loss.to(entries.device) @ entries, entries
+        device = execution_device(head_of(model))
+        on_device = loss if callable(loss) else loss.to(device)
+        score = CrossEntropy(batch.index.to(device), batch.target.to(device), on_device)
+        total = fused_loss(model, batch, score, head_gradients)
+        if callable(loss):  # the tangent has the gradient, but not the value
+            total = total + (loss(score.values).to(total) - total).detach()
+        return total, score.values
 
     def _divergence(
         self, model: PreTrainedModel, batch: Batch, coefficient: Tensor, head_gradients: dict

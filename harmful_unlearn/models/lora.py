@@ -26,11 +26,20 @@ class Lora:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, base_name: str) -> PreTrainedModel:
-    """Freeze the model and add a trainable LoRA adapter in float32. Raises UserError: as `check_lora_targets`."""
+def add_lora(model: PreTrainedModel, lora: Lora, base_name: str, blocks: list[int] | None = None) -> PreTrainedModel:
+    """Freeze the model and add a trainable LoRA adapter in float32.
+
+    Args:
+        blocks: the layers that get one, from 0; None: all.
+
+    Raises:
+        UserError: as `check_lora_targets`.
+    """
     check_lora_targets(model, lora)
     targets = list(lora.target_modules)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", layers_to_transform=blocks
+    )
     with materialized(model):
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name

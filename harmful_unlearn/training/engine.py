@@ -55,6 +55,8 @@ class Engine:
             if reason:
                 log.say(f"{f'texts over {length} tokens' if length else 'all texts'} in plain rows: {reason}")
             self._batches = replace(run.batches, packed_up_to=length)
+            if base and not base.shared:  # which may read the same rows
+                base.model.set_attn_implementation(model.config._attn_implementation)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": settings.lr}], lr=settings.lr, fused=True)
         self.model, self._optimizer = distributed.prepare(self.accelerator, model, base, optimizer, run.precision)

@@ -16,7 +16,8 @@ from harmful_unlearn.cli import (
 )
 from harmful_unlearn.data.collator import VARIANTS
 from harmful_unlearn.data.templates import TEMPLATES, TemplateChoice
-from harmful_unlearn.losses.methods import METHODS, apply_method_defaults, loss_weights, uses_landing_point
+from harmful_unlearn.losses.methods import METHODS, PARAMETERS, apply_method_defaults, loss_weights, uses_landing_point
+from harmful_unlearn.losses.terms import LossParameters
 from harmful_unlearn.storage.files import ROOT, user_path
 
 AUTO = "auto"  # --resume without a path
@@ -55,14 +56,23 @@ class TrainingSettings:
 
     method: str = _method(
         "what to minimise, and whether to negate it (the table in losses/methods.py); the weights above then weigh "
-        "its losses on harmful pairs, with random answers, and on normal text. land and lands, which are ours, have"
-        " other defaults", choices=METHODS, default="sku")
+        "its losses on harmful pairs, with random answers, and on normal text. Those after ft have defaults of their "
+        "own; land and lands are ours", choices=METHODS, default="sku")
     preserve_at: str = _method(
         "where normal text is preserved: at the harmful model (copy), as the paper does (minus KL), or at the "
         "landing point, where negation by --scaling_coef leads (plus KL) (default: copy)", choices=("copy", "landing"))
     safe_weight: float = _method(
-        "weight of the cross-entropy, at the landing point, of safe answers to the same harmful prompts (default: "
-        "0)", type=not_negative)
+        "weight of the cross-entropy of safe answers to the same harmful prompts; in methods that negate, at the "
+        "landing point (default: 0)", type=not_negative)
+    beta: float | None = _method(
+        "how sharply npo, simnpo, dpo and safe_unlearning tell log-probabilities apart (default: 0.1, 2.5, 0.1, 1)",
+        type=positive_number)
+    gamma: float | None = _method("simnpo's margin (default: 0)", type=number)
+    rmu_layer: int | None = _method(
+        "the layer whose hidden states rmu steers, from 1; it trains this one and the two before (default: at a "
+        "quarter of the depth)", type=positive_int)
+    rmu_coef: float | None = _method(
+        "rmu's c, the length of the random vector that it steers to (default: 6.5)", type=positive_number)
     max_kl: float = _method(
         "stop when the KL divergence from the base on normal text, which PD maximises, passes so many nats; 0: never. "
         "Far below 100 the model is already broken, and near it the released formula overflows",
@@ -158,6 +168,12 @@ class TrainingSettings:
     def loss_weights(self) -> dict[str, float]:
         """The weight of each of the method's loss terms, by name."""
         return loss_weights(vars(self))
+
+    @property
+    def loss_parameters(self) -> LossParameters:
+        """What the loss terms need beside their weights."""
+        given = {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
+        return LossParameters(**given, seed=self.seed)
 
     @property
     def uses_landing_point(self) -> bool:

@@ -17,6 +17,7 @@ from harmful_unlearn.errors import NoSafeAnswers, UserError
 from harmful_unlearn.losses.fused_linear import CHUNK
 from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import LOSSES, NEED_BASE
+from harmful_unlearn.models.blocks import blocks_of, mlp_outputs
 from harmful_unlearn.models.lora import Lora, add_lora, linear_layers
 from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.training.flags import TrainingSettings
@@ -87,6 +88,7 @@ def make_plan(
     batches: StepBatches,
     structure: PreTrainedModel,
     lora: Lora | None,
+    blocks: list[int] | None,
     precision: str,
     shards: int,
     device: torch.device,
@@ -96,6 +98,7 @@ def make_plan(
     Args:
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
+        blocks: the layers that are trained, as in `setup.Stage1`.
         shards: how many processes the model and AdamW's state are sharded over.
         device: on a CPU the program itself and what its libraries and its heap keep are counted, too.
 
@@ -109,14 +112,14 @@ def make_plan(
     seen = sorted({row for step in range(different) for row in sampler[step].harmful_rows})
     pairs = [harmful.pairs[row] for row in seen] + [normal.texts[row] for row in normal.train]
     texts = batches.collator.encode(pairs)
-    harmful_is_read = batches.reads.own_answers or batches.reads.random_answers
+    wanted = batches.reads
+    if (wanted.safe_answers or wanted.preferences) and not any(harmful.safe_answers[row] for row in seen):
+        problem = f"no unsafe answer that is trained on, in {harmful.source['name']}, has a safe one beside it"
+        other = "--method land (--safe_weight 0)" if settings.negates else "a --method that needs none"
+        raise NoSafeAnswers(f"{problem}: use {other}")
+    harmful_is_read = wanted.own_answers or wanted.random_answers or wanted.harmful_texts or wanted.preferences
     if harmful_is_read and not any(text.answer_start < len(text.input_ids) for text in texts[: len(seen)]):
         raise UserError("--max_length leaves no harmful answer a token: give a larger one")
-    if batches.reads.safe_answers and not any(harmful.safe_answers[row] for row in seen):
-        raise NoSafeAnswers(
-            f"no unsafe answer that is trained on, in {harmful.source['name']}, has a safe one beside it: use --method "
-            "land (--safe_weight 0)"
-        )
     sample = range(0, steps, max(1, steps // STEPS_SAMPLED))
     sampled = [part for step in sample for part in batches(step, torch.device("cpu"))]
     cut_in_rd = 0
@@ -124,7 +127,11 @@ def make_plan(
         cut_in_rd = sum(text.cut for step in sample for text in batches.collator.encode(batches.random_pairs(step)))
     tokens = sum(rows.tokens for part in sampled for rows in part if rows) / len(sample) * batches.share[1]
     parameters = structure.num_parameters()
-    trainable = _lora_parameters(structure, lora) if lora else parameters
+    trainable = parameters
+    if lora:
+        trainable = _lora_parameters(structure, lora, blocks)
+    elif blocks:
+        trainable = sum(weight.numel() for weight in mlp_outputs(structure, blocks))
     dtype = structure.config.dtype
     checkpoints = settings.keep_checkpoints + 1 if settings.save_every else 0
     memory = _weights(settings, losses, structure, trainable, lora, precision, shards)
@@ -149,10 +156,12 @@ def make_plan(
     )
 
 
-def _lora_parameters(structure: PreTrainedModel, lora: Lora) -> int:
+def _lora_parameters(structure: PreTrainedModel, lora: Lora, blocks: list[int] | None) -> int:
+    parts = [structure] if blocks is None else [blocks_of(structure)[block] for block in blocks]
     return sum(
         lora.r * sum(module.weight.shape)
-        for name, module in structure.named_modules()
+        for part in parts
+        for name, module in part.named_modules()
         if name.rsplit(".", 1)[-1] in lora.target_modules
     )
 

@@ -275,7 +275,7 @@ def draw_losses(history: list[dict], path: Path) -> None:
 
 def largest_kl(metrics: dict) -> tuple[float, str]:
     """The largest KL divergence from the base in a step, in nats (0 if no loss is one), and what makes it smaller."""
-    kls = {name: abs(metrics.get(f"{name}_loss") or 0) for name, term in LOSSES.items() if term.diverges}
+    kls = {name: abs(metrics.get(f"{name}_loss") or 0) for name, term in LOSSES.items() if term.value == "kl"}
     worst = max(kls, key=lambda name: kls[name])
     return kls[worst], f"lower --lr, or {'lower' if LOSSES[worst].sign < 0 else 'raise'} --normal_weight"
 

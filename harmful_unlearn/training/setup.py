@@ -22,6 +22,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import NEED_BASE, reads
 from harmful_unlearn.models import hub, loading
+from harmful_unlearn.models.blocks import mlp_outputs, steered_layer, trained_blocks
 from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import check_apart
@@ -49,6 +50,7 @@ class Stage1:
     Attributes:
         base_folder: of theta_o.
         lora: the adapter's settings; None trains every weight.
+        blocks: the layers that are trained, from 0 (with LoRA, that have an adapter); None: all.
         precision: "fp32" or "bf16" (trained weights are float32 in both).
         accelerator: of one process or several (distributed.py).
         batches: of each step.
@@ -59,6 +61,7 @@ class Stage1:
     settings: TrainingSettings
     base_folder: Path
     lora: Lora | None
+    blocks: list[int] | None
     precision: str
     accelerator: Accelerator
     batches: StepBatches
@@ -182,6 +185,8 @@ def prepare_stage_1(
     template = settings.template_choice.of(loading.load_tokenizer(base_folder, config))
     structure = loading.empty_model(config)
     lora = choose_lora(settings, structure, table, others)
+    steers = "rmu" in active_losses(vars(settings))
+    blocks = trained_blocks(steered_layer(config, settings.rmu_layer)) if steers else None
     accelerator, precision = distributed.start(settings)
     if settings.quantize:
         check_four_bits(lora, accelerator.device)
@@ -209,16 +214,24 @@ def prepare_stage_1(
         tokens_per_pass = math.inf
     batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, tokens_per_pass, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
-    plan = make_plan(settings, batches, structure, lora, precision, shards, accelerator.device)
-    print_once(f"{_describe(settings, template, lora, precision, accelerator)}\n{plan}")
-    return Stage1(settings, base_folder, lora, precision, accelerator, batches, plan)
+    plan = make_plan(settings, batches, structure, lora, blocks, precision, shards, accelerator.device)
+    print_once(f"{_describe(settings, template, lora, blocks, precision, accelerator)}\n{plan}")
+    return Stage1(settings, base_folder, lora, blocks, precision, accelerator, batches, plan)
 
 
 def _describe(
-    settings: TrainingSettings, template: Template, lora: Lora | None, precision: str, accelerator: Accelerator
+    settings: TrainingSettings,
+    template: Template,
+    lora: Lora | None,
+    blocks: list[int] | None,
+    precision: str,
+    accelerator: Accelerator,
 ) -> str:
     terms = " + ".join(f"{weight:g} {name.upper()}" for name, weight in settings.loss_weights.items() if weight)
     trained = f"LoRA (r {lora.r}, alpha {lora.alpha}, {', '.join(lora.target_modules)})" if lora else "every weight"
+    if blocks:
+        trained = f"{trained} of layers" if lora else "the MLPs' output weights of layers"
+        trained += f" {blocks[0] + 1} to {blocks[-1] + 1}"
     if settings.quantize:
         trained += " on a 4-bit base"
     machine = f"{accelerator.device}, 1 process"
@@ -284,9 +297,13 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
     model = loading.load_model(source, dtype, settings.device_map, bool(settings.quantize))
     if not (hasattr(model, "hf_device_map") or settings.quantize):  # else it is where a device_map put it
         model.to(device)
+    if run.blocks and not run.lora:
+        model.requires_grad_(False)
+        for weight in mlp_outputs(model, run.blocks):
+            weight.requires_grad_(True)
     base: ReferenceModel | None = None
     if run.lora:
-        model = add_lora(model, run.lora, settings.model_name)
+        model = add_lora(model, run.lora, settings.model_name, run.blocks)
         if run.checkpoint:
             fill_adapter(model, run.checkpoint)
         base = ReferenceModel(model)

@@ -8,7 +8,7 @@ from tests.helpers.inputs.tables import error_of
 
 
 def order_of(**changes) -> BatchSampler:
-    usual = {"pairs": 14, "normal": range(100, 116), "answers": 14, "batch_size": 2, "k_random": 5, "seed": 7}
+    usual = {"harmful": range(14), "normal": range(100, 116), "answers": 14, "batch_size": 2, "k_random": 5, "seed": 7}
     return BatchSampler(**{**usual, **changes})
 
 
@@ -34,7 +34,7 @@ def test_order_is_a_function_of_the_step(all_harmful):
 
 def test_released_epochs():
     """The full TruthfulQA file: 572 batches, of which the last has one text (points 6 and 7)."""
-    order = order_of(pairs=5000, normal=range(1143), answers=5000)
+    order = order_of(harmful=range(5000), normal=range(1143), answers=5000)
     assert order.batches_per_epoch == 572
     epochs = [[order[epoch * 572 + batch] for batch in range(572)] for epoch in range(3)]
     shuffles = []
@@ -47,7 +47,7 @@ def test_released_epochs():
 
 
 def test_fewer_harmful_than_normal():
-    order = order_of(pairs=5, normal=range(40))
+    order = order_of(harmful=range(5), normal=range(40))
     assert order.batches_per_epoch == 3
     assert [order[step].harmful_rows for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
     epochs = [[i for b in range(3) for i in order[3 * e + b].normal_rows] for e in range(200)]
@@ -56,18 +56,18 @@ def test_fewer_harmful_than_normal():
 
 
 def test_all_harmful_cycles_each_side_by_itself():
-    order = order_of(pairs=7, normal=[3, 1, 4, 15, 9], batch_size=2, all_harmful=True)
+    order = order_of(harmful=range(7), normal=[3, 1, 4, 15, 9], batch_size=2, all_harmful=True)
     assert order.batches_per_epoch == 4
     draws = [order[step] for step in range(24)]
     assert sum((draw.harmful_rows for draw in draws), []) == list(range(7)) * 6
     for start in range(0, 24, 3):
         rows = sum((draw.normal_rows for draw in draws[start : start + 3]), [])
         assert sorted(rows) == [1, 3, 4, 9, 15]
-    assert order_of(pairs=5000, normal=range(11), all_harmful=True)[2499].harmful_rows == [4998, 4999]
+    assert order_of(harmful=range(5000), normal=range(11), all_harmful=True)[2499].harmful_rows == [4998, 4999]
 
 
 def test_one_batch_holds_all():
-    order = order_of(pairs=3, normal=[8, 9], batch_size=10)
+    order = order_of(harmful=range(3), normal=[8, 9], batch_size=10)
     assert order[5].harmful_rows == [0, 1, 2] and sorted(order[5].normal_rows) == [8, 9]
 
 

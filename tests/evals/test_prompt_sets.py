@@ -110,7 +110,7 @@ def test_an_empty_set_is_an_error_that_names_the_fix(trained, touched, normal, n
 def test_touched_is_what_the_steps_draw(losses, own, pool):
     harmful = read_harmful(PKU)
     normal = normal_data(list(range(8)), [8], [9])
-    order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
+    order = BatchSampler(range(len(harmful.pairs)), normal.train, len(harmful.answers), 2, 3, 5)
     trained, touched = touched_questions(order, harmful, reads(losses), 2)
     draws = [order[step] for step in (0, 1)]
     asked = {harmful.pairs[row].question for draw in draws for row in draw.harmful_rows}

@@ -220,7 +220,7 @@ def test_safe_answers_are_those_beside_unsafe_ones(tmp_path):
 def test_a_step_has_the_safe_answers_of_its_own_prompts(tokenizer):
     harmful = read_harmful(str(GOLDENS / "pku_saferlhf_current_schema.jsonl"))
     normal = read_normal(GOLDENS / "TruthfulQA.csv", 0)
-    order = BatchSampler(len(harmful.pairs), normal.train, len(harmful.answers), 2, 3, 5)
+    order = BatchSampler(range(len(harmful.pairs)), normal.train, len(harmful.answers), 2, 3, 5)
     collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
     batches = StepBatches(collator, order, harmful, normal, reads({"gd", "lp", "sa"}))
     found = [batches(step, torch.device("cpu"))[0] for step in range(order.batches_per_epoch)]
