@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from unittest import mock
 
 import torch
@@ -78,11 +79,14 @@ def losses_and_gradients(
         raise RuntimeError(f"plain rows: {reason}")
     harmful, normal = made_up.data(collator.template.tokenizer)
     safe = [Pair(pair.question, answer or "") for pair, answer in zip(harmful.pairs, harmful.safe_answers, strict=True)]
+    preferences = collator.preferences(harmful.pairs[:2], [pair.answer for pair in safe[:2]], packed_up_to)
     batches = StepBatch(
         collator.answers_batch(harmful.pairs[:2], harmful.answers[:5], packed_up_to=packed_up_to),
         collator.texts_batch(normal.texts[:2]),
         collator.answers_batch(safe[:2], [], packed_up_to=packed_up_to),
         collator.answers_batch(normal.texts[:2], [], packed_up_to=packed_up_to),
+        collator.batch(collator.separate_answers(harmful.pairs[:2], packed_up_to), packed_up_to),
+        collator.batch(list(chain.from_iterable(preferences)), packed_up_to),
     )
     batches = StepBatch(*(batch and batch.to(model.device) for batch in batches))
     found = {}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.terms import LOSSES, NEED_BASE
+from harmful_unlearn.losses.terms import LOSSES
 from harmful_unlearn.models.lora import linear_layers
 from harmful_unlearn.storage.files import ROOT
 
@@ -75,13 +75,13 @@ def needed_flops(model: PreTrainedModel, passes: Iterable[StepBatch], weights: M
     of_base = sum(_size(layer) for layer in layers if not layer.weight.requires_grad or not _has_adapter(model))
     head: Any = model.get_output_embeddings()
     terms = [LOSSES[name] for name, weight in weights.items() if weight]
-    diverging = {LOSSES[name].batch for name in weights if name in NEED_BASE and LOSSES[name].diverges}
+    read_by_base = {LOSSES[name].batch for name in weights if LOSSES[name].value == "kl"}
     total = 0
     for step in passes:
         for name in {term.batch for term in terms}:
             if (batch := getattr(step, name)) is None:
                 continue
-            scored, again = len(batch.row), name in diverging
+            scored, again = len(batch.row), name in read_by_base
             total += batch.tokens * (body + again * of_base)
             total += scored * _size(head) * (2 + head.weight.requires_grad + again)
     return 2.0 * total

@@ -88,19 +88,19 @@ def make_plan(
     batches: StepBatches,
     structure: PreTrainedModel,
     lora: Lora | None,
-    blocks: list[int] | None,
     precision: str,
     shards: int,
     device: torch.device,
+    blocks: list[int] | None = None,
 ) -> Plan:
     """Count what a run will read, compute and keep in memory.
 
     Args:
         batches: the training loop's own, so that what is counted is what is run.
         structure: the model on the meta device.
-        blocks: the layers that are trained, as in `setup.Stage1`.
         shards: how many processes the model and AdamW's state are sharded over.
         device: on a CPU the program itself and what its libraries and its heap keep are counted, too.
+        blocks: the layers that are trained, as in `setup.Stage1`.
 
     Raises:
         UserError: no answer has a token left to train on.

@@ -214,7 +214,7 @@ def prepare_stage_1(
         tokens_per_pass = math.inf
     batches = StepBatches(collator, sampler, harmful, normal, needed, packed_up_to, tokens_per_pass, share)
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
-    plan = make_plan(settings, batches, structure, lora, blocks, precision, shards, accelerator.device)
+    plan = make_plan(settings, batches, structure, lora, precision, shards, accelerator.device, blocks)
     print_once(f"{_describe(settings, template, lora, blocks, precision, accelerator)}\n{plan}")
     return Stage1(settings, base_folder, lora, blocks, precision, accelerator, batches, plan)
 
