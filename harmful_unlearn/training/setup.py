@@ -50,22 +50,22 @@ class Stage1:
     Attributes:
         base_folder: of theta_o.
         lora: the adapter's settings; None trains every weight.
-        blocks: the layers that are trained, from 0 (with LoRA, that have an adapter); None: all.
         precision: "fp32" or "bf16" (trained weights are float32 in both).
         accelerator: of one process or several (distributed.py).
         batches: of each step.
         plan: what the run will read, compute and keep in memory.
+        blocks: the layers that are trained, from 0 (with LoRA, that have an adapter); None: all.
         checkpoint: that the run continues from; None for a new one.
     """
 
     settings: TrainingSettings
     base_folder: Path
     lora: Lora | None
-    blocks: list[int] | None
     precision: str
     accelerator: Accelerator
     batches: StepBatches
     plan: Plan
+    blocks: list[int] | None = None
     checkpoint: Path | None = None
 
     @property
@@ -216,7 +216,7 @@ def prepare_stage_1(
     shards = accelerator.num_processes if distributed.shards_weights(accelerator) else 1
     plan = make_plan(settings, batches, structure, lora, precision, shards, accelerator.device, blocks)
     print_once(f"{_describe(settings, template, lora, blocks, precision, accelerator)}\n{plan}")
-    return Stage1(settings, base_folder, lora, blocks, precision, accelerator, batches, plan)
+    return Stage1(settings, base_folder, lora, precision, accelerator, batches, plan, blocks)
 
 
 def _describe(
