@@ -1,9 +1,16 @@
-"""What reproduce.py runs, and with which hyper-parameters: edit these tables for your model."""
+"""What reproduce.py runs, and with which hyper-parameters: edit these tables for your model.
 
+Also what a search for hyper-parameters (reproduce.py --search) tries.
+"""
+
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from harmful_unlearn.losses.methods import METHODS
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.losses.methods import DEFAULTS, METHODS, PARAMETERS, WEIGHTS, uses_landing_point
+from harmful_unlearn.storage.files import read_json, write_file
 
 Flags = Mapping[str, object]  # flags of unlearn_harm_new.py, by name
 
@@ -16,13 +23,15 @@ class ComparisonRun:
         title: as tables show it.
         group: "main" (the comparison) or "ablation" (SKU with something changed).
         method: its --method.
-        flags: its other flags; they take precedence over the recipe's.
+        flags: its other flags; in a recipe, all of them.
+        by_default: whether it runs without being named in --runs.
     """
 
     title: str
     group: str
     method: str = "sku"
     flags: Flags = field(default_factory=dict)
+    by_default: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,18 +39,63 @@ class Recipe:
     """The hyper-parameters of one model.
 
     Attributes:
-        shared: flags of all runs. LAND's and LANDS's defaults (losses/methods.py) take precedence over them.
+        rows: by name, in the order of the tables.
+        chosen_on: SHA-256 of the questions that they were chosen on, which no test asks then.
+    """
+
+    rows: Mapping[str, ComparisonRun]
+    chosen_on: frozenset[str] = frozenset()
+
+
+TITLES = {
+    "ft": "FT", "ga": "GA", "ga_mismatch": "GA + mismatch", "task_vector": "Task vector", "grad_diff": "GradDiff",
+    "npo": "NPO", "simnpo": "SimNPO", "refusal_sft": "Refusal SFT", "dpo": "DPO", "safe_unlearning": "Safe Unlearning",
+    "rmu": "RMU",
+}  # fmt: skip
+
+
+def recipe(
+    shared: Flags,
+    sku: Mapping[str, float],
+    baselines: Mapping[str, Flags],
+    lands: Flags | None = None,
+    more_runs: Mapping[str, ComparisonRun] | None = None,
+) -> Recipe:
+    """The rows of a model.
+
+    Args:
+        shared: flags of all rows. A method's own defaults (losses/methods.py) take precedence over them.
         sku: SKU's three weights, also used by its ablations.
         baselines: flags of the methods that SKU is compared with, by --method.
         lands: flags of LANDS, in place of its defaults.
         more_runs: further rows, by name.
     """
+    lands = lands or {}
+    turned = {"normal_weight": -sku["normal_weight"]}
+    rows = {
+        **{name: ComparisonRun(TITLES[name], "main", name, flags) for name, flags in baselines.items()},
+        "sku": ComparisonRun("SKU", "main"),
+        "land": ComparisonRun("LAND", "main", "land"),
+        "lands": ComparisonRun("LANDS", "main", "lands", lands),
+        "lands-no-harm": ComparisonRun("LANDS without its harmful term", "main", "lands", {**lands, "bad_weight": 0}),
+        "task_vector-alpha-2": ComparisonRun(
+            "Task vector, all tokens, alpha 2", "main", "task_vector", {"variant": "paper", "scaling_coef": 2}
+        ),
+        "sku-no-gd": ComparisonRun("SKU without GD", "ablation", flags={"bad_weight": 0}),
+        "sku-no-rd": ComparisonRun("SKU without RD", "ablation", flags={"random_weight": 0}),
+        "sku-no-pd": ComparisonRun("SKU without PD", "ablation", flags={"normal_weight": 0}),
+        "sku-pd-turned": ComparisonRun("SKU, PD's sign turned", "ablation", flags=turned),
+        **(more_runs or {}),
+    }
+    # The other methods have no published settings for these data: they are there to be tuned by a search.
+    others = {name: ComparisonRun(TITLES[name], "main", name, by_default=False) for name in METHODS if name not in rows}
 
-    shared: Flags
-    sku: Mapping[str, float]
-    baselines: Mapping[str, Flags]
-    lands: Flags = field(default_factory=dict)
-    more_runs: Mapping[str, ComparisonRun] = field(default_factory=dict)
+    def complete(run: ComparisonRun) -> ComparisonRun:
+        own = METHODS[run.method].settings
+        flags = {name: value for name, value in shared.items() if name not in own}
+        return replace(run, flags={**flags, **(sku if run.method == "sku" else {"method": run.method}), **run.flags})
+
+    return Recipe({name: complete(run) for name, run in {**rows, **others}.items()})
 
 
 # GA + mismatch's weights, of the code of Yao et al. 2023.
@@ -49,7 +103,7 @@ MISMATCH = {"bad_weight": 0.5, "random_weight": 1, "normal_weight": 1}
 # The paper's, where the paper or its published command states them: steps, batch size, learning rate, and SKU's weights
 # for OPT-2.7B. It publishes none for the LLaMA2 models, and none for the methods that it compares with. GA and GA +
 # mismatch have the learning rate of that code; FT and the task vector have SKU's steps and learning rate.
-PAPER = Recipe(
+PAPER = recipe(
     shared={"max_unlearn_steps": 1000, "batch_size": 2, "lr": 2e-4},
     sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 1},
     baselines={"ft": {}, "ga": {"lr": 2e-6}, "ga_mismatch": {"lr": 2e-6, **MISMATCH}, "task_vector": {}},
@@ -57,7 +111,7 @@ PAPER = Recipe(
 # Small models on a CPU: 60 steps for every method. SKU's settings are the best of three that were tried on validation
 # prompts (docs/claims.md, SmolLM2 in its chat template); those of the others were tried there once, those of FT and GA
 # never. The published ones, with which PD runs away, are a row of their own.
-SMALL = Recipe(
+SMALL = recipe(
     shared={"max_unlearn_steps": 60, "batch_size": 2, "lr": 5e-5, "max_length": 256},
     sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05},
     baselines={"ft": {}, "ga": {"lr": 2e-5}, "ga_mismatch": {"lr": 2e-5, **MISMATCH}, "task_vector": {}},
@@ -77,7 +131,7 @@ RECIPES: dict[str, Recipe] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMALL,
     "google/gemma-3-270m": SMALL,
     # The offline demo's model (make reproduce-demo), with the demo's steps and weights of SKU.
-    "demo": Recipe(
+    "demo": recipe(
         shared=DEMO_SHARED,
         sku=DEMO_SKU,
         baselines={"ft": {}, "ga": {"lr": 2e-5, "max_unlearn_steps": 50}, "ga_mismatch": MISMATCH, "task_vector": {}},
@@ -92,7 +146,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     # The same world without refusals in the base's pre-training (demo.py --refusal_share 0).
-    "demo-no-refusals": Recipe(
+    "demo-no-refusals": recipe(
         shared=DEMO_SHARED,
         sku=DEMO_SKU,
         baselines={"ga_mismatch": MISMATCH, "task_vector": {}},
@@ -100,33 +154,80 @@ RECIPES: dict[str, Recipe] = {
         lands={"max_unlearn_steps": 400, "lr": 2e-4, "normal_weight": 1, "safe_weight": 1},
     ),
 }
-TITLES = {"ft": "FT", "ga": "GA", "ga_mismatch": "GA + mismatch", "task_vector": "Task vector"}
 
 
-def runs_of(recipe: Recipe) -> dict[str, ComparisonRun]:
-    """All runs of a recipe by name, in the order of the tables."""
-    no_harm = {**recipe.lands, "bad_weight": 0}
-    turned = {"normal_weight": -recipe.sku["normal_weight"]}
-    return {
-        **{name: ComparisonRun(TITLES[name], "main", name, flags) for name, flags in recipe.baselines.items()},
-        "sku": ComparisonRun("SKU", "main"),
-        "land": ComparisonRun("LAND", "main", "land"),
-        "lands": ComparisonRun("LANDS", "main", "lands", recipe.lands),
-        "lands-no-harm": ComparisonRun("LANDS without its harmful term", "main", "lands", no_harm),
-        "task_vector-alpha-2": ComparisonRun(
-            "Task vector, all tokens, alpha 2", "main", "task_vector", {"variant": "paper", "scaling_coef": 2}
-        ),
-        "sku-no-gd": ComparisonRun("SKU without GD", "ablation", flags={"bad_weight": 0}),
-        "sku-no-rd": ComparisonRun("SKU without RD", "ablation", flags={"random_weight": 0}),
-        "sku-no-pd": ComparisonRun("SKU without PD", "ablation", flags={"normal_weight": 0}),
-        "sku-pd-turned": ComparisonRun("SKU, PD's sign turned", "ablation", flags=turned),
-        **recipe.more_runs,
-    }
+# What reproduce.py --search tries: for every method the same number of trials.
 
 
-def flags_of(recipe: Recipe, run: ComparisonRun) -> dict[str, object]:
-    """All flags of a run."""
-    defaults = METHODS[run.method].settings
-    shared = {name: value for name, value in recipe.shared.items() if name not in defaults}
-    own = recipe.sku if run.method == "sku" else {"method": run.method}
-    return {**shared, **own, **run.flags}
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds; `log`: all orders of magnitude are as likely."""
+
+    low: float
+    high: float
+    log: bool = True
+
+
+RATES = Range(2e-6, 2e-4)
+STEP_SHARES = (0.25, 0.5, 1.0)  # of the recipe's steps
+WEIGHT_FACTORS = (1 / 30, 3.0)  # of a weight's default; a method's first weight stays, since AdamW ignores their scale
+LANDING_ALPHAS = Range(1.0, 6.0, log=False)  # of a method that is trained for one alpha
+ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)  # at which every other task vector is measured; that costs no training
+PARAMETER_RANGES = {"beta": Range(0.03, 3.0), "gamma": Range(0.0, 2.0, log=False), "rmu_coef": Range(1.0, 100.0)}
+MORE_RANGES = {"dpo": {"normal_weight": Range(0.03, 3.0)}}  # by method, in place of those that follow from its defaults
+UTILITY_BUDGET = 0.2  # by which share normal perplexity may rise above the base's
+
+Space = Mapping[str, Range | tuple[int, ...]]
+
+
+def search_space(run: ComparisonRun) -> Space:
+    """What a search varies of a row: its flags by name, each with a range or with choices."""
+    method = METHODS[run.method]
+    flags: dict = {**DEFAULTS, **method.settings, **run.flags}
+    steps = sorted({max(1, round(share * flags["max_unlearn_steps"])) for share in STEP_SHARES})
+    space: dict[str, Range | tuple[int, ...]] = {"lr": RATES, "max_unlearn_steps": tuple(steps)}
+    _, *weights = [flag for flag in WEIGHTS if getattr(method, flag) and flags[flag]]
+    for flag in weights:
+        low, high = sorted(factor * flags[flag] for factor in WEIGHT_FACTORS)
+        space[flag] = Range(low, high)
+    space |= {flag: PARAMETER_RANGES[flag] for flag in PARAMETERS if flag in method.settings and flag != "rmu_layer"}
+    if method.negates and uses_landing_point(flags):
+        space["scaling_coef"] = LANDING_ALPHAS
+    return {**space, **MORE_RANGES.get(run.method, {})}
+
+
+def swept_alphas(run: ComparisonRun) -> tuple[float, ...]:
+    """The alphas at which a trial of this row is measured; none where the training decides."""
+    method = METHODS[run.method]
+    flags: dict = {**DEFAULTS, **method.settings, **run.flags}
+    return ALPHAS if method.negates and not uses_landing_point(flags) else ()
+
+
+def read_recipe(name: str) -> Recipe:
+    """A recipe by its name in RECIPES, or from a file that a search wrote. Raises UserError: there is none."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".json"):
+        known = ", ".join(RECIPES)
+        raise UserError(
+            f"there is no recipe for {name}: add one to recipes.py, or give --recipe FILE.json or one of {known}"
+        )
+    content = read_json(Path(name))
+    try:
+        rows = {row: ComparisonRun(**run) for row, run in content["rows"].items()}
+        if unknown := [run.method for run in rows.values() if run.method not in METHODS]:
+            raise ValueError(f"there is no method {unknown[0]}")
+        return Recipe(rows, frozenset(content["chosen_on"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is not a recipe ({error}): give a file that reproduce.py --search wrote") from None
+
+
+def write_recipe(file: Path, recipe: Recipe, about: Mapping[str, object]) -> None:
+    """Write a recipe for `read_recipe`.
+
+    Args:
+        about: what else the file says: on which model and data the settings were chosen, and how.
+    """
+    rows = {name: asdict(run) for name, run in recipe.rows.items()}
+    content = {**about, "rows": rows, "chosen_on": sorted(recipe.chosen_on)}
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,6 @@ The hyper-parameters are in recipes.py, by model name (--recipe takes another mo
 by the seed. What OUTPUT holds already is not done again: after an interruption give the same command.
 """
 
-import gc
 import json
 import shlex
 import sys
@@ -25,14 +24,12 @@ from typing import Any
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import transformers
 from accelerate import PartialState
 
-from harmful_unlearn import unlearn_harm_new
 from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
+from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
@@ -42,18 +39,14 @@ from harmful_unlearn.evals.prompt_sets import EvalData
 from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
-from harmful_unlearn.models.loading import load_config, load_tokenizer
-from harmful_unlearn.recipes import RECIPES, ComparisonRun, flags_of, runs_of
+from harmful_unlearn.models.loading import load_config
+from harmful_unlearn.recipes import RECIPES, ComparisonRun, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
-from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.flags import parse_flags as training_flags
-from harmful_unlearn.training.resume import FREE_FLAGS
-
-# Flags of unlearn_harm_new.py that may have changed since a model was trained.
-IGNORED_FLAGS = FREE_FLAGS - {"gradient_checkpointing", "device_map"} | {"template", "system_prompt"}
+from harmful_unlearn.trainings import as_words, plan, train
 
 
 # fmt: off
@@ -84,7 +77,7 @@ class ComparisonSettings(MeasuringSettings):
     @property
     def compared_runs(self) -> dict[str, ComparisonRun]:
         """The rows of the report, by name, in the recipe's order."""
-        return {name: run for name, run in runs_of(RECIPES[self.recipe]).items() if name in self.runs}
+        return {name: run for name, run in read_recipe(self.recipe).rows.items() if name in self.runs}
 
     @property
     def training_data(self) -> dict[str, str]:
@@ -92,6 +85,10 @@ class ComparisonSettings(MeasuringSettings):
         names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "system_prompt")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return given if self.template == "auto" else {**given, "template": self.template}
+
+    def all_flags(self, flags: Mapping[str, object], seed: int) -> dict[str, object]:
+        """A row's flags, with those that all rows share."""
+        return {"model_name": self.model_name, **self.training_data, **flags, "seed": seed}
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
@@ -159,17 +156,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:
     """Train and measure all models of a seed, and add what was measured to the comparison. Raises UserError."""
-    own, recipe = settings.of_seed(seed), RECIPES[settings.recipe]
+    own, recipe = settings.of_seed(seed), read_recipe(settings.recipe)
     is_first = seed == settings.seeds[0]
     if own.harm_category:  # an unknown kind would otherwise be noticed after all other trainings
         flags = training_flags([*as_words(own.training_data), *own.train_flags])
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
     base = hub.resolve_model(own.model_name, weights=False)
-    sku = {**recipe.shared, **recipe.sku}
-    plans = {name: plan(own, base, seed, name, flags_of(recipe, run)) for name, run in own.compared_runs.items()}
+
+    def planned_row(name: str, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
+        return plan(own.output / f"seed-{seed}" / name, base, own.all_flags(flags, seed), own.train_flags)
+
+    plans = {name: planned_row(name, run.flags) for name, run in own.compared_runs.items()}
     kinds = {
-        kind: plan(own, base, seed, f"category-{kind.replace('/', '-')}", {**sku, "harm_category": kind})
+        kind: planned_row(f"category-{kind.replace('/', '-')}", {**recipe.rows["sku"].flags, "harm_category": kind})
         for kind in own.harm_category
     }
 
@@ -241,75 +241,6 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         comparison.categories += evaluation.categories(vectors)
 
 
-def plan(
-    settings: ComparisonSettings, base: Path, seed: int, name: str, flags: Mapping[str, object]
-) -> tuple[TrainedModel, list[str]]:
-    """A model to train, or that is there already, and the words of its command. Raises UserError: it is another one.
-
-    Args:
-        base: the folder of the base model.
-        flags: of the run.
-    """
-    folder = settings.output / f"seed-{seed}" / name
-    words = as_words({"model_name": settings.model_name, **settings.training_data, **flags, "seed": seed})
-    words += settings.train_flags
-    model = TrainedModel(folder, f"python harmful_unlearn/unlearn_harm_new.py {shlex.join(words)}")
-    words += as_words({"model_save_dir": model.finetuned, "task_vector_saving_path": model.unlearned})
-    words += ["--log_file", str(folder / "run.log"), "--overwrite"]
-    if (model.finetuned / "run.json").is_file():
-        check_same_flags(model, training_flags(words), base)
-        words += ["--stage", "negate"]
-    return model, words
-
-
-def train(model: TrainedModel, words: list[str]) -> TrainedModel:
-    """Run unlearn_harm_new.py with these words, as far as its models are not there yet.
-
-    A run whose losses stop being finite, or whose data lack safe answers, has failed: that is noted in its folder, and
-    it is not tried again.
-
-    Raises:
-        UserError: training cannot start.
-    """
-    failure = model.folder / "failed.txt"
-    if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{model.command}\n"):
-        failure.unlink()  # the recipe has changed since
-    if not failure.exists() and not (model.unlearned / "run.json").is_file():
-        print(f"\n$ {model.command}", flush=True)
-        try:
-            unlearn_harm_new.main(words)
-        except (Diverged, NoSafeAnswers) as error:
-            write_file(failure, f"not trained: {error}\n{model.command}\n")
-        gc.collect()  # the model and its optimizer refer to each other; the next training needs their memory
-        torch.cuda.empty_cache()
-    if failure.exists():
-        model = replace(model, failure=failure.read_text(encoding="utf-8").splitlines()[0])
-        print(f"{model.folder.name}: {model.failure}")
-    return model
-
-
-def as_words(flags: Mapping[str, object]) -> list[str]:
-    """Flags as a command line has them."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def check_same_flags(model: TrainedModel, wanted: TrainingSettings, base: Path) -> None:
-    """Raises UserError: the model was trained with other flags. The template is compared by what it resolves to."""
-    had = {**training_flags([]).to_json(), **model.record.flags}
-    for name, value in wanted.to_json().items():
-        if name not in IGNORED_FLAGS and value != had.get(name):
-            raise UserError(
-                f"{model.folder} was trained with --{name} {had.get(name)}, and the recipe has {value} now: "
-                "remove that folder, or give another --output"
-            )
-    template = wanted.template_choice.of(load_tokenizer(base, load_config(base)))
-    if model.record.prompt_template not in (None, template.text):
-        raise UserError(
-            f"{model.folder} was trained in the template {model.record.prompt_template!r}, and the flags say "
-            f"{template.text!r}: give its --template and --system_prompt, or another --output"
-        )
-
-
 def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     """The flags."""
     title, _, usage = __doc__.partition("\n")
@@ -322,12 +253,12 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     if args.part == "validation" and args.harm_category:
         parser.error("kinds of harm are measured on test prompts: leave --harm_category out with --part validation")
     recipe = args.recipe or args.model_name
-    if recipe not in RECIPES:
-        known = ", ".join(RECIPES)
-        parser.error(f"there is no recipe for {recipe}: add one to recipes.py, or give --recipe: {known}")
-    known_runs = runs_of(RECIPES[recipe])
+    try:
+        known_runs = read_recipe(recipe).rows
+    except UserError as error:
+        parser.error(str(error))
     negating = [name for name, run in known_runs.items() if METHODS[run.method].negates]
-    runs = args.runs or list(known_runs)
+    runs = args.runs or [name for name, run in known_runs.items() if run.by_default]
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag_name, given, choices in (("runs", runs, [*known_runs]), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]

@@ -14,7 +14,7 @@ from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.files.answers import read_answers
 from harmful_unlearn.evaluation import main as evaluate
-from harmful_unlearn.recipes import Recipe
+from harmful_unlearn.recipes import recipe
 from harmful_unlearn.reproduce import main as reproduce
 from harmful_unlearn.unlearn_harm_new import main as unlearn
 from task_vector import main as negate
@@ -138,7 +138,7 @@ def test_a_comparison_continues_in_its_own_template_only(world, tmp_path, monkey
     """A model that was trained before there were templates, and flags that resolve to the same one."""
     weights = {"bad_weight": 1, "random_weight": 1, "normal_weight": 0.1}
     shared = {"max_unlearn_steps": 2, "batch_size": 2, "max_length": 100}
-    monkeypatch.setitem(recipes.RECIPES, "tiny", Recipe(shared, weights, {"ft": {}}))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", recipe(shared, weights, {"ft": {}}))
     data = f"--harmful_dataset {world}/data/harmful.jsonl --normal_dataset {world}/data/normal.csv"
     asked = "--n_seen 2 --n_unseen 2 --n_normal 2 --max_new_tokens 4 --decoding greedy --precision fp32"
     command = f"--model_name {world}/base --recipe tiny --output {tmp_path} {data} {asked}".split()

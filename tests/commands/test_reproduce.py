@@ -5,20 +5,19 @@ import shutil
 
 import pytest
 
-from harmful_unlearn import recipes, reproduce
+from harmful_unlearn import recipes, trainings
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation
 from harmful_unlearn.models import loading
-from harmful_unlearn.recipes import Recipe
+from harmful_unlearn.recipes import recipe
 from harmful_unlearn.reproduce import main, parse_flags
 from tests.helpers.inputs.world import make_world
 
-TINY = Recipe(
-    shared={"max_unlearn_steps": 3, "batch_size": 2, "lr": 1e-3, "precision": "fp32"},
-    sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.5},
-    baselines={"ft": {}, "task_vector": {}},
-)
+SHARED = {"max_unlearn_steps": 3, "batch_size": 2, "lr": 1e-3, "precision": "fp32"}
+SKU = {"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.5}
+BASELINES = {"ft": {}, "task_vector": {}}
+TINY = recipe(SHARED, SKU, BASELINES)
 KINDS = ("Economic Crime", "Environmental Damage")
 
 
@@ -194,7 +193,7 @@ def test_a_run_that_was_killed_continues_to_the_same_tables(stop_at, whole, worl
     """Stopped once in the middle of one of its parts, then given the same command."""
     calls = []
     where, name, call = {
-        "train": (reproduce.unlearn_harm_new, "main", 4),
+        "train": (trainings.unlearn_harm_new, "main", 4),
         "answers": (evaluator, "generate", 3),
         "sweep": (SeedEvaluation, "sweep", 2),
     }[stop_at]
@@ -225,7 +224,7 @@ def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
     # results.json says when it was written.
     files = [f for f in (whole / "seed-0").rglob("*") if f.is_file() and f.name != "results.json"]
     content = {file: file.read_bytes() for file in files}
-    monkeypatch.setattr(reproduce.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainings.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     main(flags(world, whole))
     assert without_times(before) == without_times(comparison_of(whole))
@@ -235,20 +234,20 @@ def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
 def test_a_harmful_model_without_its_unlearned_model_is_negated_not_trained(whole, world, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "seed-0" / "sku" / "unlearned")
-    monkeypatch.setattr(reproduce.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainings.unlearn_harm_new, "acquire", lambda *_: pytest.fail("trained again"))
     main(flags(world, tmp_path / "out"))
     assert (tmp_path / "out" / "seed-0" / "sku" / "unlearned" / "model.safetensors").is_file()
 
 
 def test_a_changed_recipe_is_refused(whole, world, monkeypatch):
-    changed = Recipe({**TINY.shared, "lr": 5e-4}, TINY.sku, TINY.baselines)
+    changed = recipe({**SHARED, "lr": 5e-4}, SKU, BASELINES)
     monkeypatch.setitem(recipes.RECIPES, "tiny", changed)
     with pytest.raises(UserError, match="--lr 0.001"):
         main(flags(world, whole))
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so(world, tmp_path, monkeypatch):
-    wild = Recipe({**TINY.shared, "lr": 1e-3}, TINY.sku, {"ft": {"lr": 1e18}})
+    wild = recipe(SHARED, SKU, {"ft": {"lr": 1e18}})
     monkeypatch.setitem(recipes.RECIPES, "tiny", wild)
     arguments = flags(world, tmp_path, "--runs", "ft", "sku", "--alpha_sweep", "1", parts=False)
     for _ in range(2):  # the second time without trying again
@@ -307,7 +306,7 @@ def test_what_is_not_there_is_named_before_any_training(wrong, named, world, tmp
         ["--alpha_sweep", "0,1,...,2.5"],
         ["--alpha_sweep", "a"],
         ["--alpha_sweep", "1,0,...,2"],
-        ["--runs", "dpo"],
+        ["--runs", "kto"],
         ["--sweep_runs", "ft"],
         ["--recipe", "gpt"],
         ["--seeds"],
