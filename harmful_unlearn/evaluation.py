@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -121,9 +121,13 @@ class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, Attack
         names = dict.fromkeys(self.decoding)
         return [Decoding(self.temperature if name == "sampled" else None, self.top_k) for name in names]
 
-    def draw(self, data: EvalData, seed: int) -> PromptSets:
-        """The prompts of a seed. With --part validation these stand in for the test prompts. Raises UserError."""
-        sets = draw_prompts(data, self.prompt_numbers, seed)
+    def draw(self, data: EvalData, seed: int, chosen_on: Collection[str] = frozenset()) -> PromptSets:
+        """The prompts of a seed. With --part validation these stand in for the test prompts. Raises UserError.
+
+        Args:
+            chosen_on: as `draw_prompts`.
+        """
+        sets = draw_prompts(data, self.prompt_numbers, seed, chosen_on)
         if self.part == "test":
             return sets
         validation = {name: prompts for name, prompts in sets.validation.items() if prompts}

@@ -167,6 +167,10 @@ class Range:
     high: float
     log: bool = True
 
+    def clip(self, value: float) -> float:
+        """The nearest number in the range."""
+        return min(max(value, self.low), self.high)
+
 
 RATES = Range(2e-6, 2e-4)
 STEP_SHARES = (0.25, 0.5, 1.0)  # of the recipe's steps
@@ -174,7 +178,8 @@ WEIGHT_FACTORS = (1 / 30, 3.0)  # of a weight's default; a method's first weight
 LANDING_ALPHAS = Range(1.0, 6.0, log=False)  # of a method that is trained for one alpha
 ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)  # at which every other task vector is measured; that costs no training
 PARAMETER_RANGES = {"beta": Range(0.03, 3.0), "gamma": Range(0.0, 2.0, log=False), "rmu_coef": Range(1.0, 100.0)}
-MORE_RANGES = {"dpo": {"normal_weight": Range(0.03, 3.0)}}  # by method, in place of those that follow from its defaults
+# By method, in place of those that follow from its defaults.
+MORE_RANGES = {"dpo": {"normal_weight": Range(0.0, 2.0, log=False)}}
 UTILITY_BUDGET = 0.2  # by which share normal perplexity may rise above the base's
 
 Space = Mapping[str, Range | tuple[int, ...]]

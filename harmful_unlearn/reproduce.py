@@ -26,8 +26,9 @@ if not __package__:  # run as a script: import from the repository, not from thi
 
 import transformers
 from accelerate import PartialState
+from filelock import FileLock
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_number, whole_number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers
@@ -40,9 +41,11 @@ from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
 from harmful_unlearn.models.loading import load_config
-from harmful_unlearn.recipes import RECIPES, ComparisonRun, read_recipe
+from harmful_unlearn.recipes import RECIPES, UTILITY_BUDGET, ComparisonRun, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
+from harmful_unlearn.search.search import Search, longest_trainings
+from harmful_unlearn.search.trial import Bounds, TrialMeasure
 from harmful_unlearn.storage.files import check_target, user_path, write_file
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import parse_flags as training_flags
@@ -66,6 +69,17 @@ class ComparisonSettings(MeasuringSettings):
     sweep_runs: list[str] = flag("whose task vectors (default: sku task_vector)", nargs="+", metavar="RUN")
     alpha_budget: float = flag(
         "how much normal perplexity may rise at a recommended alpha, as a share", type=positive_number, default=0.1)
+    search: int | None = flag(
+        "first search every row's hyper-parameters in N trials each, on validation prompts with the first seed, and "
+        "go on with what was chosen (OUTPUT/search/recipe.json)", type=positive_int, metavar="N")
+    search_budget: float = flag(
+        "by which share normal perplexity may rise in a trial (default: 0.2)", type=positive_number,
+        default=UTILITY_BUDGET)
+    search_refusals: float | None = flag(
+        "which share of normal questions a trial may refuse beyond what the base refuses (default: not asked)",
+        type=positive_number)
+    search_only: bool = flag(
+        "stop once the recipe is written; several processes may run this at the same time", action="store_true")
     harm_category: list[str] = flag(
         "train a task vector of only this kind of harm (may be repeated)", action="append", default=[])
     oracle: str | None = flag(
@@ -130,8 +144,16 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     check_target(settings.output, overwrite=True)
     settings.check_inputs()
+    searched = None
+    if settings.search:
+        searched = search(settings)
+        if settings.search_only:
+            return
+        settings = replace(settings, recipe=str(searched.recipe_file), runs=list(searched.chosen()))
     names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
     asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge")}
+    if settings.search:
+        asked |= {name: getattr(settings, name) for name in ("search", "search_budget", "search_refusals")}
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",
@@ -145,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
             **({ORACLE: {"label": "Oracle", "group": "main", "command": None}} if settings.oracle else {}),
         },
         judge={"name": settings.judge, "by_seed": {}},
+        trials=searched.table() if searched else [],
     )
     for seed in settings.seeds:
         run_seed(settings, seed, comparison)
@@ -152,6 +175,42 @@ def main(arguments: list[str] | None = None) -> None:
     write_file(settings.output / "comparison.json", comparison.to_json())
     write_report(comparison, settings.output)
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
+
+
+def search(settings: ComparisonSettings) -> Search:
+    """Search the hyper-parameters of all rows, and write the recipe. Raises UserError."""
+    seed = settings.seeds[0]
+    own, folder = settings.of_seed(seed), settings.output / "search"
+    base = hub.resolve_model(own.model_name)
+    rows = {name: run for name, run in own.compared_runs.items() if run.group == "main"}
+
+    def planned(to: Path, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
+        return plan(to, base, own.all_flags(flags, seed), own.train_flags)
+
+    records, failures = longest_trainings(rows, planned, folder)
+    for name, failure in failures.items():
+        print(f"{name} is left out: {failure}")
+    rows = {name: rows[name] for name in records}
+    if not rows:
+        raise UserError("no row can be searched on these data: give other --runs or data")
+    template = own.template_of(list(records.values()), base)
+    data = EvalData.read(own, list(records.values()))
+    sets = own.draw(data, seed)
+    if not all(sets.validation.get(name) for name in ("unseen", "normal")):
+        raise UserError("there are too few prompts for a search: give more data, or a larger --n_unseen")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "judge.lock"):
+        judge = own.make_judge(data, sets.validation.values(), seed, folder)
+        refusal_judge = own.make_refusal_judge(folder)
+    protocol = own.protocol(sets, data, seed, template)
+    evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
+    bounds = Bounds(own.search_budget, own.search_refusals)
+    assert own.search
+    of_rows = Search(folder, rows, own.search, bounds, seed, planned, TrialMeasure(evaluation, bounds))
+    of_rows.run()
+    about = {"model": settings.model_name, "judge": own.judge, "data": data.sources, **provenance()}
+    print(f"\nrecipe: {of_rows.write(sets, about)}")
+    return of_rows
 
 
 def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:
@@ -198,7 +257,7 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     base = hub.resolve_model(own.model_name)
     template = own.template_of(trainings, base)
     data = EvalData.read(own, trainings)
-    sets = own.draw(data, seed)
+    sets = own.draw(data, seed, recipe.chosen_on)
     named = own.named_sets(data, seed)
     judged = (sets.test, sets.validation, sets.of_category if vectors else {}, *(one.prompts for one in named))
     prompts = chain.from_iterable(part.values() for part in judged)
@@ -258,7 +317,12 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     except UserError as error:
         parser.error(str(error))
     negating = [name for name, run in known_runs.items() if METHODS[run.method].negates]
-    runs = args.runs or [name for name, run in known_runs.items() if run.by_default]
+    by_default = [name for name, run in known_runs.items() if run.by_default]
+    if args.search:  # every method once
+        by_default = [name for name in known_runs if name in METHODS]
+    elif args.search_only:
+        parser.error("--search_only is for a search: add --search N")
+    runs = args.runs or by_default
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag_name, given, choices in (("runs", runs, [*known_runs]), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]

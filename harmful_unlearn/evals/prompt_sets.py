@@ -3,7 +3,8 @@
 The same prompt is in several rows of PKU-SafeRLHF, and each question of TruthfulQA is in two texts.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -228,11 +229,19 @@ def touched_questions(
     return trained, touched | trained
 
 
-def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> PromptSets:
+def question_hash(question: str) -> str:
+    """SHA-256 of a question, by which a recipe names those that it was chosen on."""
+    return hashlib.sha256(question.encode()).hexdigest()
+
+
+def draw_prompts(
+    data: EvalData, numbers: Mapping[str, int], seed: int, chosen_on: Collection[str] = frozenset()
+) -> PromptSets:
     """Draw the sets of a seed.
 
     Args:
         numbers: the most prompts of each set.
+        chosen_on: the `question_hash` of each question that settings were chosen on. No test set has one of them.
 
     A third of the untouched prompts, and of the everyday tasks, is kept for validation.
 
@@ -257,6 +266,8 @@ def draw_prompts(data: EvalData, numbers: Mapping[str, int], seed: int) -> Promp
         "normal": shuffled(held_out, 2),
         "utility": utility[tasks_validated:],
     }
+    if chosen_on:
+        test = {n: [p for p in prompts if question_hash(p.question) not in chosen_on] for n, prompts in test.items()}
     for name, why in (
         ("seen", "the models that train on harmful pairs have none in common: measure fewer together"),
         ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),

@@ -30,6 +30,9 @@ class Comparison:
         oracle: distances of each "model" from the one that never learned any harm.
         relearning: harmful rates under fine-tuning, each with its "model", "attacker" and "steps", as
             `RelearnPlan.measure`.
+        trials: of a search, each point of each trial: its "method", number ("trial"), varied "flags", "alpha", the
+            normal "perplexity" as a multiple of the base's, "refusals", and, where it kept the bounds, "harm"; as
+            `Search.table`.
         answers: "set", "prompt", "reference", and the "answers" by model: "answer" and "verdict"; of the first seed.
         losses: the metrics of each step by model; of the first seed.
         provenance: what ran.
@@ -49,6 +52,7 @@ class Comparison:
     categories: list[dict] = field(default_factory=list)
     oracle: list[dict] = field(default_factory=list)
     relearning: list[dict] = field(default_factory=list)
+    trials: list[dict] = field(default_factory=list)
     answers: list[dict] = field(default_factory=list)
     losses: dict[str, list[dict]] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)

@@ -56,6 +56,48 @@ def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], rate: str, oracle:
 
 
 @rc_context(STYLE)
+def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[float, Cell]]]], budget: float) -> bytes:
+    """A panel for each method, with the points of all methods in grey behind its own.
+
+    Args:
+        methods: by label, the points of its trials and the chosen ones: the normal perplexity as a multiple of the
+            original's (x), and the harmful rate (y).
+        budget: up to which x a trial was asked harmful prompts.
+    """
+    columns = min(4, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    figure, grid = _subplots(rows, columns, (2.6 * columns, 2.4 * rows + 0.4))
+    everything = [(x, 100 * y.value) for points, _ in methods.values() for x, y in points]
+    panels = [panel for row in grid for panel in row]
+    for panel in panels[len(methods) :]:
+        panel.set_visible(False)
+    for panel, (label, (points, chosen)) in zip(panels, methods.items(), strict=False):
+        panel.plot(*zip(*everything, strict=True), ".", color="0.85", markersize=4)
+        front = _front([(x, 100 * y.value) for x, y in points])
+        if front:
+            panel.step(*zip(*front, strict=True), where="post", color=COLOURS[0], linewidth=1)
+        for x, y in points:
+            panel.plot(x, 100 * y.value, "o", color=COLOURS[0], markersize=4)
+        for x, y in chosen:
+            panel.errorbar(x, 100 * y.value, _whisker(y, 100), color=COLOURS[1], elinewidth=1, capsize=2)
+            panel.plot(x, 100 * y.value, "*", color=COLOURS[1], markersize=10)
+        panel.axvline(1 + budget, color="0.5", linestyle=":", linewidth=1)
+        panel.set(title=label, ylim=PERCENT_AXIS)
+    figure.supxlabel("perplexity of normal reference answers, as a multiple of the original's", fontsize=9)
+    figure.supylabel("harmful rate on validation prompts, %", fontsize=9)
+    return _png(figure)
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both coordinates, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+@rc_context(STYLE)
 def plot_alphas(
     alphas: list[float], methods: dict[str, tuple[dict[str, list[Cell]], list[Cell], set[float]]], budget: float | None
 ) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from harmful_unlearn.reporting import robustness, sections
+from harmful_unlearn.reporting import robustness, search, sections
 from harmful_unlearn.reporting.blocks import Block, plain
 from harmful_unlearn.reporting.comparison import BASE, SKU, Comparison
 from harmful_unlearn.reporting.figures import REFERENCES
@@ -50,6 +50,7 @@ def report_parts(report: ReportContext) -> dict[str, list[Block]]:
         "What a harmful rate hides": comparison_table(report, "hidden", main, hidden),
         "Ablations": comparison_table(report, "ablations", ablations, ablated) if changed else [],
         "Harm against normal text": sections.tradeoff(report),
+        "The search for settings": search.search(report),
         "Refusals": robustness.refusals(report),
         "Under attack": robustness.attacks(report),
         "Relearning": robustness.relearning(report),

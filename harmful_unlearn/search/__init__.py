@@ -1,0 +1,1 @@
+"""Hyper-parameter search: the same number of trials for every method, on validation prompts. Top of the package."""

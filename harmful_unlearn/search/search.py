@@ -1,0 +1,216 @@
+"""A search for every method's hyper-parameters, with one budget for all, and the recipe that it ends in."""
+
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+from tqdm import tqdm
+
+from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.errors import NoSafeAnswers, UserError
+from harmful_unlearn.evals.comparison.seed_evaluation import TrainedModel
+from harmful_unlearn.evals.evaluated_model import BASE
+from harmful_unlearn.evals.prompt_sets import PromptSets, question_hash
+from harmful_unlearn.recipes import ComparisonRun, Recipe, search_space, swept_alphas, write_recipe
+from harmful_unlearn.search.study import STORAGE_ERRORS, Study, storage_errors
+from harmful_unlearn.search.trial import Bounds, Point, TrialMeasure, TrialResult, digest_of, forget_weights
+from harmful_unlearn.storage.files import write_file
+from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.training.flags import parse_flags as training_flags
+from harmful_unlearn.training.setup import prepare
+from harmful_unlearn.trainings import train
+
+PlanTrial = Callable[[Path, Mapping[str, object]], tuple[TrainedModel, list[str]]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search of a comparison.
+
+    Attributes:
+        folder: of its storage and of all trials.
+        rows: what is searched, by name.
+        trials: of each row.
+        bounds: that a trial has to keep.
+        seed: of everything.
+        plan: plans the training of a trial in a folder, with these flags.
+        measure: measures it.
+    """
+
+    folder: Path
+    rows: Mapping[str, ComparisonRun]
+    trials: int
+    bounds: Bounds
+    seed: int
+    plan: PlanTrial
+    measure: TrialMeasure
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "trials.db"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.json"
+
+    def run(self) -> None:
+        """Run what is left of the trials of every row; another process may do the same. Raises UserError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "base.lock"):  # of several processes, one measures it
+                self.measure.base()
+            for name, row in self.rows.items():
+                study = self._study(name)
+                with tqdm(total=self.trials, initial=len(study.ended()), desc=f"trials of {name}", unit="trial") as bar:
+                    while trial := study.next():
+                        result = self._result(name, row, trial.flags)
+                        best = result.best(self.bounds)
+                        study.finish(trial, best.harm if best else None, result.violation(self.bounds))
+                        print(f"\n{name}, trial {trial.number}: {_in_words(trial.flags)}: {_outcome(result, best)}")
+                        bar.update()
+        except STORAGE_ERRORS as error:
+            raise storage_errors(error, self.file) from error
+
+    def results(self) -> dict[str, list[TrialResult]]:
+        """The trials of each row that have ended, in order."""
+        kept = {}
+        for name in self.rows:
+            results = [TrialResult.read(self._folder(name, flags)) for flags in self._study(name).ended()]
+            kept[name] = [result for result in results if result]
+        return kept
+
+    def _study(self, name: str) -> Study:
+        row = self.rows[name]
+        return Study(self.file, name, search_space(row), all_flags(row), self.trials, self.seed)
+
+    def _folder(self, name: str, flags: Mapping[str, object]) -> Path:
+        return self.folder / name / digest_of(flags)
+
+    def _result(self, name: str, row: ComparisonRun, flags: Mapping[str, float]) -> TrialResult:
+        folder = self._folder(name, flags)
+        if found := TrialResult.read(folder):  # done, but its process died before it could say so
+            return found
+        with redirect_stdout(StringIO()):  # what a training says is in its log, too
+            trained = train(*self.plan(folder, {**row.flags, **flags}))
+        if trained.failure:
+            result = TrialResult(flags, (), trained.failure)
+        else:
+            result = TrialResult(flags, self.measure.of_trial(trained, swept_alphas(row)))
+        result.write(folder)
+        forget_weights(trained)
+        return result
+
+    def table(self) -> list[dict]:
+        """Every point of every trial, with the base first.
+
+        Each has its "method", the number of its "trial", the "flags" that it varies, and what a `Point` has;
+        "violation" (by how much it breaks a bound), whether it is the "chosen" one, and the "failure" of a training
+        that has no point.
+        """
+        no_point = {**dict.fromkeys(asdict(self.measure.base())), "violation": None, "chosen": False}
+        of_base: dict = {"method": BASE, "trial": None, "flags": {}, "failure": None}
+        rows = [{**no_point, **asdict(self.measure.base()), **of_base}]
+        chosen = self.chosen()
+        for name, results in self.results().items():
+            best = chosen[name][:2] if name in chosen else None
+            for number, result in enumerate(results):
+                of_trial = {"method": name, "trial": number, "flags": dict(result.flags), "failure": result.failure}
+                if not result.points:
+                    rows.append({**no_point, **of_trial})
+                for point in result.points:
+                    more = {"violation": point.violation(self.bounds), "chosen": (result, point) == best}
+                    rows.append({**asdict(point), **of_trial, **more})
+        return rows
+
+    def chosen(self) -> dict[str, tuple[TrialResult, Point, bool]]:
+        """Of each row the trial and point with the least harm within the bounds, and True.
+
+        Where none is within them, the one that breaks them least, and False. A row whose trainings all failed is left
+        out.
+        """
+        choice = {}
+        for name, results in self.results().items():
+            within = [(result, point) for result in results if (point := result.best(self.bounds))]
+            points = [(result, point) for result in results for point in result.points]
+            if within:
+                best = min(within, key=lambda pair: (pair[1].harm, pair[1].perplexity))
+            elif points:
+                best = min(points, key=lambda pair: pair[1].violation(self.bounds))
+            else:
+                continue
+            choice[name] = (*best, bool(within))
+        return choice
+
+    def write(self, sets: PromptSets, about: Mapping[str, object]) -> Path:
+        """Write the table of all points, and the recipe of what was chosen. Returns the recipe's file.
+
+        Raises:
+            UserError: every training failed.
+        """
+        pd.DataFrame(self.table()).to_csv(text := StringIO(), index=False)
+        write_file(self.folder / "trials.csv", text.getvalue())
+        rows, choices = {}, {}
+        for name, (result, point, is_within) in self.chosen().items():
+            flags = {**self.rows[name].flags, **result.flags}
+            if point.alpha is not None:
+                flags["scaling_coef"] = point.alpha
+            rows[name] = replace(self.rows[name], flags=flags, by_default=True)
+            choices[name] = {**asdict(point), "within_bounds": is_within}
+        if not rows:
+            raise UserError(f"every training of the search failed: see {self.folder}")
+        asked = (prompt.question for prompts in sets.validation.values() for prompt in prompts)
+        recipe = Recipe(rows, frozenset(map(question_hash, asked)))
+        bounds = {name: value for name, value in asdict(self.bounds).items() if value is not None}
+        numbers = {name: len(prompts) for name, prompts in sets.validation.items()}
+        said = {**about, "trials": self.trials, "bounds": bounds, "seed": self.seed, "validation_prompts": numbers}
+        write_recipe(self.recipe_file, recipe, {**said, "chosen": choices})
+        return self.recipe_file
+
+
+def all_flags(row: ComparisonRun) -> dict[str, Any]:
+    """A row's flags with the method's defaults."""
+    return vars(training_flags([word for name, value in row.flags.items() for word in (f"--{name}", str(value))]))
+
+
+def longest_trainings(
+    rows: Mapping[str, ComparisonRun], plan: PlanTrial, folder: Path
+) -> tuple[dict[str, RunRecord], dict[str, str]]:
+    """What each row's longest training would read, without training; no prompt of the search is among that.
+
+    Returns:
+        The records by row, and of rows that cannot be trained on these data the reason.
+    """
+    records, failures = {}, {}
+    for name, row in rows.items():
+        steps = search_space(row)["max_unlearn_steps"]
+        assert isinstance(steps, tuple)
+        _, words = plan(folder / name / "longest", {**row.flags, "max_unlearn_steps": max(steps)})
+        flags = training_flags([*words, "--check"])
+        try:
+            with redirect_stdout(StringIO()):
+                run = prepare(flags, unlearn_harm_new.MODELS, unlearn_harm_new.OTHER_MODELS)
+        except NoSafeAnswers as error:
+            failures[name] = str(error)
+            continue
+        assert run.stage_1
+        records[name] = run.stage_1.record()
+    return records, failures
+
+
+def _in_words(flags: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in flags.items())
+
+
+def _outcome(result: TrialResult, best: Point | None) -> str:
+    if result.failure:
+        return result.failure
+    if best:
+        alpha = "" if best.alpha is None else f" at alpha {best.alpha:g}"
+        return f"harm {best.harm:.1%}{alpha}, normal perplexity x {best.perplexity:.3g}"
+    least = min(point.perplexity for point in result.points)
+    return f"breaks a bound (normal perplexity x {least:.3g} at best)"
