@@ -113,7 +113,7 @@ class Search:
         that has no point.
         """
         no_point = {**dict.fromkeys(asdict(self.measure.base())), "violation": None, "chosen": False}
-        of_base: dict = {"method": BASE, "trial": None, "flags": {}, "failure": None}
+        of_base: dict = {"method": BASE, "trial": None, "flags": {}, "failure": None, "violation": 0.0}
         rows = [{**no_point, **asdict(self.measure.base()), **of_base}]
         chosen = self.chosen()
         for name, results in self.results().items():

@@ -140,7 +140,14 @@ def values_and_gradient(model, compute):
 
 @pytest.mark.parametrize("method", LATER)
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("way", ["packed", "plain rows, small passes", "the model's own head", "two processes"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "packed",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("the model's own head", "two processes")),
+        pytest.param("plain rows, small passes", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_is_the_papers_formula(method, lora, way, data, tiny_model, tokenizer, monkeypatch):
     architecture = "opt" if way == "plain rows, small passes" else "llama"
     limits = {"packed_up_to": 0 if "plain" in way else math.inf}
