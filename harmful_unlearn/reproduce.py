@@ -5,7 +5,7 @@ With the choice of alpha, two kinds of harm, and three seeds:
     python harmful_unlearn/reproduce.py --model_name facebook/opt-2.7b --output logs/reproduce \\
         --seeds 8888 8889 8890 --alpha_sweep 0,0.25,...,2 --harm_category "Cybercrime" --harm_category "Drugs"
 With settings that a search finds for every method, in 12 trials each:
-    python harmful_unlearn/reproduce.py --model_name M --output O --search 12 --seeds 0 1 2
+    python harmful_unlearn/reproduce.py --model_name facebook/opt-2.7b --output O --search 12 --seeds 0 1 2
 Only some rows, with other settings than the recipe's, on the prompts for choosing settings:
     python harmful_unlearn/reproduce.py --model_name B --recipe facebook/opt-2.7b --output O \\
         --runs sku task_vector --part validation --train_flags "--lr 5e-5"

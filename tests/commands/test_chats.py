@@ -134,6 +134,7 @@ def test_the_spot_check_follows_and_so_does_a_vector(world, tmp_path, capsys):
     assert "template chat" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_continues_in_its_own_template_only(world, tmp_path, monkeypatch):
     """A model that was trained before there were templates, and flags that resolve to the same one."""
     weights = {"bad_weight": 1, "random_weight": 1, "normal_weight": 0.1}

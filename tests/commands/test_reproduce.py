@@ -117,6 +117,7 @@ def test_settings_are_tried_on_prompts_that_no_test_asks(whole, world, tmp_path)
     assert comparison_of(tmp_path)["settings"]["part"] == "test"
 
 
+@pytest.mark.slow  # test_evaluation.py has the same attacks
 def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
     shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
     attacks = ["--attacks", "prefill", "long", "relearn", "--n_attacked", "3", "--long_tokens", "9"]

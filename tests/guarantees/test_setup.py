@@ -21,7 +21,13 @@ from harmful_unlearn.storage.provenance import CODE_VERSION
 PACKAGE = ROOT / "harmful_unlearn"
 # Imported only where a flag asks for it; the message then says what to install.
 OPTIONAL = {"bitsandbytes", "deepspeed", "lm_eval", "tensorboard", "vllm", "wandb"}
-IMPORT_NAMES = {"scikit-learn": "sklearn", "PyYAML": "yaml", "Jinja2": "jinja2", "Markdown": "markdown", "SQLAlchemy": "sqlalchemy"}
+IMPORT_NAMES = {
+    "scikit-learn": "sklearn",
+    "PyYAML": "yaml",
+    "Jinja2": "jinja2",
+    "Markdown": "markdown",
+    "SQLAlchemy": "sqlalchemy",
+}
 # Not run by this project, or not installed here, and yet not to be hidden.
 OTHER_LIBRARIES = {"evaluate", "metrics", "tables", "utils", "trl", "mergekit", "scipy", "bleurt_pytorch"}
 

@@ -11,7 +11,8 @@ def test_the_json_has_every_part_and_a_note_only_where_there_is_one():
     written = json.loads(data.to_json())
     assert list(written) == [
         "title", "model", "seeds", "command", "settings", "methods", "judge", "figures",
-        "attacks", "sweep", "recommended", "categories", "oracle", "relearning", "answers", "losses", "provenance",
+        "attacks", "sweep", "recommended", "categories", "oracle", "relearning", "trials", "answers",
+        "losses", "provenance",
     ]  # fmt: skip
     assert written["methods"]["ft"] == {
         "label": "FT", "group": "main", "command": "train --ft", "note": "seed 2: not trained",

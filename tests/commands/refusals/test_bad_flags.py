@@ -54,7 +54,7 @@ TABLE = {
     "a model's name too long for a file": Bad("evaluate", "--model " + 101 * "x" + "={tuned}", "NAME=PATH_OR_ID"),
     "4 bits without an adapter": Bad("unlearn", "--quantize 4bit --lora off", "--lora on"),
     "an unknown recipe": Bad("reproduce", "--recipe gpt", "recipes.py"),
-    "an unknown run": Bad("reproduce", "--runs dpo", "task_vector"),
+    "an unknown run": Bad("reproduce", "--runs kto", "task_vector"),
     "an unknown category": Bad("unlearn", ["--harm_category", "No Such Harm"], "take from"),
     "an unknown category, before any training": Bad("reproduce", ["--harm_category", "No Such Harm"], "take from"),
     "scales that reach no end": Bad("reproduce", "--alpha_sweep 0,1,...,inf", "0,0.25,...,2"),
