@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
-from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE
+from harmful_unlearn.data.prompt_format import PROMPT_TEMPLATE, Pair
 from harmful_unlearn.data.step_batches import StepBatches, run_sampler
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.data.truthfulqa import read_normal
@@ -186,4 +186,56 @@ def test_a_step_is_the_papers_formula(method, lora, way, data, tiny_model, token
     largest = max(gradient.abs().max() for gradient in gradients)
     assert largest > 1e-6
     for one, other in zip(ours_gradients, gradients, strict=True):
+        assert (one - other).abs().max() < 3e-4 * largest
+
+
+@pytest.mark.slow
+def test_dpo_is_trls(data, tiny_model, tokenizer, tmp_path):
+    """Value and gradient of trl's trainer on the same tokens; the other methods are not in trl."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    settings, model, base, parameters, batches = world(
+        "dpo", "llama", False, data, tiny_model, tokenizer, packed_up_to=math.inf
+    )
+    (batch,) = batches(STEP, CPU)
+    ours = objective.Objective(model, settings.loss_weights, base, parameters)
+    found, gradients = values_and_gradient(model, lambda: [ours(model, batch)])
+    for one in (model, base.model):
+        one.set_attn_implementation("sdpa")
+    arguments = trl.DPOConfig(
+        str(tmp_path),
+        beta=parameters.beta,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+    )
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = trl.DPOTrainer(model, base.model, arguments, train_dataset=rows, processing_class=tokenizer)
+    examples = []
+    for row in batches.sampler[STEP].harmful_rows:
+        pair = data["harmful"].pairs[row]
+        texts = batches.collator.encode([Pair(pair.question, data["harmful"].safe_answers[row]), pair])
+        start = texts[0].answer_start
+        assert texts[1].answer_start == start
+        examples.append(
+            {
+                "prompt_ids": texts[0].input_ids[:start],
+                "chosen_ids": texts[0].input_ids[start:],
+                "rejected_ids": texts[1].input_ids[start:],
+            }
+        )
+    inputs = DataCollatorForPreference(pad_token_id=1)(examples)
+
+    def by_trl():
+        loss = trainer.compute_loss(model, inputs)
+        yield loss, {"dpo": loss}
+
+    expected, theirs = values_and_gradient(model, by_trl)
+    assert found["dpo"] == pytest.approx(expected["dpo"], rel=1e-5)
+    largest = max(gradient.abs().max() for gradient in theirs)
+    for one, other in zip(gradients, theirs, strict=True):
         assert (one - other).abs().max() < 3e-4 * largest
