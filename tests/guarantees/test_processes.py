@@ -27,6 +27,11 @@ CASES = {
     "LoRA": ("qwen2", ["--lora", "on"]),
     "landing": ("llama", ["--method", "lands"]),
     "landing with LoRA": ("opt", ["--method", "lands", "--lora", "on"]),
+    "NPO": ("llama", ["--method", "npo"]),
+    "DPO in plain rows": ("opt", ["--method", "dpo", "--no_packing"]),
+    "Safe Unlearning with LoRA": ("qwen2", ["--method", "safe_unlearning", "--lora", "on"]),
+    "RMU": ("llama", ["--method", "rmu"]),
+    "RMU with LoRA, checkpointed": ("opt", ["--method", "rmu", "--lora", "on", "--gradient_checkpointing"]),
     "plain rows, checkpointed": ("llama", ["--no_packing", "--gradient_checkpointing"]),
 }
 
