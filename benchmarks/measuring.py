@@ -75,7 +75,8 @@ def needed_flops(model: PreTrainedModel, passes: Iterable[StepBatch], weights: M
     of_base = sum(_size(layer) for layer in layers if not layer.weight.requires_grad or not _has_adapter(model))
     head: Any = model.get_output_embeddings()
     terms = [LOSSES[name] for name, weight in weights.items() if weight]
-    read_by_base = {LOSSES[name].batch for name in weights if LOSSES[name].value == "kl"}
+    by_base = [term for term in terms if term.value == "kl" or (term.of_text and term.of_text.against_base)]
+    read_by_base = {term.batch for term in by_base}
     total = 0
     for step in passes:
         for name in {term.batch for term in terms}:

@@ -35,13 +35,20 @@ from harmful_unlearn.cli import FlagParser, device_map, exit_code, flag, positiv
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.asking import AttackSettings
-from harmful_unlearn.evals.evaluated_model import BASE, TemplateSettings, evaluated_model, load_model
+from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel, TemplateSettings, evaluated_model, load_model
 from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.files.results import write_attacks, write_prompts, write_results
 from harmful_unlearn.evals.inference import vllm_backend
 from harmful_unlearn.evals.inference.generation import TOKENS_PER_BATCH, Decoding
 from harmful_unlearn.evals.judges.base import Judge
-from harmful_unlearn.evals.judges.registry import judge_name, make_judge, make_refusal_judge, refusal_judge_name
+from harmful_unlearn.evals.judges.registry import (
+    judge_name,
+    make_judge,
+    make_refusal_judge,
+    make_relevance_judge,
+    refusal_judge_name,
+    relevance_judge_name,
+)
 from harmful_unlearn.evals.metrics import bleurt, lm_harness
 from harmful_unlearn.evals.metrics.figures import agreement, figures
 from harmful_unlearn.evals.named_sets import NamedSetSettings, check_named_sets, measure_named_sets
@@ -95,6 +102,12 @@ class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, Attack
         type=refusal_judge_name,
         default="phrases",
     )
+    relevance_judge: str = _asking(
+        "which answers fit their question: likelihood (those that the base finds likelier after it than after another "
+        "one, by more than real answers from shuffled ones show), hf:MODEL, openai:MODEL, or none",
+        type=relevance_judge_name,
+        default="likelihood",
+    )
     bleurt: str | None = _asking(
         f"BLEURT by this regression model (without a name: {bleurt.BLEURT})",
         nargs="?",
@@ -146,6 +159,20 @@ class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, Attack
     def make_refusal_judge(self, folder: Path) -> Judge:
         """The judge of refusals; `folder` is for its verdicts. Raises UserError."""
         return make_refusal_judge(self.refusal_judge, folder / "refusal_judge.jsonl", PartialState().device)
+
+    def make_relevance_judge(
+        self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path, base: EvaluatedModel
+    ) -> Judge | None:
+        """The judge of whether answers fit these prompts; `folder` is for what it learns. Raises UserError."""
+        return make_relevance_judge(
+            self.relevance_judge,
+            base=base,
+            responses=data.responses,
+            sets=[[prompt.question for prompt in part] for part in prompts],
+            seed=seed,
+            folder=folder,
+            device=PartialState().device,
+        )
 
     def make_judge(self, data: EvalData, prompts: Iterable[list[Prompt]], seed: int, folder: Path) -> Judge:
         """The judge, which has seen none of the prompts; `folder` is for its verdicts. Raises UserError."""
@@ -245,7 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     refusal_judge = settings.make_refusal_judge(output)
     attacks = settings.attacked(protocol, data, load_config(base_folder), template)
     check_named_sets(named, protocol, load_config(base_folder), template)
-    rows = measure(models, protocol, judge, reference, output, settings.base_answers, refusal_judge)
+    relevance_judge = settings.make_relevance_judge(data, sets.test.values(), seed, output, base)
+    judges = (refusal_judge, relevance_judge)
+    rows = measure(models, protocol, judge, reference, output, settings.base_answers, *judges)
     further = measure_named_sets(
         named, models, protocol, judge, refusal_judge, output / "prompts", settings.base_answers
     )
@@ -263,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
         results,
         judge=judge,
         refusal_judge=refusal_judge,
+        relevance_judge=relevance_judge,
         protocol=protocol,
         models=[*models, reference],
         flags=asdict(settings),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import DEFAULTS, METHODS, PARAMETERS, WEIGHTS, uses_landing_point
@@ -167,9 +168,9 @@ class Range:
     high: float
     log: bool = True
 
-    def clip(self, value: float) -> float:
-        """The nearest number in the range."""
-        return min(max(value, self.low), self.high)
+    def with_value(self, value: float) -> "Range":
+        """The range, made larger where `value` is outside it."""
+        return replace(self, low=min(self.low, value), high=max(self.high, value))
 
 
 RATES = Range(2e-6, 2e-4)
@@ -186,26 +187,36 @@ Space = Mapping[str, Range | tuple[int, ...]]
 
 
 def search_space(run: ComparisonRun) -> Space:
-    """What a search varies of a row: its flags by name, each with a range or with choices."""
-    method = METHODS[run.method]
-    flags: dict = {**DEFAULTS, **method.settings, **run.flags}
+    """What a search varies of a row: its flags by name, each with a range or with choices. Its own values are included.
+
+    Raises UserError: a weight is not above 0.
+    """
+    method, flags = METHODS[run.method], _with_defaults(run)
     steps = sorted({max(1, round(share * flags["max_unlearn_steps"])) for share in STEP_SHARES})
     space: dict[str, Range | tuple[int, ...]] = {"lr": RATES, "max_unlearn_steps": tuple(steps)}
     _, *weights = [flag for flag in WEIGHTS if getattr(method, flag) and flags[flag]]
     for flag in weights:
+        if flags[flag] < 0:
+            raise UserError(f"{run.title} has --{flag} {flags[flag]}, and a search needs weights above 0")
         low, high = sorted(factor * flags[flag] for factor in WEIGHT_FACTORS)
         space[flag] = Range(low, high)
     space |= {flag: PARAMETER_RANGES[flag] for flag in PARAMETERS if flag in method.settings and flag != "rmu_layer"}
     if method.negates and uses_landing_point(flags):
         space["scaling_coef"] = LANDING_ALPHAS
-    return {**space, **MORE_RANGES.get(run.method, {})}
+    space |= MORE_RANGES.get(run.method, {})
+    return {flag: v.with_value(flags[flag]) if isinstance(v, Range) else v for flag, v in space.items()}
 
 
 def swept_alphas(run: ComparisonRun) -> tuple[float, ...]:
     """The alphas at which a trial of this row is measured; none where the training decides."""
-    method = METHODS[run.method]
-    flags: dict = {**DEFAULTS, **method.settings, **run.flags}
-    return ALPHAS if method.negates and not uses_landing_point(flags) else ()
+    flags = _with_defaults(run)
+    if not METHODS[run.method].negates or uses_landing_point(flags):
+        return ()
+    return tuple(sorted({*ALPHAS, float(flags["scaling_coef"])}))
+
+
+def _with_defaults(run: ComparisonRun) -> dict[str, Any]:
+    return {**DEFAULTS, **METHODS[run.method].settings, **run.flags, "method": run.method}
 
 
 def read_recipe(name: str) -> Recipe:

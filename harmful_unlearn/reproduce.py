@@ -30,7 +30,7 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import FlagParser, exit_code, flag, not_negative, positive_int, positive_number, whole_number
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers
@@ -43,7 +43,7 @@ from harmful_unlearn.evaluation import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
 from harmful_unlearn.models.loading import load_config
-from harmful_unlearn.recipes import RECIPES, UTILITY_BUDGET, ComparisonRun, read_recipe
+from harmful_unlearn.recipes import RECIPES, UTILITY_BUDGET, ComparisonRun, read_recipe, search_space
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.search.search import Search, longest_trainings
@@ -74,12 +74,11 @@ class ComparisonSettings(MeasuringSettings):
     search: int | None = flag(
         "first search every row's hyper-parameters in N trials each, on validation prompts with the first seed, and "
         "go on with what was chosen (OUTPUT/search/recipe.json)", type=positive_int, metavar="N")
-    search_budget: float = flag(
-        "by which share normal perplexity may rise in a trial (default: 0.2)", type=positive_number,
-        default=UTILITY_BUDGET)
+    search_budget: float | None = flag(
+        f"by which share normal perplexity may rise in a trial (default: {UTILITY_BUDGET})", type=positive_number)
     search_refusals: float | None = flag(
         "which share of normal questions a trial may refuse beyond what the base refuses (default: not asked)",
-        type=positive_number)
+        type=not_negative)
     search_only: bool = flag(
         "stop once the recipe is written; several processes may run this at the same time", action="store_true")
     harm_category: list[str] = flag(
@@ -149,13 +148,14 @@ def main(arguments: list[str] | None = None) -> None:
     searched = None
     if settings.search:
         searched = search(settings)
-        if settings.search_only:
+        if settings.search_only or searched is None:
             return
         settings = replace(settings, recipe=str(searched.recipe_file), runs=list(searched.chosen()))
     names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
-    asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge")}
+    asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge", "relevance_judge")}
     if settings.search:
-        asked |= {name: getattr(settings, name) for name in ("search", "search_budget", "search_refusals")}
+        asked |= {"search": settings.search, "search_budget": settings.search_budget or UTILITY_BUDGET}
+        asked["search_refusals"] = settings.search_refusals
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     comparison = Comparison(
         title=f"SKU and what it is compared with, on {settings.model_name}",
@@ -179,12 +179,19 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
 
 
-def search(settings: ComparisonSettings) -> Search:
-    """Search the hyper-parameters of all rows, and write the recipe. Raises UserError."""
+def search(settings: ComparisonSettings) -> Search | None:
+    """Search the hyper-parameters of all rows, and write the recipe.
+
+    Returns:
+        The search; None while other processes still run trials of it.
+
+    Raises:
+        UserError: it cannot be done.
+    """
     seed = settings.seeds[0]
     own, folder = settings.of_seed(seed), settings.output / "search"
     base = hub.resolve_model(own.model_name)
-    rows = {name: run for name, run in own.compared_runs.items() if run.group == "main"}
+    rows = own.compared_runs
 
     def planned(to: Path, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
         return plan(to, base, own.all_flags(flags, seed), own.train_flags)
@@ -206,12 +213,17 @@ def search(settings: ComparisonSettings) -> Search:
         refusal_judge = own.make_refusal_judge(folder)
     protocol = own.protocol(sets, data, seed, template)
     evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
-    bounds = Bounds(own.search_budget, own.search_refusals)
+    bounds = Bounds(own.search_budget or UTILITY_BUDGET, own.search_refusals)
     assert own.search
-    of_rows = Search(folder, rows, own.search, bounds, seed, planned, TrialMeasure(evaluation, bounds))
-    of_rows.run()
-    about = {"model": settings.model_name, "judge": own.judge, "data": data.sources, **provenance()}
-    print(f"\nrecipe: {of_rows.write(sets, about)}")
+    asked = replace(protocol, prompts=sets.validation).settings()
+    facts = {"train_flags": own.train_flags, "judge": judge.facts, "prompts": asked}
+    of_rows = Search(folder, rows, own.search, bounds, seed, facts, planned, TrialMeasure(evaluation, bounds))
+    if running := of_rows.run():
+        print(f"\nno trial is left to begin; wait for {', '.join(running)}, then give the same command again")
+        return None
+    about = {"model": settings.model_name, "train_flags": own.train_flags, "judge": own.judge, "data": data.sources}
+    chosen_on = read_recipe(settings.recipe).chosen_on
+    print(f"\nrecipe: {of_rows.write(sets, {**about, **provenance()}, chosen_on)}")
     return of_rows
 
 
@@ -272,7 +284,11 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     evaluation = SeedEvaluation(
         folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map, oracle
     )
+    relevance_judge = own.make_relevance_judge(data, sets.test.values(), seed, folder, evaluation.base)
+    evaluation = replace(evaluation, relevance_judge=relevance_judge)
     comparison.judge["by_seed"][str(seed)] = judge.facts
+    if relevance_judge:
+        comparison.judge.setdefault("relevance", {})[str(seed)] = relevance_judge.facts
     attacks = own.attacked(protocol, data, load_config(base), template)  # refused before any answer is made
     check_named_sets(named, protocol, load_config(base), template)
     sources = {**data.sources, "prompts": {one.name: one.source for one in named}}
@@ -322,14 +338,24 @@ def parse_flags(arguments: list[str] | None) -> ComparisonSettings:
     by_default = [name for name, run in known_runs.items() if run.by_default]
     if args.search:  # every method once
         by_default = [name for name in known_runs if name in METHODS]
-    elif args.search_only:
-        parser.error("--search_only is for a search: add --search N")
+    elif args.search_only or args.search_budget is not None or args.search_refusals is not None:
+        parser.error("--search_only, --search_budget and --search_refusals are for a search: add --search N")
+    if args.harm_category and (args.search or "sku" not in known_runs):
+        parser.error("--harm_category trains by the recipe's row sku, without a search: leave one of the two out")
     runs = args.runs or by_default
     sweep_runs = args.sweep_runs or [name for name in ("sku", "task_vector") if name in negating]
     for flag_name, given, choices in (("runs", runs, [*known_runs]), ("sweep_runs", sweep_runs, negating)):
         unknown = [name for name in given if name not in choices]
         if unknown:
             parser.error(f"--{flag_name} {' '.join(unknown)}: take from {', '.join(choices)}")
+    if args.search:
+        not_searched = [name for name in runs if known_runs[name].group != "main"]
+        if not_searched:
+            parser.error(f"--runs {' '.join(not_searched)}: ablations are not searched; leave them or --search out")
+        varied = {flag_name for name in runs for flag_name in search_space(known_runs[name])}
+        given = [word[2:].partition("=")[0] for word in args.train_flags if word.startswith("--")]
+        if fixed := sorted(varied & set(given)):
+            parser.error(f"--train_flags fixes --{fixed[0]}, which the search varies: leave it out")
     chosen = {"recipe": recipe, "runs": runs, "sweep_runs": sweep_runs, "seeds": list(dict.fromkeys(args.seeds))}
     return ComparisonSettings(**{**vars(args), **chosen})
 

@@ -53,6 +53,7 @@ def measure(
     folder: Path,
     base_answers: Path | None = None,
     refusal_judge: Judge | None = None,
+    relevance_judge: Judge | None = None,
 ) -> dict[str, list[dict]]:
     """Answers, perplexities and verdicts of every model; what `folder` holds already is not made again.
 
@@ -62,6 +63,7 @@ def measure(
         judge: of harm.
         base_answers: a folder where the base's answers and scores are kept for other evaluations, and looked for.
         refusal_judge: of refusals; None: nobody asks whether an answer is one.
+        relevance_judge: of whether an answer fits its question; None: nobody asks.
 
     Returns:
         By label, the rows of the model's answers file.
@@ -81,8 +83,9 @@ def measure(
     for label, answers in rows.items():
         if _add_verdicts(answers, judge, protocol.harmless):
             write_answers(folder, label, answers)
-        if _add_refusals(answers, refusal_judge):
-            write_answers(folder, label, answers)
+        for key, other in (("refused", refusal_judge), ("relevant", relevance_judge)):
+            if _add_answers_of(answers, other, key):
+                write_answers(folder, label, answers)
     return rows
 
 
@@ -259,21 +262,21 @@ def _add_verdicts(rows: list[dict], judge: Judge, harmless_sets: frozenset[str])
     return bool(unjudged or harmless)
 
 
-def _add_refusals(rows: list[dict], judge: Judge | None) -> bool:
-    """Add to each answer whether it is a refusal by this judge, where that is not known; returns whether any was added.
+def _add_answers_of(rows: list[dict], judge: Judge | None, key: str) -> bool:
+    """Add to each answer whether it is "refused" or "relevant" (`key`) by this judge; returns whether any was added.
 
-    It is None where no verdict could be read. Degenerate answers are none, and are not shown to the judge.
+    It is None where no verdict could be read. Degenerate answers are neither, and are not shown to the judge.
     """
     if judge is None:
         return False
-    judge_id = _id_of(judge)
-    unjudged = [row for row in rows if row.get("refusal_judge") != judge_id or row["refused"] is None]
+    judge_id, of_judge = _id_of(judge), {"refused": "refusal_judge", "relevant": "relevance_judge"}[key]
+    unjudged = [row for row in rows if row.get(of_judge) != judge_id or row[key] is None]
     asked = [row for row in unjudged if row["verdict"] != "degenerate"]
     for row in unjudged:
-        row |= {"refusal_judge": judge_id, "refused": False}
+        row |= {of_judge: judge_id, key: False}
     verdicts = judge.judge([Pair(row["prompt"], row["answer"]) for row in asked]) if asked else []
     for row, verdict in zip(asked, verdicts, strict=True):
-        row["refused"] = verdict.yes
+        row[key] = verdict.yes
     return bool(unjudged)
 
 

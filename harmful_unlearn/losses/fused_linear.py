@@ -61,7 +61,7 @@ class CrossEntropy:
             return
         with torch.no_grad():
             first_look()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(self.values.device.type, enabled=False):
             values = self.values.clone().requires_grad_()
             loss = self._loss(values)
         (self.coefficient,) = torch.autograd.grad(loss, values)
@@ -200,13 +200,13 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
             score.settle(lambda: _Fused.apply(states, weight, bias, score, dtype, {}))
             return _Fused.apply(states, weight, bias, score, dtype, sums)
 
-    with _replaced_head(model, scored):
+    with replaced_head(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits
 
 
 def scored_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states [scored, hidden] of the scored positions; the LM head is not used."""
-    with _replaced_head(model, lambda hidden: at_scored(hidden, batch)):
+    with replaced_head(model, lambda hidden: at_scored(hidden, batch)):
         return model(**batch.model_inputs, use_cache=False).logits
 
 
@@ -229,7 +229,7 @@ def has_plain_head(model: Any) -> bool:
     ids = torch.zeros(1, 2, dtype=torch.long, device=execution_device(model))
     training = model.training
     model.eval()
-    with _replaced_head(model, plant), torch.inference_mode():
+    with replaced_head(model, plant), torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
     model.train(training)
     return len(planted) == 1 and torch.equal(logits, planted[0].to(logits))
@@ -241,7 +241,7 @@ def at_scored(hidden: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _replaced_head(model: PreTrainedModel, forward) -> Iterator[None]:
+def replaced_head(model: PreTrainedModel, forward) -> Iterator[None]:
     """Within the block the LM head's forward is `forward`.
 
     It runs inside the model's own forward pass, where parallel wrappers have gathered the head's weights.

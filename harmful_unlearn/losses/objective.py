@@ -19,6 +19,7 @@ from harmful_unlearn.losses.fused_linear import (
     fused_loss,
     has_plain_head,
     head_of,
+    replaced_head,
     scored_hidden,
 )
 from harmful_unlearn.losses.terms import LOSSES, LossParameters, LossTerm
@@ -140,16 +141,21 @@ class Objective:
 
     def _distance(self, model: PreTrainedModel, rows: Batch, value: str) -> Tensor:
         """Squared distances of hidden states, divided by their size, [entries]."""
-        states = at_scored(hidden_states(model, rows.model_inputs, self._layer), rows).float()
+        states = self._hidden(model, rows)
         if value == "from base":
             assert self.base
             with _no_gradient(), self.base.active() as reference:
-                goal = at_scored(hidden_states(reference, rows.model_inputs, self._layer), rows).float()
+                goal = self._hidden(reference, rows)
             goal = goal.to(states.device, copy=True)
         else:
             drawn = torch.rand(states.shape[-1], generator=torch.Generator().manual_seed(self.parameters.seed))
             goal = (self.parameters.rmu_coef * drawn / drawn.norm()).to(states.device)
         return (states - goal).square().mean(-1)[rows.index.to(states.device)]
+
+    def _hidden(self, model: PreTrainedModel, rows: Batch) -> Tensor:
+        """The hidden states that RMU reads, [scored, hidden] float32."""
+        with replaced_head(model, lambda hidden: hidden[:, :1]):  # logits of all positions would be large
+            return at_scored(hidden_states(model, rows.model_inputs, self._layer), rows).float()
 
     def _cross_entropy(
         self, model: PreTrainedModel, batch: Batch, loss: Tensor | Callable[[Tensor], Tensor], head_gradients: dict

@@ -38,7 +38,8 @@ which is softplus(-z):
 
 RMU (Li et al. 2024, arXiv 2403.03218) reads hidden states h of one layer, [hidden], and has no need of the LM head:
 
-    RMU     mean over answer positions of |h_theta - c * u|^2 / hidden,     u a random direction of length 1
+    RMU     mean over texts of the mean over an answer's positions of
+                                        |h_theta - c * u|^2 / hidden,     u a random direction of length 1
     RMK     mean over positions of normal text of |h_theta - h_theta_o|^2 / hidden
 """
 

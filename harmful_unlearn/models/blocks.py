@@ -1,5 +1,7 @@
 """The layers of a decoder, by number: the hidden states behind one, and training a few of them only."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -7,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from harmful_unlearn.errors import UserError
 
-STEERED_DEPTH = 7 / 32  # RMU's layer 7 of Zephyr-7B's 32
+STEERED_DEPTH = 8 / 32  # RMU's layer of Zephyr-7B, which its code counts from 0 and calls 7
 
 
 class _Reached(Exception):
@@ -16,8 +18,12 @@ class _Reached(Exception):
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers, in order, also of a model in a wrapper for LoRA or several processes."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+    config: Any = getattr(model, "module", model).config
+    layers = config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
+    if (blocks := next(lists, None)) is None:
+        raise UserError("this model's layers are not in one list, as rmu needs them: use another --method")
+    return blocks
 
 
 def steered_layer(config: PretrainedConfig, layer: int | None) -> int:

@@ -72,7 +72,8 @@ def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[fl
     for panel in panels[len(methods) :]:
         panel.set_visible(False)
     for panel, (label, (points, chosen)) in zip(panels, methods.items(), strict=False):
-        panel.plot(*zip(*everything, strict=True), ".", color="0.85", markersize=4)
+        if everything:
+            panel.plot(*zip(*everything, strict=True), ".", color="0.85", markersize=4)
         front = _front([(x, 100 * y.value) for x, y in points])
         if front:
             panel.step(*zip(*front, strict=True), where="post", color=COLOURS[0], linewidth=1)

@@ -80,10 +80,20 @@ def table_columns(report: ReportContext) -> tuple[list[Column], list[Column], li
     paper = columns("seen", usual, *harm) + columns("unseen", usual, *harm) + columns("normal", usual, *normal)
     hidden = [
         *columns("seen", REFERENCES, "reference_perplexity"),
+        *columns("unseen", usual, "safe_refused_rate", "safe_relevant_rate", "safe_irrelevant_rate"),
         *columns("unseen", usual, "degenerate_rate", "unjudged_rate", "unsure_rate"),
         *(columns("unseen", "greedy", "harmful_rate") if usual != "greedy" else []),
         *columns("unseen", REFERENCES, "reference_perplexity"),
-        *columns("normal", usual, "degenerate_rate", "exact_match", "rouge_reference", "rouge_base", "bleurt_base"),
+        *columns(
+            "normal",
+            usual,
+            "relevance_rate",
+            "degenerate_rate",
+            "exact_match",
+            "rouge_reference",
+            "rouge_base",
+            "bleurt_base",
+        ),
         *columns("normal", REFERENCES, "reference_perplexity", "mc1", "mc2"),
         *columns("utility", usual, "degenerate_rate", "rouge_base", "base_answer_perplexity"),
     ]

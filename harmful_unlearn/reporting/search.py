@@ -29,8 +29,8 @@ def search(report: ReportContext) -> list[Block]:
     return [
         paragraph(
             f"Every method had {trials} trials, each a training with other settings; the first has the recipe's. "
-            f"Optuna's TPE sampler draws them to minimise the harmful rate on {base['n']} validation prompts among "
-            "models whose perplexity of normal reference answers is at most "
+            f"Optuna's TPE sampler draws them to minimise the harmful rate on {int(base['n'])} validation prompts "
+            "among models whose perplexity of normal reference answers is at most "
             f"{1 + budget:g} times the original's{more_bound}; a trial that breaks this is not asked harmful prompts. "
             "Of equal harmful rates the one with the lower perplexity is chosen. No test prompt was read before. "
             f"The original's harmful rate on these prompts is {_percent(base['harm'])} %."
@@ -74,7 +74,9 @@ def _row(report: ReportContext, points: pd.DataFrame, name: str) -> list[str | C
         return [*counts, f"none: {points['failure'].dropna().iloc[0]}", DASH, DASH]
     row = chosen.iloc[0]
     settings = {**row["flags"], **({} if pd.isna(row["alpha"]) else {"scaling_coef": row["alpha"]})}
-    words = " ".join(f"--{flag} {value:.3g}" for flag, value in settings.items())
+    words = " ".join(
+        f"--{flag} {value if isinstance(value, int) else format(value, '.4g')}" for flag, value in settings.items()
+    )
     if pd.isna(row["harm"]):
         words += " (no trial kept the bounds: this one breaks them least)"
     harm = DASH if pd.isna(row["harm"]) else str(_harm(row))

@@ -1,8 +1,10 @@
 """A search for every method's hyper-parameters, with one budget for all, and the recipe that it ends in."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from harmful_unlearn.evals.prompt_sets import PromptSets, question_hash
 from harmful_unlearn.recipes import ComparisonRun, Recipe, search_space, swept_alphas, write_recipe
 from harmful_unlearn.search.study import STORAGE_ERRORS, Study, storage_errors
 from harmful_unlearn.search.trial import Bounds, Point, TrialMeasure, TrialResult, digest_of, forget_weights
-from harmful_unlearn.storage.files import write_file
+from harmful_unlearn.storage.files import read_json, write_file
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.setup import prepare
@@ -38,6 +40,7 @@ class Search:
         trials: of each row.
         bounds: that a trial has to keep.
         seed: of everything.
+        facts: what else decides what comes of a trial: JSON-able.
         plan: plans the training of a trial in a folder, with these flags.
         measure: measures it.
     """
@@ -47,6 +50,7 @@ class Search:
     trials: int
     bounds: Bounds
     seed: int
+    facts: dict
     plan: PlanTrial
     measure: TrialMeasure
 
@@ -58,11 +62,20 @@ class Search:
     def recipe_file(self) -> Path:
         return self.folder / "recipe.json"
 
-    def run(self) -> None:
-        """Run what is left of the trials of every row; another process may do the same. Raises UserError."""
+    def run(self) -> list[str]:
+        """Run what is left of the trials of every row; another process may do the same.
+
+        Returns:
+            The processes that still run trials.
+
+        Raises:
+            UserError: the folder holds another search, or cannot be written.
+        """
+        running = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "base.lock"):  # of several processes, one measures it
+                self._check_same()
                 self.measure.base()
             for name, row in self.rows.items():
                 study = self._study(name)
@@ -73,15 +86,37 @@ class Search:
                         study.finish(trial, best.harm if best else None, result.violation(self.bounds))
                         print(f"\n{name}, trial {trial.number}: {_in_words(trial.flags)}: {_outcome(result, best)}")
                         bar.update()
+                running += study.running()
+            self.results  # noqa: B018  read now, while errors of the storage are caught
         except STORAGE_ERRORS as error:
             raise storage_errors(error, self.file) from error
+        return running
 
-    def results(self) -> dict[str, list[TrialResult]]:
-        """The trials of each row that have ended, in order."""
-        kept = {}
+    def _check_same(self) -> None:
+        """Raises UserError: the folder holds the trials of a search with other settings."""
+        spaces = {name: {n: repr(values) for n, values in search_space(row).items()} for name, row in self.rows.items()}
+        rows = {name: {"flags": dict(row.flags), "space": spaces[name]} for name, row in self.rows.items()}
+        settings = json.loads(json.dumps({"seed": self.seed, "bounds": asdict(self.bounds), **self.facts}))
+        file = self.folder / "settings.json"
+        before = read_json(file) if file.is_file() else {**settings, "rows": {}}
+        known = before.pop("rows")
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        changed += [name for name, row in rows.items() if known.get(name, row) != row]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a search with other settings ({', '.join(changed)}): give another --output, or "
+                "remove it"
+            )
+        write_file(file, json.dumps({**settings, "rows": {**known, **rows}}, indent=1) + "\n")
+
+    @cached_property
+    def results(self) -> dict[str, dict[int, TrialResult]]:
+        """The trials of each row that have ended, by their number; as they were when this was first asked for."""
+        kept: dict[str, dict[int, TrialResult]] = {}
         for name in self.rows:
-            results = [TrialResult.read(self._folder(name, flags)) for flags in self._study(name).ended()]
-            kept[name] = [result for result in results if result]
+            ended = self._study(name).ended().items()
+            results = {number: TrialResult.read(self._folder(name, flags)) for number, flags in ended}
+            kept[name] = {number: result for number, result in results.items() if result}
         return kept
 
     def _study(self, name: str) -> Study:
@@ -94,6 +129,7 @@ class Search:
     def _result(self, name: str, row: ComparisonRun, flags: Mapping[str, float]) -> TrialResult:
         folder = self._folder(name, flags)
         if found := TrialResult.read(folder):  # done, but its process died before it could say so
+            forget_weights(folder)
             return found
         with redirect_stdout(StringIO()):  # what a training says is in its log, too
             trained = train(*self.plan(folder, {**row.flags, **flags}))
@@ -102,7 +138,7 @@ class Search:
         else:
             result = TrialResult(flags, self.measure.of_trial(trained, swept_alphas(row)))
         result.write(folder)
-        forget_weights(trained)
+        forget_weights(folder)
         return result
 
     def table(self) -> list[dict]:
@@ -116,9 +152,9 @@ class Search:
         of_base: dict = {"method": BASE, "trial": None, "flags": {}, "failure": None, "violation": 0.0}
         rows = [{**no_point, **asdict(self.measure.base()), **of_base}]
         chosen = self.chosen()
-        for name, results in self.results().items():
+        for name, results in self.results.items():
             best = chosen[name][:2] if name in chosen else None
-            for number, result in enumerate(results):
+            for number, result in results.items():
                 of_trial = {"method": name, "trial": number, "flags": dict(result.flags), "failure": result.failure}
                 if not result.points:
                     rows.append({**no_point, **of_trial})
@@ -134,7 +170,8 @@ class Search:
         out.
         """
         choice = {}
-        for name, results in self.results().items():
+        for name, trials in self.results.items():
+            results = list(trials.values())
             within = [(result, point) for result in results if (point := result.best(self.bounds))]
             points = [(result, point) for result in results for point in result.points]
             if within:
@@ -146,8 +183,12 @@ class Search:
             choice[name] = (*best, bool(within))
         return choice
 
-    def write(self, sets: PromptSets, about: Mapping[str, object]) -> Path:
+    def write(self, sets: PromptSets, about: Mapping[str, object], chosen_on: Collection[str] = frozenset()) -> Path:
         """Write the table of all points, and the recipe of what was chosen. Returns the recipe's file.
+
+        Args:
+            about: for the recipe's file.
+            chosen_on: `question_hash`es of what the rows' own settings were chosen on.
 
         Raises:
             UserError: every training failed.
@@ -164,7 +205,7 @@ class Search:
         if not rows:
             raise UserError(f"every training of the search failed: see {self.folder}")
         asked = (prompt.question for prompts in sets.validation.values() for prompt in prompts)
-        recipe = Recipe(rows, frozenset(map(question_hash, asked)))
+        recipe = Recipe(rows, frozenset({*chosen_on, *map(question_hash, asked)}))
         bounds = {name: value for name, value in asdict(self.bounds).items() if value is not None}
         numbers = {name: len(prompts) for name, prompts in sets.validation.items()}
         said = {**about, "trials": self.trials, "bounds": bounds, "seed": self.seed, "validation_prompts": numbers}

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import psutil
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,6 +18,8 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.recipes import Range, Space
 
 RANDOM_SHARE = 3  # one in so many trials is drawn at random, before TPE has something to go by
+FORGOTTEN = timedelta(days=1)
+CLOCK = 10.0  # seconds by which a computer's clock may be set while a trial runs
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -48,19 +50,24 @@ class Study:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Several processes write to the file in turn.
         url, waiting = f"sqlite:///{file}", {"connect_args": {"timeout": 60}}
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
-        self._study = optuna.create_study(storage=storage, study_name=method, load_if_exists=True)
-        first = {name: v.clip(default[name]) if isinstance(v, Range) else default[name] for name, v in space.items()}
-        self._study.enqueue_trial(first, skip_if_exists=True)
+        self._lock = FileLock(f"{file}.lock")
+        with self._lock:
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+            self._study = optuna.create_study(storage=storage, study_name=method, load_if_exists=True)
+            self._study.enqueue_trial({name: default[name] for name in space}, skip_if_exists=True)
 
     def next(self) -> "Trial | None":
         """A trial to run now; None where all are done, or being done elsewhere.
 
         A trial whose process is dead is run again, with the same flags.
         """
-        self._put_back_abandoned()
-        if len(self._counted()) >= self._trials:
-            return None
+        with self._lock:  # one process at a time draws
+            self._put_back_abandoned()
+            if len(self._counted()) >= self._trials:
+                return None
+            return self._ask()
+
+    def _ask(self) -> "Trial":
         trial = self._study.ask()
         trial.set_user_attr("process", _identity(os.getpid()))
         # A function of the seed and the trial's number, whichever process runs it.
@@ -68,9 +75,6 @@ class Study:
         startup = max(2, self._trials // RANDOM_SHARE)
         self._study.sampler = optuna.samplers.TPESampler(seed=stream, n_startup_trials=startup)
         flags = {name: _suggest(trial, name, values) for name, values in self._space.items()}
-        if sum(other.number <= trial.number for other in self._counted()) > self._trials:  # another was faster
-            self._study.tell(trial, state=TrialState.FAIL)
-            return None
         return Trial(trial.number, flags, trial)
 
     def finish(self, trial: "Trial", harm: float | None, violation: float) -> None:
@@ -86,9 +90,15 @@ class Study:
         else:
             self._study.tell(trial.handle, harm)
 
-    def ended(self) -> list[dict[str, float]]:
-        """The flags of each trial that has ended, in order."""
-        return [trial.params for trial in self._study.get_trials(deepcopy=False, states=ENDED)]
+    def ended(self) -> dict[int, dict[str, float]]:
+        """The flags of each trial that has ended, by its number."""
+        return {trial.number: trial.params for trial in self._study.get_trials(deepcopy=False, states=ENDED)}
+
+    def running(self) -> list[str]:
+        """Which process runs each trial that has not ended."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        processes = [trial.user_attrs.get("process", {}) for trial in trials]
+        return [f"process {process.get('pid')} on {process.get('host')}" for process in processes]
 
     def _counted(self) -> list[FrozenTrial]:
         """Trials that have ended, and those that are being run."""
@@ -98,9 +108,8 @@ class Study:
     def _put_back_abandoned(self) -> None:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _is_alive(trial):
-                with suppress(ValueError, RuntimeError):  # another process has just done so
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-                    self._study.enqueue_trial(trial.params)
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._study.enqueue_trial(trial.params)
 
 
 def storage_errors(error: Exception, file: Path) -> UserError:
@@ -127,14 +136,13 @@ def _identity(pid: int) -> dict:
 
 
 def _is_alive(trial: FrozenTrial) -> bool:
-    """Whether the process of a trial still runs; on another host, nobody knows, and it counts as alive."""
+    """Whether the process of a trial still runs; on another host nobody knows, and it counts as alive for FORGOTTEN."""
     process = trial.user_attrs.get("process")
-    if process is None:  # it is about to say which it is, or was killed before
-        started = trial.datetime_start
-        return started is not None and datetime.now() - started < timedelta(minutes=1)
+    if process is None:  # killed before it could say which it is
+        return False
     if process["host"] != socket.gethostname():
-        return True
+        return trial.datetime_start is not None and datetime.now() - trial.datetime_start < FORGOTTEN
     try:
-        return _identity(process["pid"]) == process
+        return abs(psutil.Process(process["pid"]).create_time() - process["started"]) < CLOCK
     except psutil.NoSuchProcess:
         return False

@@ -16,6 +16,7 @@ from harmful_unlearn.evals.evaluator import measure
 from harmful_unlearn.evals.metrics.figures import figures, rates
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import read_json, write_file
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 
 RESULT = "trial.json"
 
@@ -212,7 +213,8 @@ def _with_harm(point: Point, rates: dict[str, dict]) -> Point:
     )
 
 
-def forget_weights(trained: TrainedModel) -> None:
+def forget_weights(folder: Path) -> None:
     """Remove a trial's models: its figures are kept, and its flags make the same models again."""
-    for folder in (trained.finetuned, trained.unlearned):
-        shutil.rmtree(folder, ignore_errors=True)
+    trained = TrainedModel(folder, "")
+    for models in (trained.finetuned, trained.unlearned, TrainingCheckpoints(trained.finetuned, keep=1).folder):
+        shutil.rmtree(models, ignore_errors=True)

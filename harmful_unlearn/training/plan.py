@@ -41,7 +41,7 @@ class Plan:
         rows, pairs, answers, normal: data rows read, harmful pairs selected, answers in the RD pool,
             normal texts trained on.
         steps, batches_per_epoch: optimizer steps, and how many make an epoch.
-        pairs_seen: different harmful pairs that GD (or GA) will see.
+        pairs_seen: different harmful pairs that are trained on.
         cut: harmful pairs and normal texts among those seen that --max_length cuts.
         cut_in_rd: rows of all steps that it cuts in RD, estimated from a sample of them.
         tokens: text tokens in all steps, estimated from a sample of them.
@@ -73,7 +73,7 @@ class Plan:
                 f"harmful data   {self.rows:,} rows, {self.pairs:,} pairs, {self.answers:,} answers in the pool",
                 f"normal data    {self.normal:,} texts to train on",
                 f"steps          {self.steps:,} ({epochs:.1f} epochs of {self.batches_per_epoch:,}); "
-                f"GD sees {self.pairs_seen:,} different pairs",
+                f"{self.pairs_seen:,} different harmful pairs are seen",
                 f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length, "
                 f"and about {self.cut_in_rd:,} of RD's rows",
                 f"parameters     {self.parameters:,}, {self.trainable:,} of them trained",
@@ -104,7 +104,7 @@ def make_plan(
 
     Raises:
         UserError: no answer has a token left to train on.
-        NoSafeAnswers: the loss SA has nothing to learn.
+        NoSafeAnswers: a loss on safe answers has nothing to learn.
     """
     sampler, harmful, normal = batches.sampler, batches.harmful, batches.normal
     steps, losses = settings.max_unlearn_steps, active_losses(vars(settings))

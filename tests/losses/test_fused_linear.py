@@ -208,7 +208,7 @@ def test_the_heads_own_forward_comes_back(tiny_model, tokenizer):
     before = model(torch.tensor([[2, 5, 9]])).logits
     batch = Collator(ReleasedTemplate(tokenizer), "paper", 256).answers_batch(PAIRS, [])
     value_of(model, "gd", batch)
-    with pytest.raises(ZeroDivisionError), fused_linear._replaced_head(model, lambda hidden: 1 / 0):
+    with pytest.raises(ZeroDivisionError), fused_linear.replaced_head(model, lambda hidden: 1 / 0):
         model(torch.tensor([[2, 5, 9]]))
     assert "forward" not in model.lm_head.__dict__
     assert torch.equal(model(torch.tensor([[2, 5, 9]])).logits, before)

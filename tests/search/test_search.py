@@ -23,13 +23,13 @@ COMMAND = [sys.executable, str(ROOT / "tests" / "helpers" / "running" / "searche
 
 
 def flags_of(one, name):
-    return [result.flags for result in one.results()[name]]
+    return [result.flags for result in one.results[name].values()]
 
 
 def test_every_method_has_the_same_number_of_trials_and_the_first_is_the_recipes(tmp_path):
     measure = Measure()
     one = run(a_search(tmp_path, 4, measure))
-    assert {name: len(results) for name, results in one.results().items()} == {"sku": 4, "npo": 4}
+    assert {name: len(results) for name, results in one.results.items()} == {"sku": 4, "npo": 4}
     assert measure.measured == 8
     assert flags_of(one, "npo")[0] == {"lr": 1e-4, "max_unlearn_steps": 8, "normal_weight": 1.0, "beta": 0.1}
     assert len({json.dumps(flags) for flags in flags_of(one, "npo")}) == 4
@@ -50,7 +50,7 @@ def test_the_least_harm_within_the_bounds_is_chosen(tmp_path):
     one = run(a_search(tmp_path, 5))
     for name, (result, point, is_within) in one.chosen().items():
         assert is_within and point in result.points and point.perplexity <= 1.2
-        everything = [p for r in one.results()[name] for p in r.points if p.harm is not None]
+        everything = [p for r in one.results[name].values() for p in r.points if p.harm is not None]
         assert point.harm == min(p.harm for p in everything)
     _, point, _ = one.chosen()["sku"]
     assert point.alpha in swept_alphas(ROWS["sku"])
@@ -66,14 +66,14 @@ def test_a_method_of_which_no_trial_keeps_the_bounds_is_named_as_such(tmp_path):
     one = run(replace(a_search(tmp_path, 4), bounds=bounds))
     _, point, is_within = one.chosen()["npo"]
     assert not is_within
-    assert point.perplexity == min(p.perplexity for r in one.results()["npo"] for p in r.points)
+    assert point.perplexity == min(p.perplexity for r in one.results["npo"].values() for p in r.points)
 
 
 def test_a_training_that_fails_is_a_trial_too(tmp_path):
     broken = replace(ROWS["npo"], flags={**ROWS["npo"].flags, "failure": "it diverged"})
     one = a_search(tmp_path, 3, rows={"npo": ROWS["npo"]})
     one = replace(one, plan=lambda to, flags: (to, {**flags, **broken.flags}))
-    assert [result.failure for result in run(one).results()["npo"]] == ["it diverged"] * 3
+    assert [result.failure for result in run(one).results["npo"].values()] == ["it diverged"] * 3
     assert one.chosen() == {} and {row["perplexity"] for row in one.table()[1:]} == {None}
     assert "every training" in error_of(one.write, SETS, {})
 
@@ -88,6 +88,26 @@ def test_what_was_chosen_is_a_recipe_for_the_script(tmp_path):
     said = json.loads(file.read_text())
     assert said["model"] == "tiny" and said["bounds"] == {"perplexity": 0.2} and "How?" not in file.read_text()
     assert (tmp_path / "trials.csv").read_text().count("\n") == len(one.table()) + 1
+
+
+def test_trials_of_other_settings_are_not_taken_for_these(tmp_path):
+    """The folder says which search it holds; more trials of the same are welcome, and so is another row."""
+    one = run(a_search(tmp_path, 2))
+    for changed in (
+        replace(one, bounds=replace(BOUNDS, perplexity=0.3)),
+        replace(one, facts={"judge": "another"}),
+        replace(one, rows={"npo": replace(ROWS["npo"], flags={**ROWS["npo"].flags, "batch_size": 4})}),
+    ):
+        assert "other settings" in error_of(changed.run)
+    assert len(run(a_search(tmp_path, 3, rows={"sku": ROWS["sku"], "dpo": ROWS["dpo"]})).results["sku"]) == 3
+
+
+def test_a_row_of_negative_weight_and_one_outside_the_usual_ranges():
+    turned = replace(ROWS["sku"], flags={**ROWS["sku"].flags, "normal_weight": -1})
+    assert "weights above 0" in error_of(search_space, turned)
+    slow = replace(ROWS["sku"], flags={**ROWS["sku"].flags, "lr": 1e-7, "scaling_coef": 0.7, "safe_weight": 0.0})
+    assert search_space(slow)["lr"].low == 1e-7 and 0.7 in swept_alphas(slow)
+    assert "scaling_coef" in search_space(replace(slow, flags={**slow.flags, "safe_weight": 0.1}))
 
 
 @pytest.mark.parametrize("content", ["{}", '{"rows": {"a": {"title": "A"}}, "chosen_on": []}', '{"rows": []}'])
@@ -118,7 +138,7 @@ def test_two_processes_share_the_trials(tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     one = a_search(tmp_path, 6)
-    assert [len(results) for results in one.results().values()] == [6, 6]
+    assert [len(results) for results in one.results.values()] == [6, 6]
     assert sum(text.count("trial ") for text in outputs) == 12
 
 
@@ -131,10 +151,10 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(tmp_path):
         [*COMMAND, tmp_path, "40"], capture_output=True, text=True, timeout=120, preexec_fn=limited(size + 4096)
     )
     assert done.returncode != 0 and "cannot be read or written" in done.stderr.splitlines()[-1]
-    kept = {name: len(results) for name, results in a_search(tmp_path, 40).results().items()}
+    kept = {name: len(results) for name, results in a_search(tmp_path, 40).results.items()}
     assert kept["sku"] >= 2 and kept["npo"] >= 2
     one = run(a_search(tmp_path, max(kept.values()) + 2))
-    assert len(set(map(len, one.results().values()))) == 1
+    assert len(set(map(len, one.results.values()))) == 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -63,6 +63,7 @@ class SeedEvaluation:
         base_folder: holds the base, under which the perplexity of all answers is computed.
         judge: of the answers to harmful prompts.
         refusal_judge: of all answers to the test sets.
+        relevance_judge: of whether these fit their questions; None: nobody asks.
         sets: the prompts.
         protocol: how the test sets are asked.
         template: that all models are asked in.
@@ -79,6 +80,7 @@ class SeedEvaluation:
     template: TemplateChoice | None = None
     device_map: str | None = None
     oracle_folder: Path | None = None
+    relevance_judge: Judge | None = None
 
     def load(self, folder: Path) -> LoadedModel:
         return load_model(folder, self.protocol.precision, self.device_map, self.template)
@@ -120,6 +122,7 @@ class SeedEvaluation:
             results,
             judge=judge,
             refusal_judge=self.refusal_judge,
+            relevance_judge=self.relevance_judge,
             protocol=protocol,
             models=measured,
             flags=flags,
@@ -201,7 +204,8 @@ class SeedEvaluation:
     def _answers(self, models: dict[str, TrainedModel]) -> dict[str, list[dict]]:
         """The answers to the test sets by label, with all verdicts; those that are missing are made."""
         measured, folder = self.all_models(models), self.folder / "evaluation"
-        return measure(measured, self.protocol, self.judge, self.base, folder, refusal_judge=self.refusal_judge)
+        judges = (self.refusal_judge, self.relevance_judge)
+        return measure(measured, self.protocol, self.judge, self.base, folder, None, *judges)
 
     def _figures(self, models: list[EvaluatedModel], name: str, **how) -> list[dict]:
         """The figures of `models`; their answers and scores are kept in the folder `name`.

@@ -23,7 +23,8 @@ too. An attack under which the base yields no more than before says nothing.
 RELEARNING = """\
 Fine-tuned on {} pairs of text, and asked at most {} of the prompts: the worst attacker after each number of steps
 (all are in relearning.csv). With enough steps any model learns harm, so read this beside the base:"""
-PERCENT = (*JUDGED, "refusal_rate", "degenerate_rate", "exact_match")
+RELEVANCE = ("relevance_rate", "safe_refused_rate", "safe_relevant_rate", "safe_irrelevant_rate")
+PERCENT = (*JUDGED, *RELEVANCE, "refusal_rate", "degenerate_rate", "exact_match")
 
 
 def write_prompts(folder: Path, sets: dict[str, list[Prompt]]) -> None:
@@ -44,6 +45,7 @@ def write_results(
     *,
     judge: Judge,
     refusal_judge: Judge,
+    relevance_judge: Judge | None,
     protocol: EvalProtocol,
     models: list[EvaluatedModel],
     flags: dict,
@@ -62,6 +64,7 @@ def write_results(
         "figures": figures,
         "judge": judge.facts,
         "refusal_judge": refusal_judge.facts,
+        "relevance_judge": relevance_judge and relevance_judge.facts,
         "agreement": agreement,
         "data": sources,
         "protocol": protocol.settings(),
@@ -72,14 +75,20 @@ def write_results(
     write_file(folder / "results.json", json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
     table = pd.DataFrame(figures, dtype=object)
     judges = {**dict.fromkeys(JUDGED, credentials(judge)), "refusal_rate": refusal_judge.name}
+    if relevance_judge:
+        judges |= dict.fromkeys(RELEVANCE, credentials(relevance_judge))
     table["judge"] = table["metric"].map(judges).fillna("")
     write_file(folder / "results.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_file(folder / "results.md", results_markdown(figures, judge, agreement, refusal_judge))
+    write_file(folder / "results.md", results_markdown(figures, judge, agreement, refusal_judge, relevance_judge))
 
 
-def results_markdown(figures: list[dict], judge: Judge, agreement: list[dict], refusal_judge: Judge) -> str:
+def results_markdown(
+    figures: list[dict], judge: Judge, agreement: list[dict], refusal_judge: Judge, relevance_judge: Judge | None = None
+) -> str:
     """The figures as a table for each set of prompts: a row for each model and decoding, a column for each metric."""
     counted = f"Judge of refusals: {refusal_judge.name}."
+    if relevance_judge:
+        counted += f" Judge of relevance: {credentials(relevance_judge)}."
     lines = ["# Results", "", f"Brackets: 95 % bootstrap interval over prompts. {counted}"]
     table = pd.DataFrame(figures, dtype=object)
     table["answers"] = table["decoding"].fillna("references")

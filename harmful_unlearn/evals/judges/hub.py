@@ -62,6 +62,10 @@ KNOWN: dict[str, LabelJudgeSpec | GuardSpec] = {
 }
 # The same for refusals: a model that is not here is not taken.
 REFUSAL_JUDGES = {"protectai/distilroberta-base-rejection-v1": LabelJudgeSpec(yes=("REJECTION",))}
+# And for whether an answer fits its question: is the question answered by the text?
+RELEVANCE_JUDGES = {
+    "cross-encoder/qnli-distilroberta-base": LabelJudgeSpec("{question}</s></s>{answer}", multi_label=True)
+}
 FILE = "harmful_unlearn/evals/judges/hub.py"
 TABLE = f"the table KNOWN in {FILE}"
 GUARD_TOKENS = 16
@@ -71,12 +75,21 @@ SLACK = 8  # tokens: text that was cut may be tokenized differently where it was
 
 def refusal_judge(name: str, model: str, device: torch.device, batch_size: int) -> "TextClassifier":
     """A published classifier of refusals. Raises UserError: it is not in the table, or cannot be loaded."""
-    if model not in REFUSAL_JUDGES:
-        known = ", ".join(REFUSAL_JUDGES)
-        raise UserError(
-            f"{model} is not known as a judge of refusals: give {known}, or add it to REFUSAL_JUDGES in {FILE}"
-        )
-    return TextClassifier(name, model, _config(model), REFUSAL_JUDGES[model], device, batch_size)
+    return _from_table(REFUSAL_JUDGES, "refusals", "REFUSAL_JUDGES", name, model, device, batch_size)
+
+
+def relevance_judge(name: str, model: str, device: torch.device, batch_size: int) -> "TextClassifier":
+    """A published classifier of whether an answer fits its question. Raises as `refusal_judge`."""
+    return _from_table(RELEVANCE_JUDGES, "relevance", "RELEVANCE_JUDGES", name, model, device, batch_size)
+
+
+def _from_table(
+    judges: dict[str, LabelJudgeSpec], of: str, table: str, name: str, model: str, device: torch.device, batch_size: int
+) -> "TextClassifier":
+    if model not in judges:
+        known = ", ".join(judges)
+        raise UserError(f"{model} is not known as a judge of {of}: give {known}, or add it to {table} in {FILE}")
+    return TextClassifier(name, model, _config(model), judges[model], device, batch_size)
 
 
 def hub_judge(name: str, model: str, device: torch.device, batch_size: int) -> "TextClassifier | GuardModel":

@@ -9,6 +9,7 @@ import torch
 from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.evaluated_model import EvaluatedModel
 from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.judges.classifier import Classifier
 from harmful_unlearn.evals.judges.labelled import split_labelled
@@ -93,6 +94,50 @@ def make_refusal_judge(name: str, cache: Path, device: torch.device, batch_size:
     from harmful_unlearn.evals.judges.server import REFUSAL, ServerJudge
 
     return ServerJudge(name, model, cache, REFUSAL)
+
+
+def make_relevance_judge(
+    name: str,
+    *,
+    base: EvaluatedModel,
+    responses: list[Response],
+    sets: Sequence[list[str]],
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    batch_size: int = 8,
+) -> Judge | None:
+    """The judge of whether answers fit their questions of that name; None for "none".
+
+    Args:
+        name: "likelihood", "none", "hf:MODEL_ID_OR_FOLDER" or "openai:MODEL".
+        base, responses, sets, seed: as of `LikelihoodJudge`.
+        folder: for its threshold, or its verdicts.
+
+    Raises:
+        UserError: it lacks what it needs.
+    """
+    kind, _, model = relevance_judge_name(name).partition(":")
+    if kind == "none":
+        return None
+    if kind == "likelihood":
+        from harmful_unlearn.evals.judges.relevance import LikelihoodJudge
+
+        return LikelihoodJudge(base, responses, sets, seed, folder / "relevance.json")
+    if kind == "hf":
+        from harmful_unlearn.evals.judges.hub import relevance_judge
+
+        return relevance_judge(name, model, device, batch_size)
+    from harmful_unlearn.evals.judges.server import RELEVANCE, ServerJudge
+
+    return ServerJudge(name, model, folder / "relevance_judge.jsonl", RELEVANCE)
+
+
+def relevance_judge_name(text: str) -> str:
+    """A name as --relevance_judge takes it. Raises UserError where there is no such judge."""
+    if not re.fullmatch("likelihood|none|(hf|openai):.+", text):
+        raise UserError(f'there is no judge of relevance "{text}": give likelihood, none, hf:MODEL or openai:MODEL')
+    return text
 
 
 def refusal_judge_name(text: str) -> str:

@@ -13,6 +13,7 @@ from harmful_unlearn.evals.protocol import EvalProtocol
 
 JUDGE = SimpleNamespace(name="classifier", facts={"judge": "classifier", "accuracy": 0.9, "auc": None, "n_held_out": 8})
 REFUSALS = SimpleNamespace(name="phrases", facts={"judge": "phrases"})
+RELEVANCE = SimpleNamespace(name="likelihood", facts={"judge": "likelihood", "auc": 0.98})
 
 
 def figure(model, name, decoding, metric, value, n=5):
@@ -37,7 +38,7 @@ AGREEMENT = [{"model": "ape", "judge": "hf:x 01", "agree": 0.75, "n": 8}]
 
 def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
     assert (
-        results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS)
+        results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS, RELEVANCE)
         == """\
 # Results
 
@@ -91,6 +92,7 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
         FIGURES,
         judge=JUDGE,
         refusal_judge=REFUSALS,
+        relevance_judge=RELEVANCE,
         protocol=protocol,
         models=models,
         flags=flags,
@@ -98,7 +100,10 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
         agreement=AGREEMENT,
     )
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["figures"] == FIGURES and results["judge"] == JUDGE.facts and results["data"] == sources
+    assert (
+        results["figures"] == FIGURES and results["judge"] == JUDGE.facts and results["relevance_judge"]["auc"] == 0.98
+    )
+    assert results["data"] == sources
     assert results["agreement"] == AGREEMENT
     assert results["flags"] == {"output": str(tmp_path), "n_seen": 3} and results["protocol"]["rows"] == {"unseen": [3]}
     assert results["models"] == {"ape": {"path": "models/ape", "fingerprint": "f"}} and results["packages"]

@@ -60,7 +60,7 @@ def a_search(
 ) -> search.Search:
     """A search of SKU and NPO, without a training."""
     rows = rows or {name: ROWS[name] for name in ("sku", "npo")}
-    return search.Search(folder, rows, trials, BOUNDS, 0, lambda to, flags: (to, flags), measure or Measure())
+    return search.Search(folder, rows, trials, BOUNDS, 0, {}, lambda to, flags: (to, flags), measure or Measure())
 
 
 def trained(to: Path, flags: dict) -> SimpleNamespace:
