@@ -68,8 +68,10 @@ def test_a_step_of_ones_own_model_and_data(tiny_model, printed):
     "more",
     [
         [],
-        ["--lora", "--precision", "bf16"],
-        *(pytest.param(more, marks=pytest.mark.slow) for more in (["--lora"], ["--precision", "bf16"])),
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (["--lora"], ["--precision", "bf16"], ["--lora", "--precision", "bf16"])
+        ),
     ],
 )
 def test_all_ways_of_a_step(more, printed, monkeypatch):

@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 def flags(world, out, *more, model="sku"):
     prompts = f"--unseen_dataset {world}/data/unseen.jsonl --n_seen 4 --n_unseen 6 --n_normal 5"
     models = f"--model {model}={world / model}/unlearned --base {world}/base"
-    asked = f"--max_new_tokens 8 --seed 0 --base_answers {out.parent}/base-answers"
+    asked = f"--max_new_tokens 8 --seed 0 --base_answers {out.parent}/base-answers --relevance_judge none"
     return [*f"{models} --output {out} {prompts} {asked}".split(), *more]
 
 
@@ -158,6 +158,16 @@ def test_a_second_evaluation_takes_the_bases_answers_from_the_first(world, tmp_p
     assert first == [row for row in second if row["model"] != "again"]
     main(flags(world, tmp_path / "third", "--base_answers", "none"))
     assert "are those in" not in capsys.readouterr().out
+
+
+def test_answers_that_do_not_fit_their_question_are_counted(world, tmp_path):
+    main(flags(world, tmp_path / "out", "--relevance_judge", "likelihood", "--n_seen", "0"))
+    results = results_of(tmp_path / "out")
+    assert results["relevance_judge"]["judge"] == "likelihood" and results["relevance_judge"]["n_learned_from"] >= 10
+    rates = {(f["model"], f["set"]): f for f in results["figures"] if f["metric"] == "relevance_rate"}
+    assert {name for _, name in rates} == {"unseen", "normal"} and all(rate["n"] for rate in rates.values())
+    split = [f["value"] for f in results["figures"] if f["metric"].startswith("safe_") and f["model"] == "sku"]
+    assert len(split) == 3 and 0 <= sum(split) <= 1
 
 
 def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def flags(world, out, *more: str, parts: bool = True) -> list[str]:
         --model_name {world}/{{seed}}/base --recipe tiny --output {out} --seeds 0 --runs task_vector sku sku-pd-turned
         --harmful_dataset {world}/{{seed}}/data/harmful.jsonl --unseen_dataset {world}/{{seed}}/data/unseen.jsonl
         --normal_dataset {world}/{{seed}}/data/normal.csv --n_seen 6 --n_unseen 12 --n_normal 5
-        --max_new_tokens 6 --precision fp32 --decoding sampled greedy
+        --max_new_tokens 6 --precision fp32 --decoding sampled greedy --relevance_judge none
     """.split()
     if parts:
         words += ["--alpha_sweep", "0,1", *(word for kind in KINDS for word in ("--harm_category", kind))]
@@ -81,6 +81,7 @@ def test_every_part_of_the_comparison_is_there(whole):
         assert (whole / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_seeds_have_models_and_data_of_their_own(world, tmp_path):
     main(flags(world, tmp_path, "--seeds", "0", "1", "--runs", "sku", "ft", parts=False))
     comparison = comparison_of(tmp_path)

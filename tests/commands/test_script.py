@@ -198,6 +198,7 @@ def test_runs_in_its_own_folder(tiny_model, tmp_path):  # the demo runs it in th
     assert "check passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_runs_from_elsewhere_with_paths_from_where_one_stands(tiny_model, tmp_path):
     words = [str(SCRIPT), *flags(tiny_model("opt"), Path("here"), "--max_unlearn_steps", "1")]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)

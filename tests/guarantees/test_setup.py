@@ -20,7 +20,7 @@ from harmful_unlearn.storage.provenance import CODE_VERSION
 
 PACKAGE = ROOT / "harmful_unlearn"
 # Imported only where a flag asks for it; the message then says what to install.
-OPTIONAL = {"bitsandbytes", "deepspeed", "lm_eval", "tensorboard", "vllm", "wandb"}
+OPTIONAL = {"bitsandbytes", "deepspeed", "lm_eval", "tensorboard", "trl", "vllm", "wandb"}
 IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "PyYAML": "yaml",
@@ -29,7 +29,7 @@ IMPORT_NAMES = {
     "SQLAlchemy": "sqlalchemy",
 }
 # Not run by this project, or not installed here, and yet not to be hidden.
-OTHER_LIBRARIES = {"evaluate", "metrics", "tables", "utils", "trl", "mergekit", "scipy", "bleurt_pytorch"}
+OTHER_LIBRARIES = {"evaluate", "metrics", "tables", "utils", "mergekit", "scipy", "bleurt_pytorch"}
 
 
 def pins() -> dict[str, str]:

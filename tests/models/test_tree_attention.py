@@ -90,6 +90,7 @@ def test_scaling_and_masks_of_plain_rows():
     torch.testing.assert_close(attend(inputs, boolean), plain(*inputs, boolean))
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_and_has_the_gradient_of_its_own_draw():
     mask = layout([[6, 5, 4]])
     inputs = tensors(15, 2, 1, torch.float64)

@@ -36,7 +36,9 @@ class Judge(Protocol):
     """
 
     name: str
-    facts: dict
+
+    @property
+    def facts(self) -> dict: ...
 
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
         """A verdict for each pair, in order."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,32 +45,36 @@ class LikelihoodJudge:
     def __init__(
         self, base: EvaluatedModel, responses: list[Response], sets: Sequence[list[str]], seed: int, cache: Path
     ):
-        self._base = base
+        self._base, self._cache = base, cache
         judged = {question for questions in sets for question in questions}
-        learned = _drawn(responses, judged, seed)
+        self._learned_from = _drawn(responses, judged, seed)
         self._next: dict[str, str] = {}
-        for questions in (*sets, [pair.question for pair in learned]):
+        for questions in sets:
             different = list(dict.fromkeys(questions))
             self._next |= dict(zip(different, different[1:] + different[:1], strict=True))
-        read = [*map(repr, learned), json.dumps(base.identity, sort_keys=True)]
+
+    @cached_property
+    def facts(self) -> dict:
+        """The threshold and how well it does; learned when it is first asked for."""
+        read = [*map(repr, self._learned_from), json.dumps(self._base.identity, sort_keys=True)]
         key = hashlib.sha256("\n".join(read).encode()).hexdigest()
-        kept = read_json(cache) if cache.is_file() else {}
+        kept = read_json(self._cache) if self._cache.is_file() else {}
         if kept.get("key") != key:
-            kept = {"key": key, **self._learn(learned)}
-            write_file(cache, json.dumps(kept, indent=1) + "\n")
-        self._threshold = kept["threshold"]
-        self.facts = {"judge": self.name, **{name: value for name, value in kept.items() if name != "key"}}
+            kept = {"key": key, **self._learn(self._learned_from)}
+            write_file(self._cache, json.dumps(kept, indent=1) + "\n")
+        return {"judge": self.name, **{name: value for name, value in kept.items() if name != "key"}}
 
     def judge(self, pairs: list[Pair]) -> list[Verdict]:
         """A verdict for each pair, in order; none where there is no other question to compare with."""
         known = [self._next.get(pair.question, pair.question) != pair.question for pair in pairs]
-        if self._threshold is None or not any(known):
+        threshold = self.facts["threshold"]
+        if threshold is None or not any(known):
             return [Verdict(None, None, "there is nothing to compare with")] * len(pairs)
         scores = iter(self._scores([pair for pair, is_known in zip(pairs, known, strict=True) if is_known]))
         verdicts = []
         for is_known in known:
             score = next(scores) if is_known else None
-            verdicts.append(Verdict(None if score is None else bool(score > self._threshold), None))
+            verdicts.append(Verdict(None if score is None else bool(score > threshold), None))
         return verdicts
 
     def _scores(self, pairs: list[Pair], others: list[str] | None = None) -> np.ndarray:

@@ -42,7 +42,7 @@ def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
         == """\
 # Results
 
-Brackets: 95 % bootstrap interval over prompts. Judge of refusals: phrases.
+Brackets: 95 % bootstrap interval over prompts. Judge of refusals: phrases. Judge of relevance: likelihood, held out: auc 0.98.
 
 ## unseen prompts (judge: classifier, held out: accuracy 0.9, auc None, n_held_out 8)
 
@@ -113,7 +113,7 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
     for row, expected in zip(rows, FIGURES, strict=True):
         del row["judge"]
         assert row == {key: "" if value is None else str(value) for key, value in expected.items()}
-    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS)
+    assert (tmp_path / "results.md").read_text() == results_markdown(FIGURES, JUDGE, AGREEMENT, REFUSALS, RELEVANCE)
 
 
 def test_prompts_are_recorded_with_their_rows(tmp_path):

@@ -67,10 +67,9 @@ def test_an_answer_fits_if_it_is_likelier_there_than_elsewhere(base, tmp_path):
 
 
 def test_the_threshold_is_learned_once_and_never_from_what_is_judged(base, tmp_path):
-    judge_of(base, tmp_path)
-    judge_of(base, tmp_path)
+    assert judge_of(base, tmp_path).facts == judge_of(base, tmp_path).facts
     assert len(base.loaded) == 1
-    judge_of(base, tmp_path, RESPONSES[1:])
+    assert judge_of(base, tmp_path, RESPONSES[1:]).facts["n_learned_from"] == len(THINGS) - 1
     assert len(base.loaded) == 2  # other answers: learned anew
     sets = [[response.question for response in RESPONSES[:3]]]
     assert judge_of(base, tmp_path, sets=sets).facts["n_learned_from"] == len(THINGS) - 3
