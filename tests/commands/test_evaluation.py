@@ -198,6 +198,7 @@ def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monk
         main(flags(world, tmp_path / "other", "--attacks", "long", "--n_seen", "0", "--n_unseen", "0"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_takes_no_scores_from_an_attack_that_asked_the_same(world, tmp_path):
     """An attack with longer answers asks as another evaluation may, and keeps the base's answers without scores."""
     only = ["--n_seen", "0", "--n_normal", "0", "--n_attacked", "6"]

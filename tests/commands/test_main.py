@@ -80,6 +80,7 @@ def test_what_users_can_fix(flags, fix, tiny_model, tmp_path):
         spot_check.main(["--base", base, "--unlearned", base, *flags])
 
 
+@pytest.mark.slow
 def test_runs_as_a_script_from_anywhere(tiny_model, tmp_path):
     base = str(tiny_model("qwen2"))
     done = subprocess.run(

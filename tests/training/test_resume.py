@@ -97,6 +97,7 @@ def test_a_finished_run_with_other_flags_is_refused(tiny_model, tmp_path, capsys
     assert "holds another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_overwrite_goes_on_beside_what_it_replaces(tiny_model, tmp_path, stop_after, capsys):
     base, more = tiny_model("opt"), ["--overwrite", "--seed", "1"]
     assert run(base, tmp_path / "run") == 0

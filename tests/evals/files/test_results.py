@@ -13,7 +13,7 @@ from harmful_unlearn.evals.protocol import EvalProtocol
 
 JUDGE = SimpleNamespace(name="classifier", facts={"judge": "classifier", "accuracy": 0.9, "auc": None, "n_held_out": 8})
 REFUSALS = SimpleNamespace(name="phrases", facts={"judge": "phrases"})
-RELEVANCE = SimpleNamespace(name="likelihood", facts={"judge": "likelihood", "auc": 0.98})
+RELEVANCE = SimpleNamespace(name="hf:x", facts={"judge": "hf:x"})
 
 
 def figure(model, name, decoding, metric, value, n=5):
@@ -42,7 +42,7 @@ def test_the_tables_are_by_set_with_a_row_for_each_model_and_decoding():
         == """\
 # Results
 
-Brackets: 95 % bootstrap interval over prompts. Judge of refusals: phrases. Judge of relevance: likelihood, held out: auc 0.98.
+Brackets: 95 % bootstrap interval over prompts. Judge of refusals: phrases. Judge of relevance: hf:x.
 
 ## unseen prompts (judge: classifier, held out: accuracy 0.9, auc None, n_held_out 8)
 
@@ -101,7 +101,9 @@ def test_every_figure_is_in_json_and_csv(tmp_path):
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert (
-        results["figures"] == FIGURES and results["judge"] == JUDGE.facts and results["relevance_judge"]["auc"] == 0.98
+        results["figures"] == FIGURES
+        and results["judge"] == JUDGE.facts
+        and results["relevance_judge"] == RELEVANCE.facts
     )
     assert results["data"] == sources
     assert results["agreement"] == AGREEMENT
