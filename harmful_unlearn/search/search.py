@@ -14,18 +14,29 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from harmful_unlearn import unlearn_harm_new
+from harmful_unlearn.comparison_settings import ComparisonSettings
 from harmful_unlearn.errors import NoSafeAnswers, UserError
-from harmful_unlearn.evals.comparison.seed_evaluation import TrainedModel
+from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.evaluated_model import BASE
-from harmful_unlearn.evals.prompt_sets import PromptSets, question_hash
-from harmful_unlearn.recipes import ComparisonRun, Recipe, search_space, swept_alphas, write_recipe
+from harmful_unlearn.evals.prompt_sets import EvalData, PromptSets, question_hash
+from harmful_unlearn.models import hub
+from harmful_unlearn.recipes import (
+    UTILITY_BUDGET,
+    ComparisonRun,
+    Recipe,
+    read_recipe,
+    search_space,
+    swept_alphas,
+    write_recipe,
+)
 from harmful_unlearn.search.study import STORAGE_ERRORS, Study, storage_errors
 from harmful_unlearn.search.trial import Bounds, Point, TrialMeasure, TrialResult, digest_of, forget_weights
 from harmful_unlearn.storage.files import read_json, write_file
+from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.setup import prepare
-from harmful_unlearn.trainings import train
+from harmful_unlearn.trainings import plan, train
 
 PlanTrial = Callable[[Path, Mapping[str, object]], tuple[TrainedModel, list[str]]]
 
@@ -211,6 +222,54 @@ class Search:
         said = {**about, "trials": self.trials, "bounds": bounds, "seed": self.seed, "validation_prompts": numbers}
         write_recipe(self.recipe_file, recipe, {**said, "chosen": choices})
         return self.recipe_file
+
+
+def run_search(settings: ComparisonSettings) -> Search | None:
+    """Search the hyper-parameters of all rows, and write the recipe.
+
+    Returns:
+        The search; None while other processes still run trials of it.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    seed = settings.seeds[0]
+    own, folder = settings.of_seed(seed), settings.output / "search"
+    base = hub.resolve_model(own.model_name)
+    rows = own.compared_runs
+
+    def planned(to: Path, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
+        return plan(to, base, own.all_flags(flags, seed), own.train_flags)
+
+    records, failures = longest_trainings(rows, planned, folder)
+    for name, failure in failures.items():
+        print(f"{name} is left out: {failure}")
+    rows = {name: rows[name] for name in records}
+    if not rows:
+        raise UserError("no row can be searched on these data: give other --runs or data")
+    template = own.template_of(list(records.values()), base)
+    data = EvalData.read(own, list(records.values()))
+    sets = own.draw(data, seed)
+    if not all(sets.validation.get(name) for name in ("unseen", "normal")):
+        raise UserError("there are too few prompts for a search: give more data, or a larger --n_unseen")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "judge.lock"):
+        judge = own.make_judge(data, sets.validation.values(), seed, folder)
+        refusal_judge = own.make_refusal_judge(folder)
+    protocol = own.protocol(sets, data, seed, template)
+    evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
+    bounds = Bounds(own.search_budget or UTILITY_BUDGET, own.search_refusals)
+    assert own.search
+    asked = replace(protocol, prompts=sets.validation).settings()
+    facts = {"train_flags": own.train_flags, "judge": judge.facts, "prompts": asked}
+    of_rows = Search(folder, rows, own.search, bounds, seed, facts, planned, TrialMeasure(evaluation, bounds))
+    if running := of_rows.run():
+        print(f"\nno trial is left to begin; wait for {', '.join(running)}, then give the same command again")
+        return None
+    about = {"model": settings.model_name, "train_flags": own.train_flags, "judge": own.judge, "data": data.sources}
+    chosen_on = read_recipe(settings.recipe).chosen_on
+    print(f"\nrecipe: {of_rows.write(sets, {**about, **provenance()}, chosen_on)}")
+    return of_rows
 
 
 def all_flags(row: ComparisonRun) -> dict[str, Any]:
