@@ -136,6 +136,9 @@ def make_plan(
     checkpoints = settings.keep_checkpoints + 1 if settings.save_every else 0
     memory = _weights(settings, losses, structure, trainable, lora, precision, shards)
     memory |= _activations(losses, sampled, structure, lora, precision, settings.gradient_checkpointing)
+    if blocks:  # later layers are not computed, and the LM head neither
+        memory["activations"] *= (blocks[-1] + 1) / structure.config.get_text_config().num_hidden_layers
+        memory["logits"] = 0.0
     if device.type == "cpu":
         memory = {**PROGRAM[precision], **memory, "holes": HOLES * memory["activations"]}
     return Plan(

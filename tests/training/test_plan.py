@@ -103,3 +103,20 @@ def test_activations_are_what_autograd_keeps(architecture, lora, packed_up_to, t
         outputs = model.base_model(**inputs)
     # Plain rows keep their attention's output and log-sums, too.
     assert outputs and planned == pytest.approx(sum(sizes.values()), rel=0.02 if packed_up_to else 0.25)
+
+
+@pytest.mark.parametrize("lora", ["on", "off"])
+def test_rmu_needs_memory_for_the_layers_that_it_computes(lora, tiny_model, tmp_path):
+    """Of two layers the first, no logits, and gradients of what is trained only."""
+    first, both = (
+        prepared(tiny_model("opt"), tmp_path, "--method", "rmu", "--lora", lora, "--rmu_layer", layer).plan
+        for layer in ("1", "2")
+    )
+    assert first.memory["activations"] == pytest.approx(both.memory["activations"] / 2)
+    assert first.memory["logits"] == 0 < first.trainable == both.trainable / 2
+    assert first.trainable == (2 * 32 * (32 + 32) if lora == "on" else 32 * 64)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_weights_are_loaded(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="this model has 2 layers"):
+        prepared(tiny_model("opt"), tmp_path, "--method", "rmu", "--rmu_layer", "3")
