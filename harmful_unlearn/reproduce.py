@@ -28,7 +28,9 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import transformers
 
 from harmful_unlearn.cli import exit_code
-from harmful_unlearn.comparison_settings import ComparisonSettings, parse_flags
+from harmful_unlearn.comparison.search import run_search
+from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
+from harmful_unlearn.comparison.trainings import as_words, plan, train
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
@@ -39,11 +41,9 @@ from harmful_unlearn.models.loading import load_config
 from harmful_unlearn.recipes import UTILITY_BUDGET, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
-from harmful_unlearn.search.search import run_search
 from harmful_unlearn.storage.files import check_target, write_file
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import parse_flags as training_flags
-from harmful_unlearn.trainings import as_words, plan, train
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -324,28 +324,3 @@ def test_bad_flags_exit_2(bad, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_flags(flags(world, tmp_path, *bad))
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_search_chooses_the_settings_of_the_comparison(world, tmp_path):
-    """On validation prompts only; with the same command nothing is trained again."""
-    words = flags(world, tmp_path, "--runs", "sku", "npo", "--seeds", "0", "1", "--decoding", "greedy", parts=False)
-    main([*words, "--search", "3", "--search_budget", "5"])
-    comparison = comparison_of(tmp_path)
-    trials = comparison["trials"]
-    assert {row["method"] for row in trials} == {"base", "sku", "npo"} and sum(row["chosen"] for row in trials) == 2
-    recipe = json.loads((tmp_path / "search" / "recipe.json").read_text())
-    record = json.loads((tmp_path / "seed-1" / "npo" / "copy" / "run.json").read_text())
-    assert record["flags"]["beta"] == recipe["rows"]["npo"]["flags"]["beta"]
-    asked = {row["prompt"] for file in (tmp_path / "search").rglob("answers/*.jsonl") for row in rows_of(file)}
-    assert asked
-    for seed in (0, 1):
-        tested = json.loads((tmp_path / f"seed-{seed}" / "evaluation" / "prompts.json").read_text())
-        assert not asked & {row["prompt"] for name in ("unseen", "normal") for row in tested[name]}
-    assert not list((tmp_path / "search").rglob("*.safetensors"))
-    assert (tmp_path / "search.png").stat().st_size > 1000 and "The search for settings" in (
-        tmp_path / "report.md"
-    ).read_text()
-    before = (tmp_path / "search" / "trials.csv").read_text()
-    main([*words, "--search", "3", "--search_budget", "5"])
-    assert (tmp_path / "search" / "trials.csv").read_text() == before

@@ -13,11 +13,11 @@ from unittest import mock
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from harmful_unlearn.comparison import search
+from harmful_unlearn.comparison.trial import Bounds, Point
 from harmful_unlearn.evals.comparison.seed_evaluation import TrainedModel
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.recipes import ComparisonRun, recipe
-from harmful_unlearn.search import search
-from harmful_unlearn.search.trial import Bounds, Point
 
 ROWS = recipe(
     {"max_unlearn_steps": 8, "lr": 1e-4}, {"bad_weight": 1, "random_weight": 1, "normal_weight": 0.1}, {}

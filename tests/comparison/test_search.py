@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from harmful_unlearn.comparison.search import all_flags
+from harmful_unlearn.comparison.trial import TrialResult
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.recipes import RECIPES, Range, read_recipe, search_space, swept_alphas
-from harmful_unlearn.search.search import all_flags
-from harmful_unlearn.search.trial import TrialResult
 from tests.helpers.documents import ROOT
 from tests.helpers.inputs.tables import error_of
 from tests.helpers.running.resumed import limited

@@ -14,7 +14,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.comparison_settings import ComparisonSettings
+from harmful_unlearn.comparison.settings import ComparisonSettings
+from harmful_unlearn.comparison.study import STORAGE_ERRORS, Study, storage_errors
+from harmful_unlearn.comparison.trainings import plan, train
+from harmful_unlearn.comparison.trial import Bounds, Point, TrialMeasure, TrialResult, digest_of, forget_weights
 from harmful_unlearn.errors import NoSafeAnswers, UserError
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.evaluated_model import BASE
@@ -29,14 +32,11 @@ from harmful_unlearn.recipes import (
     swept_alphas,
     write_recipe,
 )
-from harmful_unlearn.search.study import STORAGE_ERRORS, Study, storage_errors
-from harmful_unlearn.search.trial import Bounds, Point, TrialMeasure, TrialResult, digest_of, forget_weights
 from harmful_unlearn.storage.files import read_json, write_file
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.setup import prepare
-from harmful_unlearn.trainings import plan, train
 
 PlanTrial = Callable[[Path, Mapping[str, object]], tuple[TrainedModel, list[str]]]
 
