@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from harmful_unlearn import recipes, trainings
+from harmful_unlearn import recipes
+from harmful_unlearn.comparison import trainings
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation

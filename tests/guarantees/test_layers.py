@@ -11,12 +11,8 @@ ROW = re.compile(r"^\| (\d+) \| `(\w+)` \| [^|]* \| ([^|]*)\|$", re.MULTILINE)
 LAYERS = {part: (int(layer), set(re.findall(r"`(\w+)`", allowed))) for layer, part, allowed in
           ROW.findall(read(ROOT / "docs" / "design.md"))}  # fmt: skip
 COMMANDS = {"unlearn_harm_new", "evaluation", "demo", "recipes"}
-TOP = [
-    "comparison_settings",
-    "trainings",
-    "search",
-    "reproduce",
-]  # they may import the commands, and each those before it
+# They may import the commands, and each those before it.
+TOP = ["comparison", "reproduce"]
 
 
 def imports_of(part: str) -> set[str]:
