@@ -65,8 +65,8 @@ class ComparisonSettings(MeasuringSettings):
     @property
     def training_data(self) -> dict[str, str]:
         """The flags that say what every run trains on, and in which template, where they are given."""
-        names = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "system_prompt")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        data = ("harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "more_normal_dataset")
+        given = {name: value for name in (*data, "system_prompt") if (value := getattr(self, name)) is not None}
         return given if self.template == "auto" else {**given, "template": self.template}
 
     def all_flags(self, flags: Mapping[str, object], seed: int) -> dict[str, object]:

@@ -19,18 +19,19 @@ class Instructions:
     source: dict  # name, revision, split, sha256 (of a file), rows
 
 
-def read_instructions(name: str | Path) -> Instructions:
+def read_instructions(name: str | Path, fix: str = FIX) -> Instructions:
     """Tasks with the columns instruction, input and output; a row without a task or an answer is omitted.
 
     Args:
         name: a hub id (its split "train"), a folder, or a file.
+        fix: what to do if it cannot be read, which names the flag that it was given by.
 
     Raises:
         UserError: the data cannot be read, lack a column, or hold a value that is not text.
     """
-    table = read_table(str(name), FIX)
+    table = read_table(str(name), fix)
     if missing := [column for column in COLUMNS if column not in table.columns]:
-        raise table.missing(missing, FIX)
+        raise table.missing(missing, fix)
     tasks, answers = (table.cells(column, _text, "text") for column in COLUMNS)
     inputs = table.cells(INPUT, _text, "text") if INPUT in table.columns else [""] * table.rows
     pairs = [

@@ -1,4 +1,4 @@
-"""TruthfulQA: normal texts (PD), their split, and the multiple choices of MC1 and MC2."""
+"""TruthfulQA: normal texts (PD), more of them, their split, and the multiple choices of MC1 and MC2."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from harmful_unlearn.data.batch_sampler import SPLIT
+from harmful_unlearn.data.instructions import read_instructions
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.tables import Table, as_text, read_table
+from harmful_unlearn.errors import UserError
 
 NORMAL_COLUMNS = ("Question", "Best Answer", "Correct Answers")
 INCORRECT_COLUMN = "Incorrect Answers"
@@ -17,29 +19,44 @@ NORMAL_FIX = (
     "run `make data` for the original TruthfulQA.csv, or give --normal_dataset a local "
     ".csv, .jsonl, .json or .parquet file"
 )
+MORE_FIX = "give --more_normal_dataset a hub id such as tatsu-lab/alpaca, or a .jsonl, .json, .csv or .parquet file"
 
 
 @dataclass
 class NormalData:
     """Normal texts, for PD, and their random split of 70 / 10 / 20 % (implementation detail 6)."""
 
-    texts: list[Pair]  # each question with its best answer, then each with all its correct answers as one text
+    texts: list[Pair]  # each question with its best answer, each with all its correct answers as one text, then tasks
     train: list[int]  # indices into `texts`, as are the other two
     validation: list[int]
     test: list[int]
-    source: dict  # name, revision, split, sha256 (of a file), rows, texts, train, validation, test
+    source: dict  # name, revision, split, sha256 (of a file), rows, texts, train, validation, test; "more", of tasks
+    tasks: int = 0  # everyday tasks at the end of `texts`, all of them in `train`
+
+    @property
+    def questions(self) -> int:
+        """The number of questions, each of which is in two texts."""
+        return (len(self.texts) - self.tasks) // 2
+
+    @property
+    def everyday_tasks(self) -> list[Pair]:
+        """Those at the end of `texts`."""
+        return self.texts[len(self.texts) - self.tasks :]
 
 
-def read_normal(name: str | Path, seed: int) -> NormalData:
+def read_normal(name: str | Path, seed: int, more: str | None = None) -> NormalData:
     """TruthfulQA, or any data with its columns Question, Best Answer and Correct Answers.
 
     Case, spaces and underscores in column names do not matter. Correct answers are one text, semicolons included; a
     list of them is joined with "; ".
 
+    Of the everyday tasks in `more`, 70 %, drawn by the seed, are training texts. The others are left for an evaluation.
+
     Args:
         name: a .csv, .jsonl, .json or .parquet file, a folder, or a hub id (its split "train"; of
             truthfulqa/truthful_qa, "validation").
         seed: of the split.
+        more: everyday tasks in Alpaca's columns (`read_instructions`).
 
     Raises:
         UserError: the data cannot be read, lack a column, or hold a value that is not text.
@@ -47,13 +64,27 @@ def read_normal(name: str | Path, seed: int) -> NormalData:
     table, columns = _read_normal(name)
     questions, best, correct = (table.cells(column, as_joined_text, "text") for column in columns[:3])
     texts = [*map(Pair, questions, best), *map(Pair, questions, correct)]
-    order = np.random.default_rng([seed, SPLIT]).permutation(len(texts)).tolist()
+    order = _order(len(texts), seed)
     first = int(0.7 * len(texts))
     second = first + int(0.1 * len(texts))
     parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
     sizes = {part: len(rows) for part, rows in parts.items()}
-    source = {**table.source, "rows": table.rows, "texts": len(texts), **sizes}
-    return NormalData(texts, **parts, source=source)
+    source: dict = {**table.source, "rows": table.rows, "texts": len(texts), **sizes}
+    tasks: list[Pair] = []
+    if more:
+        instructions = read_instructions(more, MORE_FIX)
+        pairs = instructions.pairs
+        tasks = [pairs[row] for row in _order(len(pairs), seed)[: int(0.7 * len(pairs))]]
+        if not tasks:
+            raise UserError(f"{more} has too few complete tasks to train on a part of them: {MORE_FIX}")
+        source["more"] = {**instructions.source, "train": len(tasks)}
+        parts["train"] += range(len(texts), len(texts) + len(tasks))
+    return NormalData([*texts, *tasks], **parts, source=source, tasks=len(tasks))
+
+
+def _order(number: int, seed: int) -> list[int]:
+    """The rows 0, 1, ... in the random order of a seed."""
+    return np.random.default_rng([seed, SPLIT]).permutation(number).tolist()
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class NamedSetSettings:
         Raises:
             UserError: a set cannot be read, holds no prompt, or is named twice.
         """
-        trained = data.touched | {pair.question for pair in data.training_texts}
+        trained = data.touched | data.trained_tasks | {pair.question for pair in data.training_texts}
         read = {question.strip() for question in trained}
         sets: list[NamedSet] = []
         for text in self.prompts:

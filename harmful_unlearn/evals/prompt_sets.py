@@ -87,6 +87,7 @@ class DataSettings:
     )
     unseen_split: str | None = _data("of it; PKU-SafeRLHF has a split called test")
     normal_dataset: str | None = _data("as in training (default: the same)")
+    more_normal_dataset: str | None = _data("as in training (default: the same)")
     utility_dataset: str | None = _data(
         "everyday tasks in Alpaca's columns (hub id, folder or file), to see what else a model has lost (default: none)"
     )
@@ -105,6 +106,7 @@ class EvalData:
         trained: the harmful questions whose own answer was trained on (GD, GA), in every model that is compared.
             A training on one kind of harm counts only if there is no other.
         touched: the harmful questions of which any model read an answer, or drew one (RD).
+        trained_tasks: the everyday tasks that any model was trained on.
         sources: of "harmful", "normal" and "utility" data: name, revision, sha256, rows, ...
     """
 
@@ -116,6 +118,7 @@ class EvalData:
     trained: set[str]
     touched: set[str]
     sources: dict[str, dict]
+    trained_tasks: frozenset[str] = frozenset()
 
     @property
     def training_texts(self) -> list[Pair]:
@@ -153,7 +156,13 @@ class EvalData:
                 "for all of them: evaluate those of one seed together"
             )
         normal_name = settings.normal_dataset or trainings[0].flags["normal_dataset"]
-        normal, choices = read_normal(normal_name, seeds.pop()), read_choices(normal_name)
+        seed = seeds.pop()
+
+        @cache
+        def normal_data(more: str | None = None) -> NormalData:
+            return read_normal(normal_name, seed, more)
+
+        normal, choices = normal_data(), read_choices(normal_name)
         sources = {"harmful": harmful_data().source, "normal": normal.source}
         utility = read_instructions(settings.utility_dataset) if settings.utility_dataset else Instructions([], {})
         if utility.pairs:
@@ -161,18 +170,24 @@ class EvalData:
         for training in trainings:
             _check_same_data("harmful", sources["harmful"], training.harmful_data)
             _check_same_data("normal", sources["normal"], training.normal_data)
-        trained_on_all, trained_on_a_kind, touched = [], [], set()
+        trained_on_all, trained_on_a_kind, touched, tasks = [], [], set(), set()
         for training in trainings:
             flags = training.flags
             harmful = harmful_data(tuple(flags.get("harm_category") or ()), flags.get("min_severity"))
-            own, read = _questions_of(training, harmful, normal)
+            more = flags.get("more_normal_dataset") and (settings.more_normal_dataset or flags["more_normal_dataset"])
+            texts = normal_data(more)
+            if more:
+                _check_same_data("more_normal", texts.source["more"], training.normal_data.get("more", {}))
+                tasks |= {pair.question for pair in texts.everyday_tasks}
+            own, read = _questions_of(training, harmful, texts)
             touched |= read
             if own and flags.get("harm_category"):
                 trained_on_a_kind.append(own)
             elif own:
                 trained_on_all.append(own)
         trained = set.intersection(*(trained_on_all or trained_on_a_kind or [set()]))
-        return cls(responses, unseen, normal, choices, utility.pairs, trained, touched, sources)
+        known = frozenset(tasks)
+        return cls(responses, unseen, normal, choices, utility.pairs, trained, touched, sources, known)
 
 
 def _harmful_location(settings: DataSettings, training: RunRecord) -> tuple[str, str | None, str]:
@@ -258,7 +273,7 @@ def draw_prompts(
     validated = len(untouched) // 3
     held_out, validation = _normal_prompts(data.normal)
     tasks = {pair.question: Prompt(pair.question, pair.answer, row) for row, pair in enumerate(data.utility)}
-    utility = shuffled([*tasks.values()], 4)
+    utility = shuffled([task for task in tasks.values() if task.question not in data.trained_tasks], 4)
     tasks_validated = len(utility) // 3
     test = {
         "seen": seen,
@@ -272,7 +287,7 @@ def draw_prompts(
         ("seen", "the models that train on harmful pairs have none in common: measure fewer together"),
         ("unseen", "unlearning touched every harmful prompt of the data: give others with --unseen_dataset"),
         ("normal", "the test part of the normal data holds no question that was not trained on: give more data"),
-        ("utility", "none of its rows has both an instruction and an output: give another --utility_dataset"),
+        ("utility", "no row has an instruction and an output and was not trained on: give another --utility_dataset"),
     ):
         if numbers[name] and not test[name]:
             raise UserError(f"there is no {name} prompt to measure on ({why}, or omit them: --n_{name} 0)")
@@ -307,7 +322,7 @@ def _normal_prompts(normal: NormalData) -> tuple[list[Prompt], list[Prompt]]:
     A validation prompt has the answer that is in the validation part: the question's other text may have been
     trained on.
     """
-    questions = len(normal.texts) // 2  # each question twice: its best answer, then all its correct ones
+    questions = normal.questions
     trained = {normal.texts[row].question for row in normal.train}
     tested = {normal.texts[row].question for row in normal.test} - trained
     held_out: dict[str, Prompt] = {}  # TruthfulQA has no question twice, other data may

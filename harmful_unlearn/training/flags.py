@@ -99,6 +99,9 @@ class TrainingSettings:
     normal_dataset: str = _data(
         "the same kinds in TruthfulQA's columns, or truthfulqa/truthful_qa",
         default=str(ROOT / "dataloader" / "TruthfulQA.csv"))
+    more_normal_dataset: str | None = _data(
+        "everyday tasks in Alpaca's columns (hub id, folder or file): seven in ten are normal texts, too (default: "
+        "none)")
     harm_category: list[str] = _data(
         "unlearn only this category of harm (may be repeated)", action="append", default=[])
     min_severity: int | None = _data("unlearn only answers of at least this severity", type=whole_number)

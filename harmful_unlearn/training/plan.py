@@ -40,6 +40,7 @@ class Plan:
     Attributes:
         rows, pairs, answers, normal: data rows read, harmful pairs selected, answers in the RD pool,
             normal texts trained on.
+        tasks: those of the normal texts that are everyday tasks.
         steps, batches_per_epoch: optimizer steps, and how many make an epoch.
         pairs_seen: different harmful pairs that are trained on.
         cut: harmful pairs and normal texts among those seen that --max_length cuts.
@@ -54,6 +55,7 @@ class Plan:
     pairs: int
     answers: int
     normal: int
+    tasks: int
     steps: int
     batches_per_epoch: int
     pairs_seen: int
@@ -68,10 +70,11 @@ class Plan:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.items())
         epochs = self.steps / self.batches_per_epoch
+        tasks = f", {self.tasks:,} of them everyday tasks" if self.tasks else ""
         return "\n".join(
             [
                 f"harmful data   {self.rows:,} rows, {self.pairs:,} pairs, {self.answers:,} answers in the pool",
-                f"normal data    {self.normal:,} texts to train on",
+                f"normal data    {self.normal:,} texts to train on{tasks}",
                 f"steps          {self.steps:,} ({epochs:.1f} epochs of {self.batches_per_epoch:,}); "
                 f"{self.pairs_seen:,} different harmful pairs are seen",
                 f"tokens         about {self.tokens:,} of text; {self.cut:,} texts cut to --max_length, "
@@ -146,6 +149,7 @@ def make_plan(
         pairs=len(harmful.pairs),
         answers=len(harmful.answers),
         normal=len(normal.train),
+        tasks=normal.tasks,
         steps=steps,
         batches_per_epoch=sampler.batches_per_epoch,
         pairs_seen=len(seen),

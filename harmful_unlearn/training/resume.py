@@ -20,8 +20,9 @@ FREE_FLAGS = {
 }  # fmt: skip
 # Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter, ...
 RESOLVED_FLAGS = {
-    "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "batch_size", "precision",
-    "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length", "template", "system_prompt",
+    "model_name", "harmful_dataset", "harmful_revision", "harmful_split", "normal_dataset", "more_normal_dataset",
+    "batch_size", "precision", "lora", "lora_r", "lora_alpha", "lora_target_modules", "max_length", "template",
+    "system_prompt",
 }  # fmt: skip
 
 
@@ -176,7 +177,9 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
     settings["LoRA"] = training["lora"] and json.dumps(training["lora"])
     settings["template"] = record.prompt_template
     settings["base model"] = record.base["fingerprint"][:12]
-    for name, source in (("harmful data", record.harmful_data), ("normal data", record.normal_data)):
+    more = record.normal_data.get("more", {})
+    sources = {"harmful data": record.harmful_data, "normal data": record.normal_data, "more normal data": more}
+    for name, source in sources.items():
         sha256 = source.get("sha256")
         settings[name] = sha256[:12] if sha256 else f"{source.get('revision')} {source.get('split')}"
     return settings

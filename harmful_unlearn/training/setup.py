@@ -199,7 +199,7 @@ def prepare_stage_1(
         settings.harm_category,
         settings.min_severity,
     )
-    normal = read_normal(settings.normal_dataset, settings.seed)
+    normal = read_normal(settings.normal_dataset, settings.seed, settings.more_normal_dataset)
     needed = reads(active_losses(vars(settings)))
     limit = loading.context_length(config)
     collator = Collator(template, settings.variant, min(settings.max_length or limit, limit))

@@ -7,6 +7,7 @@ import pytest
 
 from harmful_unlearn.data.prompt_format import Pair, format_pair
 from harmful_unlearn.data.truthfulqa import read_choices, read_normal
+from harmful_unlearn.errors import UserError
 from tests.helpers.inputs.tables import TRUTHFUL, write
 
 
@@ -33,6 +34,25 @@ def test_split_depends_only_on_the_seed():
     assert first.train == again.train and first.test == again.test
     assert sorted(first.train) != sorted(second.train)
     assert sorted(first.train) != first.train, "random, not the file's first 70 %"
+
+
+def test_everyday_tasks_are_more_training_texts_and_three_in_ten_are_left_out(tmp_path):
+    tasks = write(tmp_path, [{"instruction": f"task {i}", "output": f"answer {i}"} for i in range(10)])
+    plain, more, other = read_normal(TRUTHFUL, 1), read_normal(TRUTHFUL, 1, tasks), read_normal(TRUTHFUL, 2, tasks)
+    assert more.texts[: len(plain.texts)] == plain.texts and more.questions == plain.questions == 12
+    assert (more.train[: len(plain.train)], more.validation, more.test) == (plain.train, plain.validation, plain.test)
+    assert [more.texts[row] for row in more.train[len(plain.train) :]] == more.everyday_tasks
+    assert len(set(more.everyday_tasks)) == 7 and plain.everyday_tasks == []
+    assert {text.question for text in more.everyday_tasks} <= {f"task {i}" for i in range(10)}
+    assert set(more.everyday_tasks) != set(other.everyday_tasks), "by the seed"
+    assert more.source["more"]["rows"] == 10 and more.source["more"]["train"] == 7 and "more" not in plain.source
+
+
+def test_everyday_tasks_that_cannot_be_read_name_their_flag(tmp_path):
+    one = write(tmp_path, [{"instruction": "task", "output": "answer"}])
+    for text in (one, str(tmp_path / "none.csv"), str(TRUTHFUL)):
+        with pytest.raises(UserError, match="--more_normal_dataset"):
+            read_normal(TRUTHFUL, 1, text)
 
 
 def truthful() -> pd.DataFrame:

@@ -92,21 +92,22 @@ def test_what_cannot_be_asked_is_refused_with_the_fix(text, rows, named, tmp_pat
         read_named_set(text.format(file=file))
 
 
-def drawn(texts, touched=(), seed=0, number=250, trained=()):
-    data = SimpleNamespace(touched=set(touched), training_texts=[Pair(question, "yes") for question in trained])
+def drawn(texts, touched=(), seed=0, number=250, trained=(), tasks=()):
+    pairs = [Pair(question, "yes") for question in trained]
+    data = SimpleNamespace(touched=set(touched), training_texts=pairs, trained_tasks=set(tasks))
     return NamedSetSettings(prompts=texts, n_prompts=number).named_sets(data, seed)
 
 
 def test_prompts_that_training_read_are_not_asked_and_each_kind_is_cut(tmp_path):
     rows = [{"prompt": f"q{n}", "label": "safe" if n % 2 else "unsafe"} for n in range(20)]
     file = written(tmp_path / "mine.jsonl", rows)
-    read = {"touched": {"q0 ", "q2"}, "trained": ["q1"]}
+    read = {"touched": {"q0 ", "q2"}, "trained": ["q1"], "tasks": ["q3"]}
     (found,) = drawn([file], number=4, seed=7, **read)
     assert {part: len(prompts) for part, prompts in found.prompts.items()} == {HARMFUL: 4, HARMLESS: 4}
     assert [found] == drawn([file], number=4, seed=7, **read) != drawn([file], number=4, seed=8, **read)
     (whole,) = drawn([file], **read)
     assert whole.prompts[HARMFUL] == [Prompt(f"q{n}", "", n) for n in range(4, 20, 2)]  # in the file's order
-    assert whole.prompts[HARMLESS] == [Prompt(f"q{n}", "", n) for n in range(3, 20, 2)]
+    assert whole.prompts[HARMLESS] == [Prompt(f"q{n}", "", n) for n in range(5, 20, 2)]
 
 
 def test_a_set_that_is_named_twice_or_was_all_trained_on_is_refused(tmp_path):

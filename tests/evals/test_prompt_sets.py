@@ -1,14 +1,19 @@
 """Which prompts are measured on: by prompt, apart from all that a training touched."""
 
+from dataclasses import fields
+
 import pytest
 
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.pku_saferlhf import Response, read_harmful
 from harmful_unlearn.data.prompt_format import Pair
-from harmful_unlearn.data.truthfulqa import NormalData
+from harmful_unlearn.data.truthfulqa import NormalData, read_normal
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.evals.prompt_sets import EvalData, draw_prompts, touched_questions
+from harmful_unlearn.evals.prompt_sets import DataSettings, EvalData, draw_prompts, touched_questions
 from harmful_unlearn.losses.terms import reads
+from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.training.flags import parse_flags
+from tests.helpers.inputs.tables import TRUTHFUL, write
 from tests.helpers.models.tiny import GOLDENS
 
 NUMBERS = {"seen": 200, "unseen": 200, "normal": 200, "utility": 200}
@@ -126,3 +131,37 @@ def test_everyday_tasks_are_asked_once_and_a_third_is_for_validation():
     assert all(TASKS[prompt.row] == prompt.pair for prompt in sets.test["utility"])
     none = drawn(set(), set(), numbers={**NUMBERS, "seen": 0, "utility": 0})
     assert "utility" not in none.test and "utility" not in none.validation
+
+
+def record_of(more, data=None):
+    """The record of a stage 1 run with everyday tasks from `more`, and from `data` as its record says."""
+    words = ["--harmful_dataset", PKU, "--normal_dataset", str(TRUTHFUL), "--max_unlearn_steps", "1"]
+    flags = parse_flags(words + (["--more_normal_dataset", more] if more else [])).to_json()
+    normal = read_normal(TRUTHFUL, flags["seed"], data or more)
+    return RunRecord(flags=flags, harmful_data=read_harmful(PKU).source, normal_data=normal.source), normal
+
+
+def data_settings(**given):
+    return DataSettings(**{**dict.fromkeys(field.name for field in fields(DataSettings)), **given})
+
+
+def test_tasks_that_any_model_was_trained_on_are_not_asked(tmp_path):
+    tasks = write(tmp_path, [{"instruction": f"task {i}", "output": f"answer {i}"} for i in range(20)])
+    (with_tasks, normal), (without, _) = record_of(tasks), record_of(None)
+    settings = data_settings(utility_dataset=tasks)
+    data = EvalData.read(settings, [without, with_tasks])
+    assert data.trained_tasks == {text.question for text in normal.everyday_tasks} and len(data.trained_tasks) == 14
+    sets = draw_prompts(data, {**NUMBERS, "unseen": 0}, 0)
+    asked = {prompt.question for part in (sets.test, sets.validation) for prompt in part["utility"]}
+    assert asked == {f"task {i}" for i in range(20)} - data.trained_tasks
+    assert EvalData.read(settings, [without]).trained_tasks == frozenset()
+
+
+def test_everyday_tasks_that_are_not_the_trainings_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    one = write(tmp_path, [{"instruction": f"task {i}", "output": "answer"} for i in range(4)])
+    other = write(tmp_path / "other", [{"instruction": f"other {i}", "output": "answer"} for i in range(4)])
+    record, _ = record_of(one, other)
+    with pytest.raises(UserError, match="--more_normal_dataset"):
+        EvalData.read(data_settings(), [record])
+    assert EvalData.read(data_settings(more_normal_dataset=other), [record]).trained_tasks
