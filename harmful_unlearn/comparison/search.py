@@ -258,10 +258,13 @@ def run_search(settings: ComparisonSettings) -> Search | None:
         refusal_judge = own.make_refusal_judge(folder)
     protocol = own.protocol(sets, data, seed, template)
     evaluation = SeedEvaluation(folder, base, judge, refusal_judge, sets, protocol, template.choice, own.device_map)
+    relevance_judge = own.make_relevance_judge(data, sets.validation.values(), seed, folder, evaluation.base)
+    evaluation = replace(evaluation, relevance_judge=relevance_judge)
     bounds = Bounds(own.search_budget or UTILITY_BUDGET, own.search_refusals)
     assert own.search
     asked = replace(protocol, prompts=sets.validation).settings()
-    facts = {"train_flags": own.train_flags, "judge": judge.facts, "prompts": asked}
+    judges = {"judge": judge.facts, "relevance_judge": own.relevance_judge}
+    facts = {"train_flags": own.train_flags, **judges, "prompts": asked}
     of_rows = Search(folder, rows, own.search, bounds, seed, facts, planned, TrialMeasure(evaluation, bounds))
     if running := of_rows.run():
         print(f"\nno trial is left to begin; wait for {', '.join(running)}, then give the same command again")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from harmful_unlearn.evals.comparison.alpha_sweep import AlphaSweep
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation, TrainedModel
 from harmful_unlearn.evals.evaluated_model import BASE, EvaluatedModel
 from harmful_unlearn.evals.evaluator import measure
+from harmful_unlearn.evals.judges.base import Judge
 from harmful_unlearn.evals.metrics.figures import figures, rates
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import read_json, write_file
@@ -44,6 +45,8 @@ class Point:
         refusals: the share of normal questions refused, less the base's; None where no bound asks.
         harm, harm_low, harm_high, n: the harmful rate with its interval; None where a bound is broken.
         refused, degenerate: shares of the answers to harmful prompts.
+        relevance: the share of these that fit their question; asked of a trial's best point only, and if there is a
+            judge of it.
     """
 
     alpha: float | None
@@ -55,6 +58,7 @@ class Point:
     n: int = 0
     refused: float | None = None
     degenerate: float | None = None
+    relevance: float | None = None
 
     def violation(self, bounds: Bounds) -> float:
         """By how much it breaks the bounds; 0 if it does not."""
@@ -62,6 +66,12 @@ class Point:
         if bounds.refusals is not None and self.refusals is not None:
             over.append(self.refusals - bounds.refusals)
         return max(0.0, *over)
+
+
+def best_of(points: Iterable[Point], bounds: Bounds) -> Point | None:
+    """The point with the least harm within the bounds; of two as good ones, the one with the lower perplexity."""
+    allowed = [point for point in points if point.harm is not None and not point.violation(bounds)]
+    return min(allowed, key=lambda point: (point.harm, point.perplexity), default=None)
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,7 @@ class TrialResult:
 
     def best(self, bounds: Bounds) -> Point | None:
         """The point with the least harm within the bounds; of two as good ones, the one with the lower perplexity."""
-        allowed = [point for point in self.points if point.harm is not None and not point.violation(bounds)]
-        return min(allowed, key=lambda point: (point.harm, point.perplexity), default=None)
+        return best_of(self.points, bounds)
 
     def violation(self, bounds: Bounds) -> float:
         """The least by which a point of it breaks the bounds."""
@@ -181,15 +190,23 @@ class TrialMeasure:
         ]
         asked = replace(protocol, prompts=harmful, decodings=first)
         harm = self._rates(allowed, asked, folder / "harmful answers") if allowed else {}
-        return tuple(
+        points = [
             _with_harm(point, harm[model.label]) if model.label in harm else point
             for model, point in zip(models, points, strict=True)
-        )
+        ]
+        best = best_of(points, self.bounds) if base else points[0]
+        if best and (judge := evaluation.relevance_judge):
+            index = points.index(best)
+            fits = self._rates([models[index]], asked, folder / "harmful answers", judge)[models[index].label]
+            points[index] = replace(best, relevance=fits["relevance_rate"]["value"])
+        return tuple(points)
 
-    def _rates(self, models: list[EvaluatedModel], protocol: EvalProtocol, folder: Path) -> dict[str, dict[str, dict]]:
+    def _rates(
+        self, models: list[EvaluatedModel], protocol: EvalProtocol, folder: Path, relevance_judge: Judge | None = None
+    ) -> dict[str, dict[str, dict]]:
         """By model and metric."""
-        judges = (self.evaluation.judge, self.evaluation.refusal_judge)
-        rows = measure(models, protocol, judges[0], None, folder, refusal_judge=judges[1])
+        judges = (self.evaluation.refusal_judge, relevance_judge)
+        rows = measure(models, protocol, self.evaluation.judge, None, folder, None, *judges)
         found: dict[str, dict[str, dict]] = {model.label: {} for model in models}
         for figure in rates(rows, protocol):
             found[figure["model"]][figure["metric"]] = figure

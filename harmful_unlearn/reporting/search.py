@@ -25,6 +25,10 @@ def search(report: ReportContext) -> list[Block]:
     of_each = points.groupby("method")["trial"].nunique()
     trials = str(of_each.min()) if of_each.nunique() == 1 else f"{of_each.min()} to {of_each.max()}"
     refusals = report.data.settings.get("search_refusals")
+    titles, fits = ["method", "trials", "within the bounds", "chosen settings"], []
+    if points["relevance"].notna().any():
+        fits = ["fits its question, %"]
+    base_fits = f", and {_percent(base['relevance'])} % of its answers fit their question" if fits else ""
     more_bound = f", and refuses at most {refusals:.0%} more normal questions" if refusals else ""
     return [
         paragraph(
@@ -33,12 +37,12 @@ def search(report: ReportContext) -> list[Block]:
             "among models whose perplexity of normal reference answers is at most "
             f"{1 + budget:g} times the original's{more_bound}; a trial that breaks this is not asked harmful prompts. "
             "Of equal harmful rates the one with the lower perplexity is chosen. No test prompt was read before. "
-            f"The original's harmful rate on these prompts is {_percent(base['harm'])} %."
+            f"The original's harmful rate on these prompts is {_percent(base['harm'])} %{base_fits}."
         ),
         table(
             "search",
-            ["method", "trials", "within the bounds", "chosen settings", "harm, validation, %", "normal references ×"],
-            [_row(report, points[points["method"] == name], name) for name in methods],
+            [*titles, "harm, validation, %", *fits, "normal references ×"],
+            [_row(report, points[points["method"] == name], name, bool(fits)) for name in methods],
         ),
         picture(
             "search",
@@ -66,12 +70,12 @@ def _harm(row: pd.Series) -> Cell:
     return Cell("harmful_rate", row["harm"], row["harm_low"], row["harm_high"], 1)
 
 
-def _row(report: ReportContext, points: pd.DataFrame, name: str) -> list[str | Cell]:
+def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> list[str | Cell]:
     within = points[points["harm"].notna()]["trial"].nunique()
     counts = [report.label(name), str(points["trial"].nunique()), str(within)]
     chosen = points[points["chosen"]]
     if chosen.empty:
-        return [*counts, f"none: {points['failure'].dropna().iloc[0]}", DASH, DASH]
+        return [*counts, f"none: {points['failure'].dropna().iloc[0]}", *[DASH] * (3 if fits else 2)]
     row = chosen.iloc[0]
     settings = {**row["flags"], **({} if pd.isna(row["alpha"]) else {"scaling_coef": row["alpha"]})}
     words = " ".join(
@@ -80,7 +84,8 @@ def _row(report: ReportContext, points: pd.DataFrame, name: str) -> list[str | C
     if pd.isna(row["harm"]):
         words += " (no trial kept the bounds: this one breaks them least)"
     harm = DASH if pd.isna(row["harm"]) else str(_harm(row))
-    return [*counts, words, harm, f"{row['perplexity']:.2f}"]
+    relevance = [DASH if pd.isna(row["relevance"]) else _percent(row["relevance"])] if fits else []
+    return [*counts, words, harm, *relevance, f"{row['perplexity']:.2f}"]
 
 
 def _sensitivity(report: ReportContext, points: pd.DataFrame, methods: list[str]) -> list[Block]:

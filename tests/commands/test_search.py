@@ -34,6 +34,10 @@ def test_a_search_chooses_the_settings_of_the_comparison(tmp_path, monkeypatch):
     comparison = json.loads((out / "comparison.json").read_text())
     trials = comparison["trials"]
     assert {row["method"] for row in trials} == {"base", "sku", "npo"} and sum(row["chosen"] for row in trials) == 2
+    fits = [row["relevance"] for row in trials if row["relevance"] is not None]
+    asked = {(row["method"], row["trial"]) for row in trials if row["harm"] is not None}
+    assert len(fits) == len(asked), "of each trial one point"
+    assert "fits its question, %" in (out / "search.csv").read_text()
     recipe = json.loads((out / "search" / "recipe.json").read_text())
     record = json.loads((out / "seed-1" / "npo" / "copy" / "run.json").read_text())
     assert record["flags"]["beta"] == recipe["rows"]["npo"]["flags"]["beta"]
