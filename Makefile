@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo laptop reproduce-demo robustness-demo bench-gpu lint test test-slow fuzz data clean
+.PHONY: help setup demo laptop reproduce-demo robustness-demo search-demo bench-gpu lint test test-slow fuzz data clean
 
 help:
 	@echo "make demo            SKU end to end on a small offline world (no hub, no GPU); DEMO_FLAGS=..."
@@ -15,6 +15,7 @@ help:
 	@echo "make laptop          unlearning on a real language model of 135M parameters, on a CPU; LAPTOP_MODEL=..."
 	@echo "make reproduce-demo  all methods and ablations on two small worlds, three seeds, with reports (half an hour)"
 	@echo "make robustness-demo  the demo's worlds under every attack, beside an oracle, three seeds (under an hour)"
+	@echo "make search-demo     every method with the same budget of search on the demo's worlds, three seeds (hours)"
 	@echo "make bench-gpu       the GPU rows of benchmarks/RESULTS.md, in 8 minutes on one H100; BENCH_FLAGS=..."
 	@echo "make data            fetch TruthfulQA.csv into dataloader/"
 	@echo "make setup           only the virtual environment"
@@ -41,6 +42,9 @@ reproduce-demo: $(READY)
 robustness-demo: $(READY)
 	scripts/robustness_demo.sh $(ROBUSTNESS_FLAGS)
 
+search-demo: $(READY)
+	scripts/search_demo.sh $(SEARCH_FLAGS)
+
 bench-gpu: $(READY)
 	$(RUN) benchmarks/gpu.py $(BENCH_FLAGS)
 
@@ -64,4 +68,4 @@ data: $(READY)
 
 clean:
 	rm -rf $(VENV) logs/demo logs/demo-no-refusals logs/reproduce-demo logs/reproduce-demo-no-refusals \
-		logs/robustness-demo
+		logs/robustness-demo logs/search-demo logs/search-demo-no-refusals
