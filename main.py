@@ -187,7 +187,7 @@ def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
     flags = vars(parser.parse_args(arguments))
     if not (flags["harmful_prompt"] or flags["normal_prompt"]):
         flags |= {"harmful_prompt": HARMFUL_PROMPTS, "normal_prompt": NORMAL_PROMPTS}
-    return SpotCheckSettings(**flags)
+    return parser.settings(SpotCheckSettings, flags)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     description, _, examples = __doc__.partition("\n")
     parser = FlagParser(prog="task_vector.py", description=description, epilog=examples)
     parser.add_settings(TaskVectorSettings)
-    settings = TaskVectorSettings(**vars(parser.parse_args(arguments)))
+    settings = parser.settings(TaskVectorSettings, vars(parser.parse_args(arguments)))
     if bool(settings.finetuned) == bool(settings.vector):
         parser.error("give either --finetuned or --vector")
     targets = [settings.output, settings.adapter_output, settings.save_vector]

@@ -8,17 +8,25 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from harmful_unlearn.allocator import keep_freed_memory
+from harmful_unlearn.config import read_config, written_config
 from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
 
 NOTHING_HALF_WRITTEN = "no folder was left half-written"
 LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take are far below it
+SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9_-]{20}|gh[pousr]_[A-Za-z0-9]{20}|github_pat_\w{20}|glpat-[\w-]{20}|AKIA[0-9A-Z]{16}"
+    r"|xox[abp]-[\w-]{20})|://[^/\s:@]+:[^/\s@]+@"
+)  # tokens of the services that a run may use, and passwords in addresses
+Settings = TypeVar("Settings")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -108,12 +116,15 @@ def flag(help: str, group: str = "", **options: Any) -> Any:
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and suggest a flag for a misspelt one.
 
-    Flags cannot be abbreviated, and a negative number may have an exponent (-1e-3).
+    Flags cannot be abbreviated, and a negative number may have an exponent (-1e-3). With settings, --config takes flags
+    from a file, and --write_config prints them all and stops.
     """
 
     def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's own takes -1e-3 for a flag
+        self._settings: dict[str, argparse.Action] = {}  # the flags that a file may give, by name
+        self._prints_config = False
 
     def add_settings(self, settings_class: type) -> None:
         """Add a flag for each field of a settings dataclass that `flag` made."""
@@ -126,19 +137,73 @@ class FlagParser(argparse.ArgumentParser):
             default = options.get("default")
             if default not in (None, (), []) and default is not False and "(default:" not in options["help"]:
                 options["help"] += f" (default: {default})"
-            groups[title].add_argument(f"--{setting.name}", **options)
+            self._settings[setting.name] = groups[title].add_argument(f"--{setting.name}", **options)
+            if options.get("action") == "store_true":
+                self.add_argument(
+                    f"--no_{setting.name}", dest=setting.name, action="store_false", default=False, help=SUPPRESS
+                )
+        files = self.add_argument_group("flags from a file")
+        files.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="a YAML file with a line `flag: value` for each flag; those on the command line come first, and "
+            "--no_FLAG switches off what the file switches on",
+        )
+        files.add_argument(
+            "--write_config", action="store_true", help="print all flags as such a file, and stop (> run.yaml)"
+        )
+
+    def settings(self, settings_class: Callable[..., Settings], values: Mapping[str, Any]) -> Settings:
+        """The settings with these values of their flags. Prints them and exits with code 0 if --write_config asks."""
+        if self._prints_config:
+            print(written_config(values, self._settings), end="")
+            self.exit()
+        return settings_class(**values)
 
     def parse_args(self, args=None, namespace=None):
-        """The flags. Exits with code 2: a value is refused, a flag is missing or unknown, or not UTF-8."""
-        words = sys.argv[1:] if args is None else args
+        """The flags. Exits with code 2: a value is refused, a flag is missing or unknown, not UTF-8, or a secret."""
+        words = list(sys.argv[1:] if args is None else args)
         try:
             "".join(words).encode()  # Python keeps other bytes as half a surrogate pair, which cannot be written
         except UnicodeEncodeError:
             self.error(f"{next(word for word in words if not word.isprintable())!r} is not UTF-8: give another name")
+        words = self._words_of_file(words) + words
+        if secret := next((word for word in words if SECRET.search(word)), None):
+            flag_name = secret.partition("=")[0] if secret.startswith("--") else "a flag"
+            self.error(
+                f"{flag_name} looks like it holds a token, and flags are recorded: set it in the environment instead "
+                "(HF_TOKEN, ...)"
+            )
         flags, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self._suggestion(unknown[0])}")
+        if self._settings:
+            self._prints_config = flags.write_config
+            del flags.config, flags.write_config
         return flags
+
+    def _words_of_file(self, words: list[str]) -> list[str]:
+        """The words that the file of --config stands for."""
+        if not self._settings:
+            return []
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--config", type=Path)
+        try:
+            file = first.parse_known_args(words)[0].config
+        except argparse.ArgumentError:
+            return []  # there is no file after it, which the complete parser says
+        if not file:
+            return []
+        given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        given |= {name.removeprefix("no_") for name in given}
+        try:
+            return read_config(file.expanduser(), self._settings, given)
+        except ValueError as error:
+            self.error(str(error))
+        except KeyError as error:
+            (name,) = error.args
+            self.error(f"{file} has an unknown flag {name}{self._suggestion(name)}")
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line, rather than the usage."""
@@ -146,7 +211,8 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
     def _suggestion(self, unknown: str) -> str:
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        known = [flag for flag, action in self._option_string_actions.items() if action.help != SUPPRESS]
+        known = [flag for flag in known if flag.startswith("--")]
         name = "--" + unknown.partition("=")[0].lstrip("-").replace("-", "_")
         near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(name, known, 1)
         return f": did you mean {' or '.join(near)}?" if near else ""

@@ -268,7 +268,7 @@ def parse_flags(arguments: list[str] | None) -> DemoSettings:
     """The flags."""
     parser = FlagParser(description=__doc__)
     parser.add_settings(DemoSettings)
-    return DemoSettings(**vars(parser.parse_args(arguments)))
+    return parser.settings(DemoSettings, vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

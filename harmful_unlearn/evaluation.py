@@ -342,7 +342,7 @@ def parse_flags(arguments: list[str] | None) -> EvaluationSettings:
         if not label or label == BASE or label in models or "/" in label or len(label) > LONGEST_NAME:
             parser.error(f"--model {text}: its name, {label!r}, is taken or cannot name a file: give NAME=PATH_OR_ID")
         models[label] = name
-    return EvaluationSettings(**{**vars(args), "model": models})
+    return parser.settings(EvaluationSettings, {**vars(args), "model": models})
 
 
 if __name__ == "__main__":

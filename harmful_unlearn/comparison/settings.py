@@ -149,4 +149,4 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> ComparisonSetti
         if fixed := sorted(varied & set(given)):
             parser.error(f"--train_flags fixes --{fixed[0]}, which the search varies: leave it out")
     chosen = {"recipe": recipe, "runs": runs, "sweep_runs": sweep_runs, "seeds": list(dict.fromkeys(args.seeds))}
-    return ComparisonSettings(**{**vars(args), **chosen})
+    return parser.settings(ComparisonSettings, {**vars(args), **chosen})

@@ -206,4 +206,4 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
     name = path.resolve().name if path.is_dir() else path.name
     flags["model_save_dir"] = flags["model_save_dir"] or ROOT / "models" / f"{name}-harmful"
     flags["task_vector_saving_path"] = flags["task_vector_saving_path"] or ROOT / "models" / f"{name}-unlearned"
-    return TrainingSettings(**flags)
+    return parser.settings(TrainingSettings, flags)
