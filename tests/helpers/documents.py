@@ -11,7 +11,7 @@ PACKAGE = ROOT / "harmful_unlearn"
 DETAILS = ROOT / "docs" / "implementation-details.md"
 NUMBER_OF_DETAILS = 22
 FOREIGN_FLAGS = {"--config_file", "--num_processes", "--nproc_per_node"}  # of accelerate and torchrun
-WRITTEN_BY_RUNS = {"attacks.md", "report.md", "results.md", "run.losses.png"}
+WRITTEN_BY_RUNS = {"attacks.md", "report.md", "results.md", "run.losses.png", "run.yaml"}
 
 FILE = re.compile(r"(?<![\w./*{<>-])(?:[\w.-]+/)*[\w.-]+\.(?:py|sh|ya?ml|toml|cff|md|png|txt)\b(?![\w/])")
 DETAIL_NUMBERS = re.compile(r"\bdetails? (\d+(?:(?:, and |, or |, | and | or | to |-|–)\d+)*)", re.IGNORECASE)
