@@ -69,7 +69,7 @@ class Engine:
             if not load_state(run.checkpoint, self._optimizer, self._trained, self.accelerator):
                 log.say("on other devices or processes than before: dropout is drawn anew")
         self._scheduler = transformers.get_linear_schedule_with_warmup(
-            self._optimizer, 0, settings.max_unlearn_steps, last_epoch=first_step - 1
+            self._optimizer, settings.warmup_steps, settings.max_unlearn_steps, last_epoch=first_step - 1
         )
         self._exit = ExitStack()
         self._asked_to_stop = False
@@ -132,6 +132,11 @@ class Engine:
             limit = f"above --max_kl {self.run.settings.max_kl:g} (0: no limit)"
             self._stop_diverged(metrics, f"has a KL from the base of {kl:.3g} nats on normal text, {limit}", fix, False)
         if self._has_gradient:  # else nothing was to learn in this step
+            limit_norm = self.run.settings.max_grad_norm
+            if limit_norm and metrics["grad_norm"] > limit_norm:
+                for weight in self._trained.values():
+                    if weight.grad is not None:
+                        weight.grad.mul_(limit_norm / metrics["grad_norm"])
             self._optimizer.step()
         self._scheduler.step()
         # Kept, since gradients that are allocated between the activations of each step break up the memory.

@@ -73,6 +73,11 @@ class TrainingSettings:
         "quarter of the depth)", type=positive_int)
     rmu_coef: float | None = _method(
         "rmu's c, the length of the random vector that it steers to (default: 6.5)", type=positive_number)
+    warmup_steps: int = _method(
+        "steps in which the learning rate first rises from 0; the released code has none", type=whole_number,
+        default=0)
+    max_grad_norm: float | None = _method(
+        "scale a larger gradient down to this L2 norm (default: never, as in the released code)", type=positive_number)
     max_kl: float = _method(
         "stop when the KL divergence from the base on normal text, which PD maximises, passes so many nats; 0: never. "
         "Far below 100 the model is already broken, and near it the released formula overflows",
@@ -202,6 +207,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
         flags = apply_method_defaults(given)
     except ValueError as error:
         parser.error(str(error))
+    if flags["warmup_steps"] >= flags["max_unlearn_steps"]:
+        parser.error("--warmup_steps leaves no step at the full rate: give fewer than --max_unlearn_steps")
     path = Path(flags["model_name"])
     name = path.resolve().name if path.is_dir() else path.name
     flags["model_save_dir"] = flags["model_save_dir"] or ROOT / "models" / f"{name}-harmful"

@@ -190,6 +190,8 @@ def prepare_stage_1(
     accelerator, precision = distributed.start(settings)
     if settings.quantize:
         check_four_bits(lora, accelerator.device)
+    if settings.max_grad_norm and distributed.engine_of(accelerator) == "DeepSpeed":
+        raise UserError("--max_grad_norm does not work with DeepSpeed: set gradient_clipping in its file")
     if settings.uses_landing_point and distributed.engine_of(accelerator) == "DeepSpeed":
         raise UserError("DeepSpeed updates after every backward pass, and landing needs two: use FSDP2 or DDP")
     harmful = read_harmful(

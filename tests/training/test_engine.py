@@ -106,3 +106,23 @@ def test_a_failure_while_saving_leaves_no_folder(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(RunRecord, "write", full)
     assert exit_code(lambda: main(flags(tiny_model("opt"), tmp_path))) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_the_rate_warms_up_and_a_large_gradient_is_scaled_down(tiny_model, tmp_path, monkeypatch):
+    """To the limit and no further; what is logged is its norm before. A gradient below the limit stays."""
+    seen, update = [], torch.optim.AdamW.step
+
+    def spied(optimizer, *args, **kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(torch.nn.utils.get_total_norm(gradients).item())
+        return update(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    run = ("--max_unlearn_steps", "4", "--warmup_steps", "2", "--stage", "acquire", "--lr", "1e-3")
+    main(flags(tiny_model("opt"), tmp_path / "clipped", *run, "--max_grad_norm", "0.01"))
+    logged = metrics_of(tmp_path / "clipped")
+    assert [step["lr"] for step in logged] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+    assert seen == pytest.approx([0.01] * 4, rel=1e-4) and min(step["grad_norm"] for step in logged) > 0.01
+    seen.clear()
+    main(flags(tiny_model("opt"), tmp_path / "free", *run, "--max_grad_norm", "1e6"))
+    assert seen == pytest.approx([step["grad_norm"] for step in metrics_of(tmp_path / "free")], rel=1e-4)

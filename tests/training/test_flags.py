@@ -56,6 +56,8 @@ def test_the_papers_command_parses_as_published():
         "--no_such_flag",
         "--lr",
         "--bad_weight 0 --random_weight 0 --normal_weight 0",
+        "--max_unlearn_steps 5 --warmup_steps 5",
+        "--max_grad_norm 0",
     ],
 )
 def test_bad_flags_exit_2(bad, capsys):
