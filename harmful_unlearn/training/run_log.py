@@ -52,8 +52,8 @@ class RunLog:
     The files are made when the first line is written, so that a run that cannot start leaves none.
 
     Metrics of a step: `step` (from 1), the method's losses (`gd_loss`, `rd_loss` and `pd_loss` for SKU) and
-    `total_loss` (nats; null for one whose weight is 0), `lr`, `grad_norm` (global L2 norm, before it is clipped), `tokens`
-    (of text, without padding, in this step) and `seconds`.
+    `total_loss` (nats; null for one whose weight is 0), `lr`, `grad_norm` (global L2 norm, before it is clipped),
+    `tokens` (of text, without padding, in this step) and `seconds`.
 
     Args:
         settings: the run's flags. Without --log_file the log gets a new folder in logs/, named after the model.
