@@ -44,6 +44,7 @@ from harmful_unlearn.evals.metrics.figures import figures
 from harmful_unlearn.evals.prompt_sets import Prompt
 from harmful_unlearn.evals.protocol import EvalProtocol
 from harmful_unlearn.storage.files import ROOT, check_target, user_path, write_file
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.provenance import provenance
 
 REFUSAL_SHARE = 0.2
@@ -94,7 +95,6 @@ class DemoProtocol(EvalProtocol):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo. Raises UserError."""
-    started = time.perf_counter()
     settings = parse_flags(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -103,6 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(judge_table(settings.check_judge, settings.refusal_share))
         return
     check_target(settings.output, overwrite=True)
+    with locked(settings.output):
+        run_demo(settings)
+
+
+def run_demo(settings: DemoSettings) -> None:
+    """Build the worlds, unlearn, measure, and print what came out. Raises UserError."""
+    started = time.perf_counter()
     results = settings.output / "results.json"
     results.unlink(missing_ok=True)
     size = QUICK if settings.quick else Size()

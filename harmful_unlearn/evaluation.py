@@ -58,6 +58,7 @@ from harmful_unlearn.models import hub
 from harmful_unlearn.models.loading import load_config
 from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.storage.files import ROOT, check_target, resolved, user_path
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.run_record import RunRecord, read_trainings
 
 LONGEST_NAME = 100  # of a model, which is also the name of its files
@@ -237,7 +238,6 @@ class EvaluationSettings(MeasuringSettings):
 def main(arguments: list[str] | None = None) -> None:
     """Measure the models. Raises UserError, before any work that cannot succeed."""
     settings = parse_flags(arguments)
-    output, seed = settings.output, settings.seed
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if settings.bleurt:
@@ -246,7 +246,14 @@ def main(arguments: list[str] | None = None) -> None:
         lm_harness.check_usable(settings.lm_eval)
     if settings.backend == "vllm":
         vllm_backend.check_usable()
-    check_target(output, overwrite=True)
+    check_target(settings.output, overwrite=True)
+    with locked(settings.output):
+        evaluate(settings)
+
+
+def evaluate(settings: EvaluationSettings) -> None:
+    """Measure the models. Raises UserError: as `main`."""
+    output, seed = settings.output, settings.seed
     folders = {label: hub.resolve_model(name) for label, name in settings.model.items()}
     base_folder, trainings = hub.resolve_model(settings.base), trainings_of(folders, settings.trained_as)
     template = settings.template_of(trainings, base_folder)

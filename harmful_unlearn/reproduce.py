@@ -28,7 +28,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import transformers
 
 from harmful_unlearn.cli import exit_code
-from harmful_unlearn.comparison.search import run_search
+from harmful_unlearn.comparison.search import Search, run_search
 from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
 from harmful_unlearn.comparison.trainings import as_words, plan, train
 from harmful_unlearn.data.pku_saferlhf import read_harmful
@@ -42,6 +42,7 @@ from harmful_unlearn.recipes import UTILITY_BUDGET, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
 from harmful_unlearn.storage.files import check_target, write_file
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import parse_flags as training_flags
 
@@ -59,6 +60,21 @@ def main(arguments: list[str] | None = None) -> None:
         if settings.search_only or searched is None:
             return
         settings = replace(settings, recipe=str(searched.recipe_file), runs=list(searched.chosen()))
+    command = shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])])
+    with locked(settings.output):  # several processes may share a search
+        compare(settings, searched, command)
+
+
+def compare(settings: ComparisonSettings, searched: Search | None, command: str) -> None:
+    """Train and measure the rows of every seed, and write the report.
+
+    Args:
+        searched: the search that the rows' settings are from.
+        command: for the report.
+
+    Raises:
+        UserError: it cannot be done.
+    """
     names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
     asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge", "relevance_judge")}
     if settings.search:
@@ -69,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         title=f"SKU and what it is compared with, on {settings.model_name}",
         model=settings.model_name,
         seeds=settings.seeds,
-        command=shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])]),
+        command=command,
         settings={"recipe": settings.recipe, **asked, **numbers},
         methods={
             BASE: {"label": "Original", "group": "main", "command": None},

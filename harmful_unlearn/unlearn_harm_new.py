@@ -31,6 +31,7 @@ from harmful_unlearn.models.lora import Lora
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.training.checkpointing import read_history
 from harmful_unlearn.training.distributed import is_main_process, print_once
 from harmful_unlearn.training.engine import STAGE_2, Engine
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     checkpoint = run.stage_1.checkpoint if run.stage_1 else None
     history = read_history(checkpoint) if checkpoint else []
-    with RunLog(settings, is_main_process(), history, run.notes) as log:
+    outputs = run.outputs if is_main_process() else []
+    with locked(*outputs), RunLog(settings, is_main_process(), history, run.notes) as log:
         if run.stage_1 and "acquire" in run.stages:
             with log.timing("stage 1"):
                 harmful = acquire(run.stage_1, log, stage_2_follows="negate" in run.stages)

@@ -17,6 +17,7 @@ from harmful_unlearn.negation.lora_adapter import LoraAdapter
 from harmful_unlearn.negation.records import negation_records
 from harmful_unlearn.negation.sources import WeightedFolders, open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, copy_small_files, work_dtype
 
 
@@ -51,7 +52,7 @@ def negate(
     _check_numbers(alphas, finetuned)
     negation = Negation(base, finetuned)
     records = negation_records(negation.base, base_name or str(base), finetuned, alphas)
-    with ExitStack() as folders:
+    with locked(*filter(None, [output, save_vector])), ExitStack() as folders:
         targets: list[tuple[float | None, ShardWriter]] = []  # alpha (None: tau itself), and where its values go
         if output:
             models = _alpha_folders(folders.enter_context(new_folder(output, overwrite)), alphas)
@@ -99,7 +100,7 @@ def negate_adapter(
         raise UserError(f"{folder} is not a LoRA adapter: give --output in place of --adapter_output")
     records = negation_records(base_model, base_name or str(base), finetuned, alphas)
     matrices = adapter.matrices
-    with new_folder(output, overwrite) as out:
+    with locked(output), new_folder(output, overwrite) as out:
         for alpha, target in _alpha_folders(out, alphas).items():
             writer = ShardWriter(target, {"adapter_model.safetensors": matrices.specs}, matrices.metadata)
             for name, spec in matrices.specs.items():

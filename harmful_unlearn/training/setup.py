@@ -130,6 +130,13 @@ class Run:
     notes: tuple[str, ...] = ()
 
     @property
+    def outputs(self) -> list[Path]:
+        """The folders that the stages will write."""
+        settings = self.settings
+        of_stage = {"acquire": settings.model_save_dir, "negate": settings.task_vector_saving_path}
+        return [of_stage[stage] for stage in sorted(self.stages)]
+
+    @property
     def has_weights(self) -> bool:
         """Whether the base's weights are on this machine; with --check they are not downloaded."""
         return any(self.base_folder.glob("*.safetensors"))
