@@ -17,7 +17,7 @@ _held: set[Path] = set()  # by this process, whose parts may lock a folder again
 def locked(*folders: Path) -> Iterator[None]:
     """Within the block, no other run may write into these folders, which need not be there yet.
 
-    A lock is a file beside its folder, `.NAME.lock`, with the process, its host and its start: that works over NFS, too.
+    A lock is a file beside its folder, `.NAME.lock`, with the process, its host and its start: so it works over NFS.
     What a process that has died on this host holds is taken over.
 
     Raises:
