@@ -10,7 +10,7 @@ import sys
 import threading
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from pathlib import Path
 from types import FrameType
@@ -125,6 +125,7 @@ class FlagParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's own takes -1e-3 for a flag
         self._settings: dict[str, argparse.Action] = {}  # the flags that a file may give, by name
         self._prints_config = False
+        self._recorded: Callable[[Path], Mapping[str, Any]] | None = None
 
     def add_settings(self, settings_class: type) -> None:
         """Add a flag for each field of a settings dataclass that `flag` made."""
@@ -154,6 +155,10 @@ class FlagParser(argparse.ArgumentParser):
             "--write_config", action="store_true", help="print all flags as such a file, and stop (> run.yaml)"
         )
 
+    def replays(self, recorded: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Make --replay, a flag of the settings, take the flags that `recorded` reads from what it names."""
+        self._recorded = recorded
+
     def settings(self, settings_class: Callable[..., Settings], values: Mapping[str, Any]) -> Settings:
         """The settings with these values of their flags. Prints them and exits with code 0 if --write_config asks."""
         if self._prints_config:
@@ -168,7 +173,7 @@ class FlagParser(argparse.ArgumentParser):
             "".join(words).encode()  # Python keeps other bytes as half a surrogate pair, which cannot be written
         except UnicodeEncodeError:
             self.error(f"{next(word for word in words if not word.isprintable())!r} is not UTF-8: give another name")
-        words = self._words_of_file(words) + words
+        words = self._words_of_files(words) + words
         if secret := next((word for word in words if SECRET.search(word)), None):
             flag_name = secret.partition("=")[0] if secret.startswith("--") else "a flag"
             self.error(
@@ -183,22 +188,25 @@ class FlagParser(argparse.ArgumentParser):
             del flags.config, flags.write_config
         return flags
 
-    def _words_of_file(self, words: list[str]) -> list[str]:
-        """The words that the file of --config stands for."""
-        if not self._settings:
-            return []
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        first.add_argument("--config", type=Path)
-        try:
-            file = first.parse_known_args(words)[0].config
-        except argparse.ArgumentError:
-            return []  # there is no file after it, which the complete parser says
-        if not file:
-            return []
+    def _words_of_files(self, words: list[str]) -> list[str]:
+        """What the files of --replay and --config stand for, without the flags that come before them."""
+        more: list[str] = []
+        if self._settings and (name := _value_of("--config", words)):
+            try:
+                text = Path(name).expanduser().read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                self.error(f"--config {name} cannot be read ({error}): give a YAML file")
+            more = self._words_of(lambda: text, name, words)
+        if self._recorded and (name := _value_of("--replay", more + words)):
+            recorded = self._recorded(Path(name).expanduser())
+            more = self._words_of(lambda: written_config(recorded, self._settings), name, more + words) + more
+        return more
+
+    def _words_of(self, text: Callable[[], str], file: str, words: list[str]) -> list[str]:
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         given |= {name.removeprefix("no_") for name in given}
         try:
-            return read_config(file.expanduser(), self._settings, given)
+            return read_config(text(), file, self._settings, given)
         except ValueError as error:
             self.error(str(error))
         except KeyError as error:
@@ -216,6 +224,15 @@ class FlagParser(argparse.ArgumentParser):
         name = "--" + unknown.partition("=")[0].lstrip("-").replace("-", "_")
         near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(name, known, 1)
         return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+def _value_of(flag_name: str, words: list[str]) -> str | None:
+    """The value of a flag among words, before they are parsed; None if it is not there, or nothing follows it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag_name, dest="value")
+    with suppress(argparse.ArgumentError):  # the complete parser will say so
+        return parser.parse_known_args(words)[0].value
+    return None
 
 
 def _number_type(kind: type, is_valid: Callable[[float], bool], expected: str) -> Callable[[str], Any]:

@@ -12,31 +12,31 @@ SWITCH = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false"
 NULL = "tag:yaml.org,2002:null"
 
 
-def read_config(file: Path, known: Mapping[str, argparse.Action], given: Collection[str]) -> list[str]:
+def read_config(text: str, file: str, known: Mapping[str, argparse.Action], given: Collection[str]) -> list[str]:
     """The words of a command line that the flags in a file amount to.
 
     A value is text as it is written there, so that `lora: on` and `lr: 2e-4` are what they are on a command line. A
     flag without a value, or with null, is one that is not given.
 
     Args:
+        text: the content of the file.
+        file: its name, for messages.
         known: the flags that the command takes, by name.
         given: names of those on the command line, which are left out.
 
     Raises:
-        ValueError: the file cannot be read, is no list of flags, or has one twice or in a wrong form.
+        ValueError: the text is no list of flags, or has one twice or in a wrong form.
         KeyError: with the name of a flag that the command does not take.
     """
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"--config {file} cannot be read ({error.strerror}): give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"--config {file} is not YAML ({problem}): mend it, or see --write_config") from None
+        raise ValueError(f"{file} is not YAML ({problem}): mend it, or see --write_config") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"--config {file} is no list of flags: write a line `flag: value` for each")
+        raise ValueError(f"{file} is no list of flags: write a line `flag: value` for each")
     words: list[str] = []
     seen = set()
     for key, value in root.value:
@@ -75,6 +75,9 @@ def written_config(values: Mapping[str, Any], known: Mapping[str, argparse.Actio
     Args:
         values: of the flags, by name, as they were parsed.
         known: as in `read_config`.
+
+    Raises:
+        KeyError: with the name of a flag that the command does not take.
     """
     content = {name: _plain(value, known[name]) for name, value in values.items()}
     kept = {name: value for name, value in content.items() if value is not None and value is not False and value != []}

@@ -9,10 +9,19 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from harmful_unlearn.storage.files import ROOT
 
 CODE_VERSION = "0.1.0"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas", "scikit-learn")
+
+# What a difference may change, by what differs.
+GRADES = {
+    "the results may change": {"code", "transformers", "accelerate", "peft"},
+    "the rounding may change": {"torch", "numpy", "cpu", "threads", "gpus"},
+    "nothing should change": set(),
+}
 
 
 def revision_of(folder: Path) -> str | None:
@@ -21,7 +30,7 @@ def revision_of(folder: Path) -> str | None:
 
 
 def provenance() -> dict:
-    """What ran: command, code version and commit, package versions, Python, time (UTC)."""
+    """What ran: command, code version and commit, package versions, Python, hardware, time (UTC)."""
     packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -31,8 +40,46 @@ def provenance() -> dict:
         "code": {"version": CODE_VERSION, "commit": _commit()},
         "packages": packages,
         "python": platform.python_version(),
+        "hardware": _hardware(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def differences(before: dict) -> list[str]:
+    """What differs between this process and a recorded `provenance`, and what that may change, the gravest first.
+
+    Another commit of this code or release of a library may change more than rounding, other hardware or another torch
+    only the rounding, and the rest nothing.
+    """
+    now, found = provenance(), []
+    pairs = [("code", before.get("code"), now["code"]), ("Python", before.get("python"), now["python"])]
+    for group in ("packages", "hardware"):
+        recorded = before.get(group) or {}
+        pairs += [(name, recorded.get(name), value) for name, value in now[group].items()]
+    for name, was, value in pairs:
+        if was != value:
+            grade = next(grade for grade, names in GRADES.items() if name in names or not names)
+            found.append((list(GRADES).index(grade), f"{name} was {_shown(was)} and is {_shown(value)} now: {grade}"))
+    return [line for _, line in sorted(found)]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):  # of the code
+        commit = str(value.get("commit"))
+        return f"{value.get('version')}, commit {commit[:12]}{' with changes' if commit.endswith('-dirty') else ''}"
+    return "not recorded" if value is None else str(value)
+
+
+def _hardware() -> dict:
+    """The CPU, torch's threads, and the GPUs that were used."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    gpus = []
+    if torch.cuda.is_initialized():
+        gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def _commit() -> str | None:

@@ -19,6 +19,7 @@ from harmful_unlearn.data.templates import TEMPLATES, TemplateChoice
 from harmful_unlearn.losses.methods import METHODS, PARAMETERS, apply_method_defaults, loss_weights, uses_landing_point
 from harmful_unlearn.losses.terms import LossParameters
 from harmful_unlearn.storage.files import ROOT, user_path
+from harmful_unlearn.training.recorded import replayed_flags
 
 AUTO = "auto"  # --resume without a path
 
@@ -148,6 +149,10 @@ class TrainingSettings:
     resume: str | Path | None = _long_run(
         "continue a run that was stopped: from the newest checkpoint, or from this one; from step 1 if there is "
         "none, and from stage 2 if stage 1 is done", nargs="?", const=AUTO, type=checkpoint_path, metavar="CHECKPOINT")
+    replay: Path | None = _long_run(
+        "do again what made this model, by its run.json: the same flags, data and base, or an error; what has changed "
+        "of versions and hardware is listed, and the losses and weights are compared at the end",
+        type=user_path, metavar="FOLDER")
     report_to: str = _long_run(
         "also send each step's metrics to this tracker (pip install it)",
         choices=("none", "tensorboard", "wandb"), default="none")
@@ -198,10 +203,14 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
 
     Args:
         about: the script's docstring, for --help.
+
+    Raises:
+        UserError: --replay names no model that can be made again.
     """
     text, _, examples = about.partition("\n\nThe paper's")
     parser = FlagParser(prog="unlearn_harm_new.py", description=text, epilog="The paper's" + examples)
     parser.add_settings(TrainingSettings)
+    parser.replays(replayed_flags)
     given = vars(parser.parse_args(arguments))
     try:
         flags = apply_method_defaults(given)
@@ -211,6 +220,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
         parser.error("--warmup_steps leaves no step at the full rate: give fewer than --max_unlearn_steps")
     path = Path(flags["model_name"])
     name = path.resolve().name if path.is_dir() else path.name
+    if flags["replay"]:
+        name += "-replayed"
     flags["model_save_dir"] = flags["model_save_dir"] or ROOT / "models" / f"{name}-harmful"
     flags["task_vector_saving_path"] = flags["task_vector_saving_path"] or ROOT / "models" / f"{name}-unlearned"
     return parser.settings(TrainingSettings, flags)

@@ -16,7 +16,7 @@ from harmful_unlearn.training.run_log import METRICS, PICTURE, beside
 # Flags that may change when a run is resumed. So may scaling_coef, unless a loss is computed at the landing point.
 FREE_FLAGS = {
     "model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "stage", "gradient_checkpointing",
-    "device_map", "max_kl", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "report_to",
+    "device_map", "max_kl", "check", "overwrite", "save_every", "keep_checkpoints", "resume", "replay", "report_to",
 }  # fmt: skip
 # Flags that are compared by what they resolved to: the data that was read, the pairs of a step, the adapter, ...
 RESOLVED_FLAGS = {
@@ -185,6 +185,21 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
     return settings
 
 
+def changed_settings(earlier: RunRecord, now: RunRecord, folder: Path) -> list[str]:
+    """The settings that affect the result and have changed since. Args and raises as `check_same_run`."""
+    lands = now.landing_alpha is not None
+    try:
+        before = result_settings(earlier, lands)
+    except (KeyError, TypeError):
+        raise UserError(f"{folder} was not written by this version: start again with --overwrite") from None
+    after = result_settings(now, lands)
+    return [
+        f"{name} was {before.get(name)} and is {after.get(name)} now"
+        for name in dict.fromkeys([*before, *after])
+        if json.dumps(before.get(name)) != json.dumps(after.get(name))
+    ]
+
+
 def check_same_run(earlier: RunRecord, now: RunRecord, folder: Path) -> list[str]:
     """What has changed since a run was started, for the log, if none of it affects the result.
 
@@ -195,21 +210,11 @@ def check_same_run(earlier: RunRecord, now: RunRecord, folder: Path) -> list[str
     Raises:
         UserError: a change affects the result.
     """
-    lands = now.landing_alpha is not None
-    try:
-        before = result_settings(earlier, lands)
-    except (KeyError, TypeError):
-        raise UserError(f"{folder} was not written by this version: start again with --overwrite") from None
-    after = result_settings(now, lands)
-    changed = [
-        f"{name} was {before.get(name)} and is {after.get(name)} now"
-        for name in dict.fromkeys([*before, *after])
-        if json.dumps(before.get(name)) != json.dumps(after.get(name))
-    ]
-    if changed:
+    if changed := changed_settings(earlier, now, folder):
         raise UserError(
             f"{folder} is another run's ({'; '.join(changed)}): give what it had, or start again with --overwrite"
         )
+    after = result_settings(now, now.landing_alpha is not None)
     silent = {"resume", "check", "overwrite"}
     return [
         f"--{name} was {earlier.flags.get(name)} and is {value} now"

@@ -10,6 +10,7 @@ import torch
 
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training.flags import TrainingSettings
+from harmful_unlearn.training.replay import outcome
 from harmful_unlearn.training.run_log import RunLog
 
 
@@ -38,7 +39,11 @@ def summary(settings: TrainingSettings, log: RunLog, harmful: Path, first_step: 
         if settings.negates:
             command += ["--scaling_coef", f"{settings.scaling_coef:g}"]
         command += ["--saved_model", str(harmful), "--task_vector_saving_path", unlearned]
-    return "\n".join([*lines, f"log            {log.file}", f"next           {shlex.join(['python', *command])}"])
+    lines += [f"log            {log.file}", f"next           {shlex.join(['python', *command])}"]
+    if settings.replay and log.history:
+        made = settings.task_vector_saving_path if negated else None
+        lines += [f"replayed       {line}" for line in outcome(settings.replay, log.history[-1], harmful, made)]
+    return "\n".join(lines)
 
 
 def _script(path: str) -> str:

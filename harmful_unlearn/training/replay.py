@@ -1,0 +1,49 @@
+"""--replay: do again what the run.json of a saved model says that it is, and compare what comes out."""
+
+import filecmp
+import math
+from pathlib import Path
+
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.storage.provenance import differences
+from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.training.recorded import folder_of, read_training
+from harmful_unlearn.training.resume import changed_settings
+
+
+def check_replay(source: Path, now: RunRecord) -> list[str]:
+    """What of versions and hardware has changed since, and what that may change.
+
+    Args:
+        now: the record of stage 1 as it would be written.
+
+    Raises:
+        UserError: the base, the data or a flag is another, so that this would not be the same run.
+    """
+    record, training = read_training(source)
+    if changed := changed_settings(training, now, folder_of(source)):
+        raise UserError(f"this is not what made {source} ({'; '.join(changed)}): give what it had")
+    return differences(record.more) or ["versions and hardware are those of the recorded run"]
+
+
+def outcome(source: Path, losses: dict[str, float | None], harmful: Path, unlearned: Path | None) -> list[str]:
+    """Lines that compare what came out with what was recorded: the losses of the last step, and the weights.
+
+    Args:
+        losses: of the last step, by name; None where one was not computed.
+        harmful, unlearned: the models that were made; None for a stage that was not run.
+    """
+    record, training = read_training(source)
+    recorded = training.losses_at_the_end
+    both = {name: (recorded[name], losses.get(name)) for name in recorded if recorded[name] is not None}
+    lines = [f"{name} {now} (recorded: {before})" for name, (before, now) in both.items()]
+    apart = max((abs(before - (math.inf if now is None else now)) for before, now in both.values()), default=math.nan)
+    lines.append(
+        "the losses at the end are equal" if apart == 0 else f"the losses at the end differ by at most {apart:.2g}"
+    )
+    made = harmful if record is training else unlearned
+    weights = sorted(file.name for file in folder_of(source).glob("*.safetensors"))
+    if made and weights:
+        same, other, missing = filecmp.cmpfiles(folder_of(source), made, weights, shallow=False)
+        lines.append(f"{len(same)} of {len(weights)} files of weights are equal, byte for byte")
+    return lines
