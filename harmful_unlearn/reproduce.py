@@ -28,6 +28,7 @@ if not __package__:  # run as a script: import from the repository, not from thi
 import transformers
 
 from harmful_unlearn.cli import exit_code
+from harmful_unlearn.comparison import replay
 from harmful_unlearn.comparison.search import Search, run_search
 from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
 from harmful_unlearn.comparison.trainings import as_words, plan, train
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     check_target(settings.output, overwrite=True)
     settings.check_inputs()
-    searched = None
+    searched, asked_for = None, settings.to_json()
     if settings.search:
         searched = run_search(settings)
         if settings.search_only or searched is None:
@@ -62,15 +63,15 @@ def main(arguments: list[str] | None = None) -> None:
         settings = replace(settings, recipe=str(searched.recipe_file), runs=list(searched.chosen()))
     command = shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])])
     with locked(settings.output):  # several processes may share a search
-        compare(settings, searched, command)
+        compare(settings, searched, command, asked_for)
 
 
-def compare(settings: ComparisonSettings, searched: Search | None, command: str) -> None:
+def compare(settings: ComparisonSettings, searched: Search | None, command: str, asked_for: dict) -> None:
     """Train and measure the rows of every seed, and write the report.
 
     Args:
         searched: the search that the rows' settings are from.
-        command: for the report.
+        command, asked_for: the command line and its flags, for the record.
 
     Raises:
         UserError: it cannot be done.
@@ -86,6 +87,7 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str)
         model=settings.model_name,
         seeds=settings.seeds,
         command=command,
+        flags=asked_for,
         settings={"recipe": settings.recipe, **asked, **numbers},
         methods={
             BASE: {"label": "Original", "group": "main", "command": None},
@@ -101,6 +103,8 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str)
     write_file(settings.output / "comparison.json", comparison.to_json())
     write_report(comparison, settings.output)
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
+    if settings.replay:
+        print("\n".join(["replayed:", *replay.outcome(settings.replay, comparison.figures)]))
 
 
 def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:
@@ -112,6 +116,9 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
     base = hub.resolve_model(own.model_name, weights=False)
+    comparison.inputs[str(seed)] = replay.inputs(own, base, seed)
+    if own.replay:
+        replay.check_inputs(own.replay, seed, comparison.inputs[str(seed)])
 
     def planned_row(name: str, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
         return plan(own.output / f"seed-{seed}" / name, base, own.all_flags(flags, seed), own.train_flags)

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, flag, not_negative, positive_int, positive_number, whole_number
+from harmful_unlearn.comparison.recorded import replayed_flags
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
@@ -54,6 +55,9 @@ class ComparisonSettings(MeasuringSettings):
     oracle: str | None = flag(
         "a model with the base's training, but without the harm (demo.py --oracle makes one): measured as all others, "
         "and every model's distance from it")
+    replay: Path | None = flag(
+        "do again what this comparison is, by its comparison.json: the same flags, data and base, or an error; at the "
+        "end the figures are compared (default of --output then: FOLDER-replayed)", type=user_path, metavar="FOLDER")
     train_flags: list[str] = flag("more flags for every training, as one quoted text", type=shlex.split, default=[])
     # fmt: on
 
@@ -72,6 +76,10 @@ class ComparisonSettings(MeasuringSettings):
     def all_flags(self, flags: Mapping[str, object], seed: int) -> dict[str, object]:
         """A row's flags, with those that all rows share."""
         return {"model_name": self.model_name, **self.training_data, **flags, "seed": seed}
+
+    def to_json(self) -> dict[str, Any]:
+        """The flags as comparison.json has them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
     def of_seed(self, seed: int) -> "ComparisonSettings":
         """These settings, with the seed in place of "{seed}"."""
@@ -115,6 +123,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> ComparisonSetti
     title, _, usage = about.partition("\n")
     parser = FlagParser(description=title, epilog=usage)
     parser.add_settings(ComparisonSettings)
+    parser.replays(replayed_flags)
     args = parser.parse_args(arguments)
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):

@@ -17,6 +17,8 @@ class Comparison:
         title, model: the report's title, and the base model.
         command: what made the comparison.
         settings: what was asked for, by name.
+        flags: all flags of the command, for --replay.
+        inputs: by seed, what tells the base and the training data from others, for --replay.
         methods: the compared models by name, in the order of the tables; the base's name is "base". Of each, its
             "label", its "group" of tables ("main" or "ablation"), the "command" that trained it with the first seed
             (None for the base), and a "note" if seeds of it are missing.
@@ -45,6 +47,8 @@ class Comparison:
     settings: dict
     methods: dict[str, dict]
     judge: dict
+    flags: dict = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)
     figures: list[dict] = field(default_factory=list)
     attacks: list[dict] = field(default_factory=list)
     sweep: list[dict] = field(default_factory=list)

@@ -10,7 +10,7 @@ def test_the_json_has_every_part_and_a_note_only_where_there_is_one():
     data.methods["ft"]["note"] = "seed 2: not trained"
     written = json.loads(data.to_json())
     assert list(written) == [
-        "title", "model", "seeds", "command", "settings", "methods", "judge", "figures",
+        "title", "model", "seeds", "command", "settings", "methods", "judge", "flags", "inputs", "figures",
         "attacks", "sweep", "recommended", "categories", "oracle", "relearning", "trials", "answers",
         "losses", "provenance",
     ]  # fmt: skip

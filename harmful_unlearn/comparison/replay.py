@@ -1,0 +1,73 @@
+"""reproduce.py --replay: do again what a comparison.json says that it is, and compare the figures."""
+
+from pathlib import Path
+from typing import Any
+
+from harmful_unlearn.comparison.recorded import comparison_file
+from harmful_unlearn.comparison.settings import ComparisonSettings
+from harmful_unlearn.comparison.trainings import as_words
+from harmful_unlearn.data.pku_saferlhf import read_harmful
+from harmful_unlearn.data.truthfulqa import read_normal
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.storage.files import read_json
+from harmful_unlearn.storage.provenance import differences
+from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
+from harmful_unlearn.training.flags import parse_flags as training_flags
+
+MEASURED = ("value", "low", "high", "n")  # of a figure; the rest says what it is of
+
+
+def inputs(settings: ComparisonSettings, base: Path, seed: int) -> dict:
+    """What tells the base and the data of a seed's trainings from others.
+
+    Args:
+        settings: of the seed.
+        base: the folder of the base.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    flags = training_flags([*as_words(settings.training_data), *settings.train_flags])
+    harmful = read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split)
+    normal = read_normal(flags.normal_dataset, seed, flags.more_normal_dataset)
+    data = {"harmful": harmful.source, "normal": normal.source, "more normal": normal.source.get("more", {})}
+    known = {name: {key: source.get(key) for key in ("sha256", "revision")} for name, source in data.items()}
+    has_weights = any(base.glob("*.safetensors"))  # a hub model is downloaded when it is trained
+    return {"base": SafetensorsFolder(base).fingerprint() if has_weights else None, **known}
+
+
+def check_inputs(source: Path, seed: int, now: dict) -> None:
+    """Raises UserError: base or data of a seed are not those of the recorded comparison."""
+    recorded = read_json(comparison_file(source)).get("inputs", {}).get(str(seed), {})
+    changed = [name for name in recorded if None not in (recorded[name], now[name]) and recorded[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"this is not what made {source}: with seed {seed} {', '.join(changed)} differ from what is recorded "
+            f"({recorded[changed[0]]}); give what it had"
+        )
+
+
+def outcome(source: Path, figures: list[dict]) -> list[str]:
+    """Lines that compare a comparison's figures with the recorded ones, and list what has changed otherwise."""
+    content = read_json(comparison_file(source))
+    lines = differences(content.get("provenance", {})) or ["versions and hardware are those of the recorded comparison"]
+    recorded = {_key(figure): figure for figure in content["figures"]}
+    both = [(recorded[_key(figure)], figure) for figure in figures if _key(figure) in recorded]
+    lines.append(f"{len(both)} of {len(recorded)} recorded figures are there again")
+    others = [(before, now) for before, now in both if before["value"] != now["value"]]
+    outside = [(before, now) for before, now in others if not _within(before, now["value"])]
+    lines.append(f"{len(both) - len(others)} are equal, and {len(outside)} are outside of the recorded 95 % interval")
+    for before, now in outside[:10]:
+        lines.append(f"{', '.join(_key(now))}: {now['value']} (recorded: {before['value']})")
+    return lines
+
+
+def _key(figure: dict[str, Any]) -> tuple[str, ...]:
+    """What a figure is of."""
+    return tuple(str(figure[name]) for name in sorted(figure) if name not in MEASURED)
+
+
+def _within(before: dict, value: float | None) -> bool:
+    if None in (before["low"], before["high"], value):
+        return False
+    return bool(before["low"] <= value <= before["high"])
