@@ -1,6 +1,7 @@
 """Load and save models: configuration, tokenizer, weights, precision."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,13 +11,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from harmful_unlearn.errors import UserError, first_line, is_out_of_memory
 from harmful_unlearn.models.offload import TemporaryFolder
+from harmful_unlearn.storage.files import read_json
 from harmful_unlearn.storage.safetensors_io import all_finite
 
 BAD_CONFIG = "{folder} has no usable config.json ({error}): give a folder that save_pretrained wrote"
+COUNTS = {
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_local_experts", "num_experts", "n_routed_experts",
+}  # fmt: skip
+LARGEST_COUNT = 1000  # of any model there is; a broken file's number would fill the memory before a weight is read
 
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's configuration. Raises UserError: it is missing or broken, or not of a causal language model."""
+    content: dict = {}
+    with suppress(UserError):  # the library says what is wrong with it
+        content = read_json(folder / "config.json")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for name in sorted(COUNTS & part.keys()):
+            if isinstance(part[name], int) and part[name] > LARGEST_COUNT:
+                problem = f"{name} is {part[name]}, more than any model has"
+                raise UserError(BAD_CONFIG.format(folder=folder, error=problem))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the type depends on the library's release and on the problem

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,7 +25,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.models.sharding import gather_full
-from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.storage.files import ROOT, write_file
 from harmful_unlearn.training import deepspeed
 from harmful_unlearn.training.flags import TrainingSettings
 
@@ -84,16 +85,28 @@ def start(settings: TrainingSettings) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def start_tracker(accelerator: Accelerator, settings: TrainingSettings, log_file: Path) -> None:
-    """Begin to send metrics to --report_to; its files go beside the log. Raises UserError: it cannot start."""
+def start_tracker(accelerator: Accelerator, settings: TrainingSettings, log_file: Path, continues: bool) -> None:
+    """Begin to send metrics to --report_to; its files go beside the log.
+
+    Args:
+        continues: whether the run is resumed; wandb then continues its run, by the id that the first one left.
+
+    Raises:
+        UserError: it cannot start.
+    """
     if settings.report_to == "none":
         return
     accelerator.project_configuration.logging_dir = str(log_file.parent)
     flags = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.to_json().items()}
     name = log_file.with_suffix(".tensorboard").name if settings.report_to == "tensorboard" else "sku"
-    folder = log_file.parent
+    folder, wandb = log_file.parent, {}
+    if settings.report_to == "wandb" and is_main_process():
+        kept = log_file.with_suffix(".wandb-id")
+        wandb_id = kept.read_text(encoding="utf-8") if continues and kept.is_file() else token_hex(4)
+        write_file(kept, wandb_id)
+        wandb = {"name": folder.name, "dir": str(folder), "id": wandb_id, "resume": "allow"}
     try:
-        accelerator.init_trackers(name, flags, {"wandb": {"name": folder.name, "dir": str(folder)}})
+        accelerator.init_trackers(name, flags, {"wandb": wandb})
     except Exception as error:  # each tracker has its own
         raise UserError(
             f"--report_to {settings.report_to} cannot start ({error}): fix that, or leave it out"

@@ -85,7 +85,7 @@ class Engine:
         log.say(f"stage 1, {purpose}: {settings.model_name} -> {settings.model_save_dir}")
         if settings.overwrite and not self.run.checkpoint and is_main_process():
             self.run.checkpoints.remove()
-        distributed.start_tracker(self.accelerator, settings, log.file)
+        distributed.start_tracker(self.accelerator, settings, log.file, continues=bool(self.run.checkpoint))
         if not settings.gradient_checkpointing and any(parameter.is_meta for parameter in model.parameters()):
             log.say("with --gradient_checkpointing, since a part of the model is on the CPU or on disk")
 

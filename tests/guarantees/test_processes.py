@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import deepspeed, distributed
+from harmful_unlearn.training.engine import Engine
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.running import runs
 
@@ -218,6 +220,20 @@ def test_a_tracker_that_cannot_start_is_one_line(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(distributed.Accelerator, "init_trackers", fail)
     with pytest.raises(UserError, match=r"tensorboard cannot start \(no API key\)"):
         main(flags(tiny_model("opt"), tmp_path, 2, ["--report_to", "tensorboard"]))
+
+
+def test_wandb_continues_its_run_when_the_run_is_resumed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "find_spec", lambda name: True)
+    started = []
+    monkeypatch.setattr(distributed.Accelerator, "init_trackers", lambda *args: started.append(args[-1]["wandb"]))
+    words = flags(tiny_model("opt"), tmp_path, 2, ["--report_to", "wandb", "--save_every", "2"])
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(Engine, "save", Mock(side_effect=UserError("no room")))
+        main(words)
+    main([*words, "--resume"])
+    main([*words, "--overwrite"])
+    assert started[0] == started[1] and started[0]["resume"] == "allow"
+    assert started[2]["id"] != started[0]["id"], "another run"
 
 
 def test_tensorboard_gets_every_step(tiny_model, tmp_path):

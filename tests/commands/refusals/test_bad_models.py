@@ -47,6 +47,9 @@ TABLE = {
     "a model with code of its own": Bad("unlearn", BASE, "save_pretrained", with_config(
         model_type="own", auto_map={"AutoConfig": "own.Config"})),
     "heads that do not divide": Bad("unlearn", BASE, "config.json", with_config(num_attention_heads=5)),
+    "more layers than memory": Bad("unlearn", BASE, "more than any model has", with_config(num_hidden_layers=10**9)),
+    "more experts than memory": Bad("unlearn", BASE, "more than any model has", with_config(
+        text_config={"num_experts": 10**6})),
     "a size that is a word": Bad("unlearn", BASE, "config.json", with_config(hidden_size="wide")),
     "a quantized base": Bad("unlearn", BASE, "full-precision", with_config(quantization_config={
         "quant_method": "gptq", "bits": 4})),
