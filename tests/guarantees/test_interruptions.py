@@ -145,6 +145,46 @@ def test_signals_reach_a_real_process(tiny_model, tmp_path):
     check_complete(TrainingCheckpoints(tmp_path / "harmful", 1).newest())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "processes"), [("'NO'", 1), ("MULTI_CPU", 2)])
+def test_a_schedulers_sigterm_leads_to_a_checkpoint_and_the_next_job_ends(engine, processes, tiny_model, tmp_path):
+    """scripts/slurm.sh, with stand-ins for the scheduler: a signal to the script alone, and a file for requeueing."""
+    config, queued = tmp_path / "cpu.yaml", tmp_path / "queued"
+    config.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: {engine}\nuse_cpu: true\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {queued}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **slurm}
+    log = tmp_path / "run.metrics.jsonl"
+
+    def job(steps: int) -> subprocess.Popen:
+        words = flags(tiny_model("opt"), tmp_path, "--max_unlearn_steps", str(steps))
+        command = [ROOT / "scripts" / "slurm.sh", config, str(processes), *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_more_than(size: int) -> None:
+        for _ in range(1200):
+            if log.exists() and log.stat().st_size > size:
+                return
+            time.sleep(0.1)
+
+    first = job(100_000)
+    wait_for_more_than(0)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode != 0 and "continue with the same command and --resume" in said
+    checkpoint = TrainingCheckpoints(tmp_path / "harmful", 1).newest()
+    check_complete(checkpoint)
+    assert queued.read_text() == "requeue 7\n"
+    queued.unlink()
+    size = log.stat().st_size
+    second = job(100_000)  # the same command, as the scheduler gives it again
+    wait_for_more_than(size)
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=120)
+    assert TrainingCheckpoints(tmp_path / "harmful", 1).newest().name != checkpoint.name and queued.exists()
+
+
 def test_killed_between_saving_and_removing_checkpoints(tiny_model, tmp_path, stop_after):
     base = tiny_model("opt")
     stop_after(2)
