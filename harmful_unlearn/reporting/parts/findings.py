@@ -10,7 +10,15 @@ import pandas as pd
 
 from harmful_unlearn.reporting.blocks import Block, paragraph, points
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, short_name
-from harmful_unlearn.reporting.figures import REFERENCES, Cell, Cells, figure_frame, over_seeds, perplexity_multiples
+from harmful_unlearn.reporting.figures import (
+    LARGEST_MULTIPLE,
+    REFERENCES,
+    Cell,
+    Cells,
+    figure_frame,
+    over_seeds,
+    perplexity_multiples,
+)
 from harmful_unlearn.reporting.glossary import METRIC_TITLES
 from harmful_unlearn.reporting.parts.context import ReportContext, judge_name
 
@@ -76,12 +84,16 @@ def findings(report: ReportContext) -> list[Block]:
 
 
 def _measured(report: ReportContext, cells: Cells, figures: pd.DataFrame) -> list[Measured]:
-    """The original and the main methods that have a value, in the order of the tables; the oracle is none of them.
+    """The original and the main methods that have a value, in the order of the tables; nothing without the original.
+
+    The oracle is none of them.
 
     Args:
         cells: by model.
         figures: what they are of, for the number of prompts.
     """
+    if not cells[BASE].measured:
+        return []
     prompts = figures.groupby("model")["n"].min()
     names = [name for name, model in report.data.methods.items() if model["group"] == "main" and name != ORACLE]
     names.sort(key=lambda name: name != BASE)  # the original first
@@ -93,8 +105,8 @@ def _measured(report: ReportContext, cells: Cells, figures: pd.DataFrame) -> lis
 
 
 def _ends(cell: Cell, prompts: int) -> tuple[float, float]:
-    """Of a cell without an interval anything is possible; of a share of exactly 0 or 1 the rule of three holds."""
-    if math.isnan(cell.low):
+    """Without an interval or another seed anything may be; of a share of exactly 0 or 1 the rule of three holds."""
+    if math.isnan(cell.low) or cell.seeds < 2 <= cell.all_seeds:
         return -math.inf, math.inf
     if METRIC_TITLES[cell.metric].endswith(", %") and cell.low == cell.high and cell.value in (0, 1):
         return (0, 3 / prompts) if cell.value == 0 else (1 - 3 / prompts, 1)
@@ -118,17 +130,16 @@ def _harm(report: ReportContext, figures: pd.DataFrame, where: str) -> Claim | N
     than = f"fewer harmful answers than the original, {_with_unit(original.cell)}, {where}"
     oracle = f"To compare: {report.label(ORACLE)} {_with_unit(cells[ORACLE])}." if cells[ORACLE].measured else ""
     details = [_listed("Fewer", lower), _listed("More", higher), _named("No clear difference", unclear), oracle]
-    return f"{_count(lower, methods)} clearly give{_s(lower)} {than}.", " ".join(filter(None, details))
+    return f"{_subject(report, lower, methods, 'give')} {than}.", " ".join(filter(None, details))
 
 
 def _cost(report: ReportContext, figures: pd.DataFrame) -> Claim | None:
     """Which methods cost perplexity on normal text. Over seeds as multiples: each seed may have its own original."""
     cells, unit = over_seeds(figures, "model", report.seeds), ""
     if report.seeds > 1:
-        cells, unit = (
-            perplexity_multiples(report.figures, "model", BASE, report.seeds),
-            " (multiples of the original's)",
-        )
+        cells = perplexity_multiples(report.figures, "model", BASE, report.seeds)
+        cut = any(cell.high >= LARGEST_MULTIPLE for cell in cells.values())
+        unit = f" (multiples of the original's{f', at most {LARGEST_MULTIPLE}' if cut else ''})"
     measured = _measured(report, cells, figures)
     if len(measured) < 2:
         return None
@@ -140,7 +151,7 @@ def _cost(report: ReportContext, figures: pd.DataFrame) -> Claim | None:
     if len(methods) > 1:
         top = _highest(methods)
         details.append(f"Highest: {top[0].label}." if len(top) == 1 else "None is clearly the highest.")
-    sentence = f"{_count(higher, methods)} clearly raise{_s(higher)} the perplexity of normal reference answers."
+    sentence = f"{_subject(report, higher, methods, 'raise')} the perplexity of normal reference answers."
     return sentence, " ".join(filter(None, details))
 
 
@@ -151,14 +162,13 @@ def _most(report: ReportContext, figures: pd.DataFrame, what: str) -> Claim | No
         return None
     most = max(each.high for each in measured)
     if most <= FEW:
-        return f"No model gives more than {100 * most:.1f}\N{NO-BREAK SPACE}% {what}.", ""
+        return f"No model{_of_all(report)} gives more than {100 * most:.1f}\N{NO-BREAK SPACE}% {what}.", ""
     top = _highest(measured)
     if len(top) == 1:
         return f"{top[0].label} gives the most {what}.", _listed("Share", measured)
     largest = [each for each in top if each.cell.value == max(other.cell.value for other in top)]
-    return f"No model gives clearly the most {what}.", _listed(
-        "Largest share, not clearly larger than all others", largest
-    )
+    details = _listed("Largest share, not clearly larger than all others", largest)
+    return f"No model{_of_all(report)} gives clearly the most {what}.", details
 
 
 def _beside(original: Measured, methods: list[Measured]) -> tuple[list[Measured], list[Measured], list[Measured]]:
@@ -174,15 +184,17 @@ def _highest(measured: list[Measured]) -> list[Measured]:
     return [each for each in measured if each is top or each.high >= top.low]
 
 
-def _count(some: list[Measured], methods: list[Measured]) -> str:
-    if len(methods) == 1 and some:
-        return some[0].label
-    return f"{len(some) or 'None'} of {len(methods)} methods"
+def _subject(report: ReportContext, some: list[Measured], methods: list[Measured], verb: str) -> str:
+    """How many of the methods clearly do something, or whether the only one does."""
+    if len(methods) == 1:
+        return f"{methods[0].label} {f'clearly {verb}s' if some else f'does not clearly {verb}'}"
+    number = f"{len(some) or 'None'} of {len(methods)} methods{_of_all(report)}"
+    return f"{number} clearly {verb}{'s' if len(some) < 2 else ''}"
 
 
-def _s(some: list[Measured]) -> str:
-    """The ending of a verb after `_count`."""
-    return "s" if len(some) < 2 else ""
+def _of_all(report: ReportContext) -> str:
+    """Nothing is said of ablations."""
+    return " of the main table" if any(model["group"] != "main" for model in report.data.methods.values()) else ""
 
 
 def _listed(title: str, measured: list[Measured]) -> str:

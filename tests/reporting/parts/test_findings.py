@@ -30,9 +30,9 @@ def test_a_method_is_lower_or_higher_only_if_the_intervals_do_not_overlap():
     )
 
 
-def test_one_method_is_named_and_none_is_counted():
+def test_an_only_method_is_named():
     assert found({"base": (0.5, 0.4, 0.6), "sku": (0.1, 0, 0.2)}).startswith("- **SKU clearly gives fewer")
-    assert found({"base": (0.5, 0.4, 0.6), "sku": (0.5, 0.4, 0.6)}).startswith("- **None of 1 methods clearly gives")
+    assert found({"base": (0.5, 0.4, 0.6), "sku": (0.5, 0.4, 0.6)}).startswith("- **SKU does not clearly give fewer")
 
 
 @pytest.mark.parametrize("n, clear", [(100, False), (1000, True)])
@@ -40,6 +40,24 @@ def test_no_harmful_answer_among_few_may_be_chance(n, clear):
     """The bootstrap's interval has no width, but by the rule of three the rate may be 3/n."""
     text = found({"base": (0.05, 0.02, 0.08), "sku": (0.0, 0.0, 0.0)}, n=n)
     assert ("SKU clearly gives" in text) == clear and ("No clear difference: SKU" in text) != clear
+
+
+def test_with_ablations_it_is_said_that_they_do_not_count():
+    text = found({"base": (0.5, 0.4, 0.6), "ft": (0.1, 0, 0.2), "ga": (0.1, 0, 0.2), "sku-no-gd": (0.1, 0, 0.2)})
+    assert text.startswith("- **2 of 2 methods of the main table clearly give fewer") and "without GD" not in text
+
+
+def test_without_the_originals_figure_there_is_no_claim():
+    assert "harmful" not in found({"base": (None, None, None), "ft": (0.1, 0, 0.2), "ga": (0.2, 0.1, 0.3)})
+
+
+def test_a_single_seed_of_several_is_not_a_range():
+    made = lean()
+    for row in made.figures:
+        if row["model"] == "ga_mismatch" and row["seed"] > 0 and row["metric"] == "harmful_rate":
+            row["value"] = row["low"] = row["high"] = None
+    text = findings(ReportContext(made))[0].markdown.splitlines()[0]
+    assert "No clear difference: FT; GA; GA + mismatch." in text
 
 
 def test_without_an_interval_nothing_is_clear():
@@ -73,6 +91,12 @@ def test_seeds_have_ranges_and_multiples_of_their_own_original():
     assert "Higher (multiples of the original's): FT 1.250 (1.250–1.250); GA 1.500" in text
     assert "ranges over the 3 seeds do not overlap, which is no test of significance" in text
     assert "To compare: Oracle 27.5" in text
+    made = lean()
+    for row in made.figures:
+        if row["model"] == "ga" and row["metric"] == "reference_perplexity":
+            row["value"] = 1e9
+    text = findings(ReportContext(made))[0].markdown
+    assert "Higher (multiples of the original's, at most 1000): FT" in text and "GA 1000 (1000–1000)" in text
 
 
 def test_attacks_and_relearning_are_claims_of_their_own():
