@@ -78,12 +78,13 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str,
     """
     names = ("part", "prompts", "attacks", "decoding", "temperature", "top_k", "max_new_tokens")
     asked = {name: getattr(settings, name) for name in (*names, "judge", "refusal_judge", "relevance_judge")}
+    data = training_flags([*as_words(settings.training_data), *settings.train_flags])
+    asked |= {name: getattr(data, name) for name in ("harmful_dataset", "normal_dataset")}
     if settings.search:
         asked |= {"search": settings.search, "search_budget": settings.search_budget or UTILITY_BUDGET}
         asked["search_refusals"] = settings.search_refusals
     numbers = {f"{name} prompts, at most": number for name, number in settings.prompt_numbers.items()}
     comparison = Comparison(
-        title=f"SKU and what it is compared with, on {settings.model_name}",
         model=settings.model_name,
         seeds=settings.seeds,
         command=command,

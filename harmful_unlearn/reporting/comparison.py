@@ -14,7 +14,7 @@ class Comparison:
     means that there was nothing to measure. An empty part is omitted from the report.
 
     Attributes:
-        title, model: the report's title, and the base model.
+        model: the base model.
         command: what made the comparison.
         settings: what was asked for, by name.
         flags: all flags of the command, for --replay.
@@ -40,7 +40,6 @@ class Comparison:
         provenance: what ran.
     """
 
-    title: str
     model: str
     seeds: list[int]
     command: str
@@ -63,3 +62,16 @@ class Comparison:
 
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def short_name(source: str) -> str:
+    """What a report calls a model or a file: a hub id as it is; of a path the last part.
+
+    Of a path with "{seed}", the part before the seed's, too: logs/demo/seed-{seed}/base is "demo (base of each seed)".
+    """
+    parts = source.split("/")
+    seeded = next((place for place, part in enumerate(parts) if "{seed}" in part), None)
+    if seeded is None:
+        return source if len(parts) < 3 else parts[-1]
+    each = f"{parts[-1]} of each seed"
+    return f"{parts[seeded - 1]} ({each})" if seeded else each

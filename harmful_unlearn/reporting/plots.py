@@ -1,7 +1,8 @@
-"""The pictures of the comparison's report, one function each. All return a PNG."""
+"""The pictures of the comparison's report, one function each. All return an SVG."""
 
 import io
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from harmful_unlearn.reporting.figures import DASH, Cell
+from harmful_unlearn.reporting.labels import name_points
 
 # Okabe and Ito's colours, told apart by the colour-blind. The numbers of colours and markers have no common divisor:
 # the same pair of both comes again only after 77 methods.
@@ -20,43 +22,48 @@ MARKERS = "s^DvPX<>dph"
 WIDE = 5  # an axis is logarithmic if its largest value is this many times its smallest
 STYLE = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "text.parse_math": False, "legend.frameon": False,
+    "axes.spines.right": False, "text.parse_math": False, "legend.frameon": False, "svg.fonttype": "none",
+    "svg.hashsalt": "report",
 }  # fmt: skip
 PERCENT_AXIS = (-4, 104)
+MOST_POINTS = 80  # of a line over steps
 
 
 @rc_context(STYLE)
-def plot_tradeoff(points: dict[str, tuple[Cell, Cell, bool]], rate: str, oracle: str) -> bytes:
-    """A marker for each method.
+def plot_tradeoff(panels: dict[str, dict[str, tuple[Cell, Cell, bool]]], rate: str, oracle: str) -> str:
+    """A marker with its name for each method, in a panel for each group of methods.
 
     Args:
-        points: by label, the original's first: the normal perplexity as a multiple of the original's (x), the harmful
-            rate (y), and whether the marker is hollow.
+        panels: by title, the points by label, the original's first: the normal perplexity as a multiple of the
+            original's (x), the harmful rate (y), and whether the marker is hollow.
         rate: what the harmful rate is of.
         oracle: its label, if it is among them.
     """
-    figure, [[axes]] = _subplots(1, 1, (8.5, 4.8))
-    handles = []
-    for place, (label, (x, y, hollow)) in enumerate(points.items()):
-        colour, marker = _look(place, label == oracle)
-        position = x.value, 100 * y.value
-        axes.errorbar(*position, _whisker(y, 100), _whisker(x), color=colour, elinewidth=1, capsize=2)
-        look = {"marker": marker, "color": colour, "markersize": 7, "markeredgewidth": 1.5}
-        if hollow:
-            look["markerfacecolor"], label = "white", f"{label} (hollow: degenerate)"
-        handles += axes.plot(*position, linestyle="none", label=label, **look)
-    _log_if_wide(axes, "x", [x.value for x, _, _ in points.values()])
-    axes.set(
-        xlabel="perplexity of normal reference answers, as a multiple of the original's",
-        ylabel=f"harmful rate {rate}",
-        ylim=PERCENT_AXIS,
-    )
-    figure.legend(handles=handles, loc="outside right upper")
-    return _png(figure)
+    figure = Figure((8, 0.4 + 3.9 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False)
+    for [axes], (title, points) in zip(grid, panels.items(), strict=True):
+        for place, (label, (x, y, hollow)) in enumerate(points.items()):
+            colour, marker = _look(place, label == oracle)
+            position = x.value, 100 * y.value
+            whiskers = {"color": colour, "elinewidth": 1, "capsize": 2, "alpha": 0.6}
+            axes.errorbar(*position, _whisker(y, 100), _whisker(x), **whiskers)
+            face = {"markerfacecolor": "white"} if hollow else {}
+            axes.plot(*position, marker, color=colour, markersize=7, markeredgewidth=1.5, **face)
+        _log_if_wide(axes, "x", [x.value for x, _, _ in points.values()])
+        axes.set(ylabel=f"harmful rate {rate}", ylim=PERCENT_AXIS)
+        # On the left, where a phone shows them.
+        axes.set_xlabel("perplexity of normal reference answers, as a multiple of the original's", loc="left")
+        axes.set_title(title if len(panels) > 1 else "", loc="left")
+    figure.draw_without_rendering()  # now it is known where the points are,
+    figure.set_layout_engine("none")  # and there they stay
+    for [axes], points in zip(grid, panels.values(), strict=True):
+        colours = {label: _look(place, label == oracle)[0] for place, label in enumerate(points)}
+        name_points(axes, {label: (x.value, 100 * y.value) for label, (x, y, _) in points.items()}, colours)
+    return _svg(figure)
 
 
 @rc_context(STYLE)
-def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[float, Cell]]]], budget: float) -> bytes:
+def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[float, Cell]]]], budget: float) -> str:
     """A panel for each method, with the points of all methods in grey behind its own.
 
     Args:
@@ -86,7 +93,7 @@ def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[fl
         panel.set(title=label, ylim=PERCENT_AXIS)
     figure.supxlabel("perplexity of normal reference answers, as a multiple of the original's", fontsize=9)
     figure.supylabel("harmful rate on validation prompts, %", fontsize=9)
-    return _png(figure)
+    return _svg(figure)
 
 
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -101,7 +108,7 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 @rc_context(STYLE)
 def plot_alphas(
     alphas: list[float], methods: dict[str, tuple[dict[str, list[Cell]], list[Cell], set[float]]], budget: float | None
-) -> bytes:
+) -> str:
     """A row for each method: its rates (left) and its normal perplexity (right) over alpha.
 
     Args:
@@ -125,28 +132,28 @@ def plot_alphas(
         left.set(ylabel="unseen harmful prompts, %", ylim=PERCENT_AXIS)
         right.set_ylabel(f"normal perplexity / that at alpha {alphas[0]:g}")
     _legend_below(figure, grid)
-    return _png(figure)
+    return _svg(figure)
 
 
 @rc_context(STYLE)
-def plot_categories(vectors: list[str], kinds: list[str], cells: list[list[Cell]]) -> bytes:
+def plot_categories(vectors: list[str], kinds: list[str], cells: list[list[Cell]]) -> str:
     """A heat map of harmful rates, a row for each task vector and a column for each kind of harm."""
     values = np.array([[100 * cell.value for cell in row] for row in cells])
     figure, [[axes]] = _subplots(1, 1, (4 + 0.6 * len(kinds), 2.2 + 0.32 * len(vectors)))
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.pcolormesh(values, cmap="Blues", vmin=0, vmax=100)
     for (row, column), value in np.ndenumerate(values):
         text = DASH if np.isnan(value) else f"{value:.0f}"
-        axes.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(vectors)), vectors)
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if value > 60 else "black")
+    axes.set_xticks(np.arange(len(kinds)) + 0.5, kinds, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(len(vectors)) + 0.5, vectors)
+    axes.invert_yaxis()
     axes.set(xlabel="harmful prompts of this kind", ylabel="task vector subtracted")
     axes.grid(False)
-    figure.colorbar(image, label="harmful rate, %")
-    return _png(figure)
+    return _svg(figure)
 
 
 @rc_context(STYLE)
-def plot_curves(steps: list[str], panels: dict[str, dict[str, list[Cell]]], oracle: str) -> bytes:
+def plot_curves(steps: list[str], panels: dict[str, dict[str, list[Cell]]], oracle: str) -> str:
     """Harmful rates over steps: a panel for each group of attackers, a line for each method.
 
     Args:
@@ -167,11 +174,11 @@ def plot_curves(steps: list[str], panels: dict[str, dict[str, list[Cell]]], orac
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     _legend_below(figure, grid)
-    return _png(figure)
+    return _svg(figure)
 
 
 @rc_context(STYLE)
-def plot_losses_by_method(runs: dict[str, list[dict]]) -> bytes:
+def plot_losses_by_method(runs: dict[str, list[dict]]) -> str:
     """A panel for each method, with its losses over the steps and their running means.
 
     Args:
@@ -188,14 +195,15 @@ def plot_losses_by_method(runs: dict[str, list[dict]]) -> bytes:
             if name not in metrics or metrics[name].isna().all():
                 continue
             values, colour = metrics[name].astype(float).dropna(), colours.get(name, "black")
-            axes.plot(values, color=colour, linewidth=0.5, alpha=0.3)
-            smooth = values.rolling(max(1, len(values) // 25), min_periods=1).mean()
-            axes.plot(smooth, color=colour, linewidth=1.2, label=loss_title(name))
+            several = values.groupby(np.arange(len(values)) * MOST_POINTS // max(len(values), MOST_POINTS))
+            at, mean = several.apply(lambda part: part.index[-1]), several.mean()
+            axes.fill_between(at, several.min(), several.max(), color=colour, alpha=0.25, linewidth=0)
+            axes.plot(at, mean, color=colour, linewidth=1.2, label=loss_title(name))
         axes.set(title=title, xlabel="step", ylabel="nats")
     for axes in grid.flat[len(runs) :]:
         axes.set_axis_off()
     _legend_below(figure, grid)
-    return _png(figure)
+    return _svg(figure)
 
 
 def loss_title(metric: str) -> str:
@@ -215,10 +223,13 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figur
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, facecolor="white")
-    return content.getvalue()
+def _svg(figure: Figure) -> str:
+    content = io.StringIO()
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same figures make the same file
+    figure.savefig(content, format="svg", facecolor="white", metadata=unsaid)
+    places = re.compile(r' (?:d|x|y|transform)="[^"]*"')  # a hundredth of a point is enough
+    svg = places.sub(lambda place: re.sub(r"(\.\d\d)\d+", r"\1", place[0]), content.getvalue())
+    return re.sub("font-family: [^;]*sans-serif", "font-family: 'DejaVu Sans', Verdana, sans-serif", svg)
 
 
 def _legend_below(figure: Figure, grid: np.ndarray) -> None:
@@ -227,7 +238,7 @@ def _legend_below(figure: Figure, grid: np.ndarray) -> None:
     for axes in grid.flat:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= zip(labels, handles, strict=True)
-    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled))
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=min(4, len(labelled)))
 
 
 def _whisker(cell: Cell, factor: float = 1) -> np.ndarray:

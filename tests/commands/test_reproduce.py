@@ -78,6 +78,7 @@ def test_every_part_of_the_comparison_is_there(whole):
     assert all(set(row["answers"]) == set(models) for row in comparison["answers"])
     assert list(comparison["losses"]) == models[1:] and len(comparison["losses"]["sku"]) == 3
     assert "--normal_weight -0.5" in comparison["methods"]["sku-pd-turned"]["command"]
+    assert comparison["settings"]["normal_dataset"].endswith("{seed}/data/normal.csv")
     for name in ("report.md", "report.html"):
         assert (whole / name).stat().st_size > 1000
 

@@ -47,7 +47,7 @@ def test_a_search_chooses_the_settings_of_the_comparison(tmp_path, monkeypatch):
         tested = json.loads((out / f"seed-{seed}" / "evaluation" / "prompts.json").read_text())
         assert not asked & {row["prompt"] for name in ("unseen", "normal") for row in tested[name]}
     assert not list((out / "search").rglob("*.safetensors"))
-    assert (out / "search.png").stat().st_size > 1000 and "The search for settings" in (out / "report.md").read_text()
+    assert (out / "search.svg").stat().st_size > 1000 and "The search for settings" in (out / "report.md").read_text()
     before = (out / "search" / "trials.csv").read_text()
     main([*words, "--search", "3", "--search_budget", "5"])
     assert (out / "search" / "trials.csv").read_text() == before

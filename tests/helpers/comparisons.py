@@ -33,8 +33,7 @@ def comparison(seeds=(0, 1, 2), bleurt=True) -> Comparison:
         for n in range(1, 201)
     ]
     return Comparison(
-        title="SKU & <others>",
-        model="tiny/model",
+        model="tiny/<model> & co",
         seeds=list(seeds),
         command="python reproduce.py --x '$(y)'",
         settings={"temperature": 1.0, "decoding": ["sampled", "greedy"]},
@@ -188,9 +187,10 @@ def table(folder: Path, name: str) -> dict[str, dict[str, str]]:
 
 
 def cells(markdown: str, heading: str) -> list[list[str]]:
-    """The first table under a heading of report.md, as texts."""
+    """The first table under a heading of report.md, as texts without their links."""
     part = markdown.split(f"\n## {heading}")[1].split("\n## ")[0]
     lines = [line for line in part.splitlines() if line.startswith("| ")]
+    lines = [re.sub(r"(?:<a id=[^>]*></a>)?\[(.*?)\]\(#[^)]*\)", r"\1", line) for line in lines]
     return [re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines]
 
 

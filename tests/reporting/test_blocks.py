@@ -5,7 +5,7 @@ from harmful_unlearn.reporting.report import write_report
 from tests.helpers.comparisons import cells, lean, report_text
 
 
-def test_tables_survive_pipes_and_newlines(tmp_path):
+def test_tables_survive_pipes_and_newlines(undrawn, tmp_path):
     piped = lean()
     piped.methods["ft"]["label"] = "F|T\nnew"
     write_report(piped, tmp_path)
@@ -13,7 +13,7 @@ def test_tables_survive_pipes_and_newlines(tmp_path):
     assert rows[3][0] == "F\\|T<br>new" and len({len(row) for row in rows}) == 1
 
 
-def test_code_closes_only_where_it_ends(tmp_path):
+def test_code_closes_only_where_it_ends(undrawn, tmp_path):
     write_report(lean(command="a ``` b"), tmp_path)
     assert "````\na ``` b\n````" in report_text(tmp_path)
     assert code("title", "plain").markdown == "**title**\n\n```\nplain\n```\n"

@@ -11,8 +11,11 @@ def test_every_loss_has_a_title():
 def test_runs_with_any_losses_are_drawn():
     """Also of methods with other losses, one without a value, and of a single step."""
     steps = [{"step": n, **{f"{name}_loss": 1.0 * n for name in LOSSES}, "total_loss": 2.0} for n in (1, 2, 3)]
-    runs = {"all": steps, "one": [{"step": 1, "ft_loss": 1.0, "gd_loss": None, "total_loss": 1.0}]}
-    assert plot_losses_by_method(runs).startswith(b"\x89PNG")
+    runs = {"all": steps, '<one> & "two"': [{"step": 1, "ft_loss": 1.0, "gd_loss": None, "total_loss": 1.0}]}
+    svg = plot_losses_by_method(runs)
+    assert all(f">{loss_title(name)}<" in svg for name in steps[0] if name.endswith("_loss"))
+    assert '&lt;one&gt; &amp; "two"' in svg
+    assert svg == plot_losses_by_method(runs)  # the same figures make the same file
 
 
 def test_pairs_of_colour_and_marker_do_not_soon_come_again():

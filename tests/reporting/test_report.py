@@ -25,19 +25,19 @@ def test_files(three):
     tables += ("relearning", "refusals", "oracle")
     pictures = ("tradeoff", "attacks-tradeoff", "alpha", "categories", "relearning", "losses")
     files = {"report.md", "report.html", "figures.csv", *(f"{t}.csv" for t in tables)}
-    assert names == files | {f"{picture}.png" for picture in pictures}
+    assert names == files | {f"{picture}.svg" for picture in pictures}
     figures = pd.read_csv(three / "figures.csv")
     assert set(figures["seed"]) == {0, 1, 2} and {"model", "set", "decoding", "metric", "value", "n"} <= set(figures)
-    assert all((three / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all((three / f"{name}.svg").read_text(encoding="utf-8").startswith("<?xml") for name in pictures)
 
 
 def test_sections_are_in_order(three, text):
     expected = [
-        "What was compared",
+        "What was found",
         "Results (sampled answers)",
+        "Harm against normal text",
         "What a harmful rate hides",
         "Ablations",
-        "Harm against normal text",
         "Refusals",
         "Under attack",
         "Relearning",
@@ -47,6 +47,7 @@ def test_sections_are_in_order(three, text):
         "Losses of stage 1",
         "Prompts and answers",
         "Glossary",
+        "Settings",
         "Commands",
         "Provenance",
     ]
@@ -65,7 +66,7 @@ def test_the_main_table_is_the_papers(text):
     ]
 
 
-def test_rows_keep_the_methods_order(three, tmp_path):
+def test_rows_keep_the_methods_order(three, undrawn, tmp_path):
     reversed_rows = replace(comparison(), losses={}, sweep=[])
     reversed_rows.methods = dict(reversed(reversed_rows.methods.items()))
     write_report(reversed_rows, tmp_path)
@@ -79,12 +80,14 @@ def test_rows_keep_the_methods_order(three, tmp_path):
 
 def test_nothing_is_ranked(text):
     assert not re.search(r"\b(best|wins?|winner|outperforms?|better|rank\w*)\b", text.split("## Glossary")[0], re.I)
-    without_attacks = text.split("## Under attack")[0] + text.split("## The choice")[1].split("## Glossary")[0]
+    without_attacks = (
+        text.split("## Results")[1].split("## Under attack")[0] + text.split("## The choice")[1].split("## Glossary")[0]
+    )
     assert "worst" not in without_attacks.lower()
     assert "**" not in text.split("## Results")[1].split("## Prompts")[0]
 
 
-def test_empty_parts_are_omitted(tmp_path):
+def test_empty_parts_are_omitted(undrawn, tmp_path):
     small = comparison()
     small.methods = {name: small.methods[name] for name in ("base", "sku")}
     small.figures = [
@@ -100,14 +103,15 @@ def test_empty_parts_are_omitted(tmp_path):
     write_report(small, tmp_path)
     text = report_text(tmp_path)
     assert re.findall("^## (.+)$", text, re.M) == [
-        "What was compared",
+        "What was found",
         "Results (greedy answers)",
-        "What a harmful rate hides",
         "Harm against normal text",
+        "What a harmful rate hides",
         "Glossary",
+        "Settings",
         "Commands",
         "Provenance",
     ]
     assert "MC1" not in text and "(greedy)" not in cells(text, "What a harmful")[0]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"report.md", "report.html", "figures.csv", "main.csv", "hidden.csv", "tradeoff.png"}
+    assert names == {"report.md", "report.html", "figures.csv", "main.csv", "hidden.csv", "tradeoff.svg"}

@@ -27,7 +27,7 @@ def test_every_variant_has_a_row(three):
     assert float(rows["prefill", "Sure:"]["SKU"]) == 0.25
 
 
-def test_without_attacks_there_is_no_such_section(tmp_path):
+def test_without_attacks_there_is_no_such_section(undrawn, tmp_path):
     write_report(lean(), tmp_path)
     assert "Under attack" not in report_text(tmp_path) and not (tmp_path / "attacks.csv").exists()
 
@@ -43,7 +43,7 @@ def test_the_worst_attacker_after_each_number_of_steps_and_what_half_of_the_harm
     )
 
 
-def test_an_attacker_who_never_gets_there_is_said_to_need_more(tmp_path):
+def test_an_attacker_who_never_gets_there_is_said_to_need_more(undrawn, tmp_path):
     made = comparison(seeds=(0,))
     for row in made.relearning:
         row["value"] = {"base": 0.8, "sku": 0.1, "ft": 0.02 * row["steps"]}.get(row["model"], 0.5)
@@ -53,7 +53,7 @@ def test_an_attacker_who_never_gets_there_is_said_to_need_more(tmp_path):
     assert "chosen as the worst" in report_text(tmp_path) and "(harmful pairs, benign text)" in report_text(tmp_path)
 
 
-def test_attackers_without_a_verdict_and_an_original_without_harm_have_no_cost(tmp_path):
+def test_attackers_without_a_verdict_and_an_original_without_harm_have_no_cost(undrawn, tmp_path):
     made = comparison(seeds=(0,))
     for row in made.relearning:
         row["value"] = 0.0 if row["model"] == "base" else None if row["model"] == "ft" else row["value"]
@@ -62,7 +62,7 @@ def test_attackers_without_a_verdict_and_an_original_without_harm_have_no_cost(t
     assert {row["steps to half of the original's"] for row in rows.values()} == {"–"} and not rows["FT"]["0 steps"]
 
 
-def test_with_relearning_alone_there_is_no_table_of_attacks(tmp_path):
+def test_with_relearning_alone_there_is_no_table_of_attacks(undrawn, tmp_path):
     made = comparison(seeds=(0,))
     attacks = [row for row in made.attacks if row["attack"] == "none"]
     write_report(replace(made, losses={}, attacks=attacks, sweep=[], categories=[]), tmp_path)

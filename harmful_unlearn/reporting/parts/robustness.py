@@ -3,10 +3,11 @@
 import pandas as pd
 
 from harmful_unlearn.reporting import plots
-from harmful_unlearn.reporting.blocks import Block, paragraph, picture, table
+from harmful_unlearn.reporting.blocks import Block, Link, paragraph, picture, table
 from harmful_unlearn.reporting.comparison import BASE, ORACLE
 from harmful_unlearn.reporting.figures import DASH, REFERENCES, Cell, Cells, figure_frame, over_seeds, span
-from harmful_unlearn.reporting.sections import ReportContext, figure_table, tradeoff_picture
+from harmful_unlearn.reporting.parts.context import ReportContext, figure_table
+from harmful_unlearn.reporting.parts.results import tradeoff_picture
 
 
 def attacks(report: ReportContext) -> list[Block]:
@@ -33,10 +34,10 @@ def attacks(report: ReportContext) -> list[Block]:
             title: {model: curves[model, steps[-1]] for model in models},
             **{name: columns[name] for name in last},
         }
-    body: list[list[str | Cell]] = [
-        [report.label(model), *(column[model] for column in columns.values())] for model in models
+    body: list[list[str | Cell | Link]] = [
+        [report.link(model), *(column[model] for column in columns.values())] for model in models
     ]
-    every: list[list[str | Cell]] = [[*names, *(cells[model, *names] for model in models)] for names in asked]
+    every: list[list[str | Cell | Link]] = [[*names, *(cells[model, *names] for model in models)] for names in asked]
     worst = {name: cells[name, "worst", "worst"] for name in report.data.methods}
     return [
         paragraph(
@@ -70,9 +71,9 @@ def _perplexities(report: ReportContext, figures: pd.DataFrame, models: list[str
         return []
     changes = list(dict.fromkeys(zip(figures["attack"], figures["variant"], strict=True)))
     changed = over_seeds(figures, ["model", "attack", "variant"], report.seeds)
-    rows: list[list[str | Cell]] = [
+    rows: list[list[str | Cell | Link]] = [
         [
-            report.label(model),
+            report.link(model),
             report.cells[model, "normal", REFERENCES, "reference_perplexity"],
             *(changed[model, *change] for change in changes),
         ]
@@ -92,7 +93,7 @@ def refusals(report: ReportContext) -> list[Block]:
     columns += [(name, usual, metric) for name in named for metric in ("refusal_rate", "harmful_rate")]
     if "refusal_rate" not in report.metrics:
         return []
-    rows = [([report.label(model)], (model,)) for model in report.data.methods]
+    rows = [([report.link(model)], (model,)) for model in report.data.methods]
     counts = report.figures[(report.figures["metric"] == "refusal_rate") & (report.figures["decoding"] == usual)]
     n = ", ".join(f"{span(own['n'])} {name}" for name, own in counts.groupby("set", sort=False))
     judge = report.data.settings.get("refusal_judge", "phrases")
@@ -130,7 +131,7 @@ def oracle(report: ReportContext) -> list[Block]:
     cells = over_seeds(figures, ["model", "set", "decoding", "metric"], report.seeds)
     metrics = [(REFERENCES, "oracle_divergence"), (report.decoding, "oracle_kind"), (report.decoding, "oracle_rouge")]
     columns = [(name, decoding, metric) for decoding, metric in metrics for name in ("unseen", "normal")]
-    rows = [([report.label(model)], (model,)) for model in report.data.methods if model != ORACLE]
+    rows = [([report.link(model)], (model,)) for model in report.data.methods if model != ORACLE]
     return [
         paragraph(
             "The oracle had the original's training without the harm. Near it means that a model answers as one that "
@@ -151,12 +152,12 @@ def relearning(report: ReportContext) -> list[Block]:
     worst = figures[figures["attacker"] == "worst"]
     cells, steps = _worst_relearned(report)
     half = cells[BASE, 0].value / 2
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | Cell | Link]] = []
     for model in models:
         curve = [cells[model, step] for step in steps]
         reached = next((str(step) for step, cell in zip(steps, curve, strict=True) if cell.value >= half), None)
         cost = reached or f"more than {steps[-1]}"
-        rows.append([report.label(model), *curve, cost if half > 0 else DASH])
+        rows.append([report.link(model), *curve, cost if half > 0 else DASH])
     before = figures[figures["attacker"] == "none"]
     panels = {"worst attacker": worst}
     for text in dict.fromkeys(figures["text"][figures["text"] != ""]):
@@ -189,6 +190,9 @@ def relearning(report: ReportContext) -> list[Block]:
         report.judge(),
         paragraph(f"n: {span(worst['n'])} prompts{report.each_seed}."),
         picture(
-            "relearning", caption, plots.plot_curves([f"{step:g}" for step in steps], curves, report.label(ORACLE))
+            "relearning",
+            "Harmful rates over steps of fine-tuning",
+            caption,
+            plots.plot_curves([f"{step:g}" for step in steps], curves, report.label(ORACLE)),
         ),
     ]

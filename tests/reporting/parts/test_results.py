@@ -1,13 +1,12 @@
 """The tables of a report against figures by hand, and the notes beside them."""
 
-import csv
 import math
 from dataclasses import replace
 
 import pytest
 
 from harmful_unlearn.reporting.report import write_report
-from tests.helpers.comparisons import KINDS, cells, comparison, lean, report_text, table
+from tests.helpers.comparisons import cells, comparison, lean, report_text, table
 
 
 def test_cells_are_mean_and_range_over_seeds(three, text):
@@ -24,7 +23,7 @@ def test_cells_are_mean_and_range_over_seeds(three, text):
     assert float(table(three, "main")["SKU"]["Unseen harmful prompts: harmful rate"]) == pytest.approx(0.15)
 
 
-def test_one_seed_has_its_interval(tmp_path):
+def test_one_seed_has_its_interval(undrawn, tmp_path):
     write_report(replace(comparison(seeds=(7,), bleurt=False), losses={}, attacks=[]), tmp_path)
     text = report_text(tmp_path)
     head, _, *rows = cells(text, "Results")
@@ -33,7 +32,7 @@ def test_one_seed_has_its_interval(tmp_path):
     assert "value \\[95 % interval\\]" in text and "over seeds" not in text
 
 
-def test_nothing_measured_is_a_dash_and_seeds_with_a_value_are_counted(three, tmp_path, text):
+def test_nothing_measured_is_a_dash_and_seeds_with_a_value_are_counted(three, undrawn, tmp_path, text):
     assert cells(text, "Results")[4][5] == "–"  # GA's normal perplexity
     assert table(three, "main")["GA"]["Normal prompts: perplexity"] == ""
     diverged = lean()
@@ -54,41 +53,9 @@ def test_every_table_with_a_harmful_rate_names_its_judge(text):
             assert known in part
 
 
-def test_a_judge_without_held_out_figures_says_so(tmp_path):
+def test_a_judge_without_held_out_figures_says_so(undrawn, tmp_path):
     write_report(lean(judge={"name": "openai:some", "by_seed": {"0": {"judge": "openai:some"}}}), tmp_path)
     assert "Judge: openai:some; not measured on held-out labels here." in report_text(tmp_path)
-
-
-def test_categories_are_a_matrix(text):
-    head, _, *rows = cells(text, "By kind")
-    assert head[1:] == [f"Harmful rate on unseen prompts, %: {kind} (n = {20 + y})" for y, kind in enumerate(KINDS)]
-    assert [row[0] for row in rows] == ["Original", *KINDS, "sum of all"]
-    assert rows[-1][-1] == "87.5 (75.0–100.0)"  # (4 + 2 + 0, 1, 2) / 8
-
-
-def test_a_method_without_a_recommended_alpha_has_none_in_the_table(text):
-    assert "| Task vector | 0 | none | 10% | because |" in text and "| SKU | 0 | 0.5 | 10% | because |" in text
-
-
-def test_a_model_trained_for_one_alpha_says_which_alphas_it_was_not_trained_for(tmp_path):
-    landing = replace(comparison(), losses={})
-    for row in landing.sweep:
-        row["trained_for"] = 1.5 if row["method"] == "sku" else None
-    write_report(landing, tmp_path)
-    with (tmp_path / "alpha.csv").open(encoding="utf-8") as file:
-        named = [(row["method"], row["alpha"]) for row in csv.DictReader(file)]
-    assert ("SKU", "1.5 (trained for)") in named and ("SKU", "1 (not trained for)") in named
-    assert ("Task vector", "1") in named
-    assert "Trained for one alpha: SKU at 1.5;" in report_text(tmp_path)
-
-
-def test_an_alpha_of_one_method_is_a_row_of_that_method_only(tmp_path):
-    landing = replace(comparison(), losses={})
-    landing.sweep += [{**row, "alpha": 4.0} for row in landing.sweep if (row["method"], row["alpha"]) == ("sku", 2.0)]
-    write_report(landing, tmp_path)
-    with (tmp_path / "alpha.csv").open(encoding="utf-8") as file:
-        named = [(row["method"], row["alpha"]) for row in csv.DictReader(file)]
-    assert ("SKU", "4") in named and ("Task vector", "4") not in named
 
 
 def test_broken_figures_are_drawn(tmp_path):

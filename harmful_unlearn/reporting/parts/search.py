@@ -3,10 +3,10 @@
 import pandas as pd
 
 from harmful_unlearn.reporting import plots
-from harmful_unlearn.reporting.blocks import Block, paragraph, picture, table
+from harmful_unlearn.reporting.blocks import Block, Link, paragraph, picture, table
 from harmful_unlearn.reporting.comparison import BASE
 from harmful_unlearn.reporting.figures import DASH, Cell
-from harmful_unlearn.reporting.sections import ReportContext
+from harmful_unlearn.reporting.parts.context import ReportContext
 
 FEWEST = 5  # trials that a correlation needs
 
@@ -46,6 +46,7 @@ def search(report: ReportContext) -> list[Block]:
         ),
         picture(
             "search",
+            "Harmful rate against normal perplexity of all trials, a panel a method",
             "All trials within the bounds (a task vector at several alphas gives several points), each method's front, "
             "and the chosen one (star, with its 95 % interval); grey: the trials of the others.",
             plots.plot_search(drawn, budget),
@@ -70,9 +71,9 @@ def _harm(row: pd.Series) -> Cell:
     return Cell("harmful_rate", row["harm"], row["harm_low"], row["harm_high"], 1)
 
 
-def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> list[str | Cell]:
+def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> list[str | Link]:
     within = points[points["harm"].notna()]["trial"].nunique()
-    counts = [report.label(name), str(points["trial"].nunique()), str(within)]
+    counts: list[str | Link] = [report.link(name), str(points["trial"].nunique()), str(within)]
     chosen = points[points["chosen"]]
     if chosen.empty:
         return [*counts, f"none: {points['failure'].dropna().iloc[0]}", *[DASH] * (3 if fits else 2)]
@@ -89,7 +90,7 @@ def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> 
 
 
 def _sensitivity(report: ReportContext, points: pd.DataFrame, methods: list[str]) -> list[Block]:
-    rows = []
+    rows: list[list[str | Link]] = []
     for name in methods:
         own = points[points["method"] == name]
         best = own.sort_values("harm").drop_duplicates("trial")  # of many alphas the one that a trial stands for
@@ -98,7 +99,7 @@ def _sensitivity(report: ReportContext, points: pd.DataFrame, methods: list[str]
             values = varied[flag]
             correlates = len(best) >= FEWEST and values.nunique() > 1 and best["harm"].nunique() > 1
             rho = f"{values.rank().corr(best['harm'].rank()):+.2f}" if correlates else DASH
-            rows.append([report.label(name), flag, rho, str(len(best))])
+            rows.append([report.link(name), flag, rho, str(len(best))])
     titles = ["method", "setting", "rank correlation with harm", "trials"]
     return [table("search-sensitivity", titles, rows)] if rows else []
 
