@@ -6,7 +6,7 @@
 # save a checkpoint; then the job is queued again and continues.
 #
 #     sbatch --gpus 8 scripts/slurm.sh harmful_unlearn/launch/fsdp2.yaml 8 --model_name facebook/opt-2.7b --batch_size 2
-set -uo pipefail
+set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 config=$1 processes=$2
 shift 2
@@ -15,11 +15,11 @@ shift 2
     harmful_unlearn/unlearn_harm_new.py "$@" --resume &
 launcher=$! stopped=
 trap 'stopped=1; pkill -TERM -P "$launcher"' TERM
-wait "$launcher"
-code=$?
+code=0
+wait "$launcher" || code=$?
 while kill -0 "$launcher" 2> /dev/null; do # the trap has ended the first wait
-    wait "$launcher"
-    code=$?
+    code=0
+    wait "$launcher" || code=$?
 done
 if [[ $stopped && $code -ne 0 ]]; then
     ${SLURM_JOB_ID:+scontrol requeue "$SLURM_JOB_ID"}
