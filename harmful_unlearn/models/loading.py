@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -126,6 +127,37 @@ def load_model(
     for name, parameter in model.named_parameters():
         if not (parameter.is_meta or all_finite(parameter.detach())):  # on the meta device: its values are on disk
             raise UserError(f"{name} in {folder} has NaN or infinite values: give a model without any")
+    return model
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the LM head has the weights of the input embeddings. A file with both may untie what its config ties."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def unfilled_model(folder: Path, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
+    """The causal LM in `folder` on the CPU without values, where another process sends them.
+
+    Memory that nothing is written to takes none.
+
+    Args:
+        tied: whether that process has the LM head tied.
+
+    Raises:
+        UserError: as `empty_model`.
+    """
+    config = load_config(folder)
+    try:
+        with init_empty_weights(include_buffers=False):  # of buffers that no file holds nobody sends values
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # each model class fails in its own way
+        raise UserError(BAD_CONFIG.format(folder=folder, error=first_line(error))) from None
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    if tied:
+        model.tie_weights()
     return model
 
 

@@ -5,15 +5,16 @@ draws and the losses do not depend on the number of processes. Only the main pro
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor
@@ -29,6 +30,7 @@ from harmful_unlearn.storage.files import ROOT, write_file
 from harmful_unlearn.training import deepspeed
 from harmful_unlearn.training.flags import TrainingSettings
 
+Result = TypeVar("Result")
 # While the main process writes a large model, the others wait for it.
 TIMEOUT = timedelta(hours=2)
 ENGINES = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
@@ -63,11 +65,12 @@ def start(settings: TrainingSettings) -> tuple[Accelerator, str]:
     if plugin:
         if plugin.fsdp_version != 2:
             raise UserError("FSDP 1 is not supported: set fsdp_version: 2 (as in harmful_unlearn/launch/fsdp2.yaml)")
-        if plugin.cpu_ram_efficient_loading or plugin.activation_checkpointing:
+        if plugin.activation_checkpointing:
             raise UserError(
-                "set fsdp_cpu_ram_efficient_loading and fsdp_activation_checkpointing to false (as in "
-                "harmful_unlearn/launch/fsdp2.yaml); --gradient_checkpointing does the latter"
+                "set fsdp_activation_checkpointing to false (as in harmful_unlearn/launch/fsdp2.yaml): "
+                "--gradient_checkpointing does it"
             )
+        plugin.cpu_ram_efficient_loading = True  # setup.load_models gives weights to the main process alone
         if precision == "bf16":  # gradients are added up in float32, as they are without FSDP
             plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     engine = engine_of(accelerator)
@@ -137,6 +140,26 @@ def keeps_checkpoints(accelerator: Accelerator) -> bool:
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether each process holds a shard of every weight."""
     return accelerator.distributed_type in ENGINES
+
+
+def of_main_process(accelerator: Accelerator, compute: Callable[[], Result]) -> Result:
+    """What `compute` gives. Where weights are sharded, the main process alone has them until `prepare`, and computes.
+
+    Raises:
+        UserError: in every process, if `compute` raises it.
+    """
+    if not shards_weights(accelerator):
+        return compute()
+    found: list[Any] = [None, ""]
+    if accelerator.is_main_process:
+        try:
+            found[0] = compute()
+        except UserError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
 
 
 def prepare(

@@ -19,6 +19,7 @@ from harmful_unlearn.errors import Diverged, Stopped, UserError, system_errors
 from harmful_unlearn.losses.packing_check import max_packed_length
 from harmful_unlearn.models.precision import computing_in
 from harmful_unlearn.models.reference import ReferenceModel
+from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.storage.files import new_folder, write_file
 from harmful_unlearn.training import distributed
 from harmful_unlearn.training.checkpointing import load_state, save_model, save_state
@@ -51,7 +52,11 @@ class Engine:
         self._announce(model)
         self._batches = run.batches
         if run.batches.packed_up_to:
-            length, reason = max_packed_length(model, run.batches.collator)
+            length, reason = distributed.of_main_process(
+                self.accelerator, lambda: max_packed_length(model, run.batches.collator)
+            )
+            if length:
+                model.set_attn_implementation(TREE)
             if reason:
                 log.say(f"{f'texts over {length} tokens' if length else 'all texts'} in plain rows: {reason}")
             self._batches = replace(run.batches, packed_up_to=length)

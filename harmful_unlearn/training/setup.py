@@ -295,11 +295,27 @@ def check_four_bits(lora: Lora | None, device: torch.device) -> None:
         raise UserError(f"--quantize 4bit needs a CUDA GPU, and the device here is {device}: leave it out")
 
 
+def _load(run: Stage1, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder`, without values in a process that will get its shards from the main one."""
+    settings, made = run.settings, []
+
+    def load() -> bool:
+        made.append(loading.load_model(folder, dtype, settings.device_map, bool(settings.quantize)))
+        return loading.is_tied(made[0])
+
+    tied = distributed.of_main_process(run.accelerator, load)
+    return made[0] if made else loading.unfilled_model(folder, dtype, tied)
+
+
 def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
     """theta, the model to train, and theta_o: a frozen second copy, or theta with its adapter switched off.
 
     theta_o is None in full fine-tuning by losses that do not need it. Trained weights are float32; frozen ones are in
-    the compute precision, or, with --quantize, in 4 bits.
+    the compute precision, or, with --quantize, in 4 bits. Where weights are sharded, the main process alone has values,
+    which the engine will spread.
+
+    Raises:
+        UserError, MemoryError: as `loading.load_model`.
     """
     settings, accelerator = run.settings, run.accelerator
     set_seed(settings.seed)  # of the adapter's first weights
@@ -308,7 +324,7 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
     frozen = torch.bfloat16 if run.precision == "bf16" else torch.float32
     dtype = frozen if run.lora else torch.float32
     source = run.checkpoint if run.checkpoint and not run.lora else run.base_folder
-    model = loading.load_model(source, dtype, settings.device_map, bool(settings.quantize))
+    model = _load(run, source, dtype)
     if not (hasattr(model, "hf_device_map") or settings.quantize):  # else it is where a device_map put it
         model.to(device)
     if run.blocks and not run.lora:
@@ -324,7 +340,7 @@ def load_models(run: Stage1) -> tuple[PreTrainedModel, ReferenceModel | None]:
     elif active_losses(vars(settings)) & NEED_BASE:
         # The landing point is computed from base and model, in the model's precision.
         dtype = torch.float32 if settings.uses_landing_point else frozen
-        copy = loading.load_model(run.base_folder, dtype, settings.device_map)
+        copy = _load(run, run.base_folder, dtype)
         base = ReferenceModel(copy, run.precision)
         if not hasattr(copy, "hf_device_map"):
             copy.to(device)

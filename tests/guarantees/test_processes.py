@@ -63,7 +63,7 @@ def launch(jobs: list[dict], folder: Path, launcher: list[str] = TORCHRUN) -> tu
         text=True,
         timeout=120 if launcher is TORCHRUN else 400,  # it may be compiled
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     codes = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
     assert codes[0] == codes[1]
     assert done.stdout.count("stage 1 model saved") == codes[0].count(0)  # by the main process alone
