@@ -59,7 +59,7 @@ def test_seed_greedy_and_own_prompts(tiny_model, capsys):
 
 
 def test_columns():
-    lines = spot_check.side_by_side("one two " * 40, "").splitlines()
+    lines = spot_check.side_by_side({"base": "one two " * 40, "unlearned": ""}).splitlines()
     assert lines[0].split(" | ")[1] == "unlearned" and "(nothing)" in lines[2]
     assert len({line.index("|") for line in lines if "|" in line}) == 1
 
