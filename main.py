@@ -173,7 +173,7 @@ def labels_of(folders: list[Path]) -> list[str]:
     if twice := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
         raise UserError(f"--unlearned names {twice[0]} twice: name it once")
     for length in range(1, max(len(folder.parts) for folder in folders)):
-        labels = ["/".join(folder.parts[-length:]) for folder in folders]
+        labels = [str(Path(*folder.parts[-length:])) for folder in folders]
         if len({"base", *labels}) > len(labels):
             return labels
     return [str(folder) for folder in folders]

@@ -4,7 +4,6 @@ import argparse
 import base64
 import hashlib
 import json
-import math
 import re
 import sys
 import threading
@@ -21,6 +20,7 @@ from harmful_unlearn.evals.inference.generation import Decoding
 
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 MAX_REQUEST = 2**16  # bytes
+HUNG_UP = (ConnectionError, TimeoutError)
 WAIT = 60  # seconds for a silent client, and at the end for a token that is being computed
 
 
@@ -101,24 +101,25 @@ class ChatServer(ThreadingHTTPServer):
     def answers(self, question: str, decoding: Decoding) -> Generator[dict, None, None]:
         """Ask all models. Yields {"model": its number} with "text" to add or a "note", after each token."""
         self.asked += 1
-        self.is_stopping = False
         answers: list[dict] = [{"text": "", "notes": []} for _ in self.conversations]
         self.turns.append({"question": question, "answers": answers})
+
+        def noted(note: str) -> dict:
+            answers[number]["notes"].append(note)
+            return {"model": number, "note": note}
+
         for number, conversation in enumerate(self.conversations):
             if self.is_stopping:
-                answers[number]["notes"].append("(not asked)")
-                yield {"model": number, "note": "(not asked)"}
+                yield noted("(not asked)")
                 continue
             try:
                 note = conversation.make_room(question)
             except UserError as error:
-                answers[number]["notes"].append(str(error))
-                yield {"model": number, "note": str(error)}
+                yield noted(str(error))
                 continue
             if note:
-                answers[number]["notes"].append(note)
-                yield {"model": number, "note": note}
-            is_stopped = True  # so it is, too, where the page is closed
+                yield noted(note)
+            ending, is_stopped = None, True  # so it is, too, where the page is closed
             try:
                 with closing(conversation.answer(question, decoding, (self.seed, self.asked))) as pieces:
                     for piece in pieces:
@@ -130,13 +131,13 @@ class ChatServer(ThreadingHTTPServer):
                         is_stopped = False
             finally:
                 if note := conversation.ending(is_stopped):
-                    answers[number]["notes"].append(note)
-            if note:
-                yield {"model": number, "note": note}
+                    ending = noted(note)
+            if ending:
+                yield ending
 
     def handle_error(self, request, client_address) -> None:
         """A browser that hangs up is no error."""
-        if not isinstance(sys.exception(), OSError):
+        if not isinstance(sys.exception(), HUNG_UP):
             super().handle_error(request, client_address)
 
     def reset(self) -> None:
@@ -164,9 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _obey(self, paths: dict) -> None:
         try:
             self._check_sender()
-            if self.path not in paths:
+            path = self.path.partition("?")[0]
+            if path not in paths:
                 raise _Refused(404, "there is nothing here: open /")
-            paths[self.path]()
+            paths[path]()
         except _Refused as refusal:
             status, why = refusal.args
             self._send_json(status, {"error": why})
@@ -193,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for event in events:
                     self._write(event)
             self._write({"done": True})
-        except OSError:
+        except HUNG_UP:
             pass  # the page was closed: its answer was stopped with `events`
         finally:
             self.server.is_busy.release()
@@ -215,6 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _take_turn(self) -> None:
         if not self.server.is_busy.acquire(blocking=False):
             raise _Refused(409, "an answer is being written: stop it first, or wait")
+        self.server.is_stopping = False
 
     def _body(self) -> bytes:
         """The request's JSON. Raises _Refused."""
@@ -269,6 +272,6 @@ def _read_request(body: bytes) -> tuple[str, Decoding]:
     if temperature is None:
         return question, Decoding()
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature < math.inf:
+    if not is_number or not 0 < temperature <= sys.float_info.max:
         raise _Refused(400, "the temperature has to be a number above 0")
     return question, Decoding(float(temperature))
