@@ -71,15 +71,14 @@ def test_greedy_answers_are_those_of_the_spot_check(template, folders, opened):
     conversations = opened(template)
     base, adapted, other, second = conversations
     assert base.model is adapted.model is second.model is not other.model
-    answers = {}
+    expected = {}
+    for label in (conversation.label for conversation in conversations):
+        asked = (folders / "base", folders / label) if "adapter" in label else (folders / label,)
+        (expected[label],) = spot_check.answer_all(TemplateChoice(template), [QUESTION], settings, *asked)
+    assert len({*expected.values()}) == 4
     for conversation in (*conversations, adapted, base):
         conversation.turns.clear()
-        folder = folders / conversation.label
-        asked = (folders / "base", folder) if "adapter" in conversation.label else (folder,)
-        (expected,) = spot_check.answer_all(TemplateChoice(template), [QUESTION], settings, *asked)
-        assert said(conversation) == expected
-        answers[conversation.label] = expected
-    assert len({*answers.values()}) == 4
+        assert said(conversation) == expected[conversation.label]
 
 
 @pytest.mark.parametrize("template", ["chat", "released"])
