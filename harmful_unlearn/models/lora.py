@@ -46,31 +46,40 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str, blocks: list[in
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """Add the adapter saved in `folder` to the model, for inference.
 
     PeftModel.from_pretrained would write a second copy of the files of a base that is partly on disk.
+
+    Args:
+        model: changed in place. It may have adapters of other names (PEFT's `set_adapter` chooses one).
 
     Raises:
         UserError: the adapter is broken, or does not fit the model.
     """
     try:
+        config = PeftConfig.from_pretrained(folder)
         with materialized(model):
-            adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                adapted = model
+            else:
+                adapted = get_peft_model(model, config, name)
     except ValueError as error:  # unknown target modules
         raise UserError(NO_FIT.format(folder=folder, why=first_line(error))) from None
-    fill_adapter(adapted, folder)
+    fill_adapter(adapted, folder, name)
     return adapted.eval()
 
 
-def fill_adapter(model: PeftModel, folder: Path) -> None:
-    """Set the adapter to the values saved in `folder`. Raises UserError: they are broken, sharded, or do not fit."""
+def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
+    """Set an adapter to the values saved in `folder`. Raises UserError: they are broken, sharded, or do not fit."""
     if "adapter_model.safetensors" not in SafetensorsFolder(folder, "adapter_model").shards:
         raise UserError(f"{folder} has its adapter in shards: save it as one adapter_model.safetensors")
     try:
         # Not with PEFT's own loader, which would also load a pickle from the folder.
-        keys = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        if unmatched := [*keys.unexpected_keys, *(name for name in keys.missing_keys if "lora_" in name)]:
+        keys = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), name)
+        missing = [key for key in keys.missing_keys if "lora_" in key and f".{name}." in key]
+        if unmatched := [*keys.unexpected_keys, *missing]:
             raise ValueError(f"only one of the two has {unmatched[0]}")
     except (ValueError, RuntimeError) as error:  # RuntimeError: another shape
         raise UserError(NO_FIT.format(folder=folder, why=first_line(error))) from None

@@ -1,9 +1,11 @@
 """The spot check."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import main as spot_check
+from harmful_unlearn.chat.terminal import printable
+from harmful_unlearn.chat.web import ChatServer
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.storage.files import ROOT
@@ -58,8 +62,82 @@ def test_seed_greedy_and_own_prompts(tiny_model, capsys):
     assert [line.strip() for line in left[2:]] == [line.strip() for line in right[2:]]  # one model twice
 
 
+@pytest.fixture
+def shown(monkeypatch) -> list[dict[str, str]]:
+    """The answers to each prompt that are shown, by label."""
+    answers: list[dict[str, str]] = []
+    side_by_side = spot_check.side_by_side
+    monkeypatch.setattr(spot_check, "side_by_side", lambda row: answers.append(row) or side_by_side(row))
+    return answers
+
+
+def test_several_models(tiny_model, harmful, tmp_path, capsys, shown):
+    base = tiny_model("opt")
+    folders = [shutil.copytree(folder, tmp_path / name / "unlearned") for folder, name in ((harmful, "a"), (base, "b"))]
+    asked = ("--base", str(base), "--greedy", "--normal_prompt", "Why?", "--unlearned", *map(str, folders))
+    screen = run(capsys, *asked)
+    assert screen.splitlines()[1:3] == [f"a/unlearned: {folders[0]}", f"b/unlearned: {folders[1]}"]
+    (answers,) = shown
+    assert [*answers] == ["base", "a/unlearned", "b/unlearned"]
+    assert answers["base"] == answers["b/unlearned"] != answers["a/unlearned"]
+    assert screen.splitlines()[6].split() == "base | a/unlearned | b/unlearned".split()
+    with pytest.raises(UserError, match="no model in .*none: several"):
+        run(capsys, *asked, str(tmp_path / "none"))
+    with pytest.raises(UserError, match="a/unlearned twice: name it once"):
+        run(capsys, *asked, str(folders[0]))
+
+
+def test_labels():
+    def labels(*names: str) -> list[str]:
+        return spot_check.labels_of([Path("/") / name for name in names])
+
+    assert labels("x/y") == ["unlearned"]
+    assert labels("x/a", "x/b") == ["a", "b"]
+    assert labels("x/base", "x/b") == ["x/base", "x/b"]  # not to be taken for the base
+    assert labels("a/x/y", "b/x/y") == ["a/x/y", "b/x/y"]
+    assert labels("a/b", "b") == ["a/b", "/b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        ("--chat --web", "give one of them"),
+        ("--chat --normal_prompt Why?", "leave out --harmful_prompt and --normal_prompt"),
+        ("--web --harmful_prompt Why?", "leave out --harmful_prompt and --normal_prompt"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, fix, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spot_check.main(flags.split())
+    assert stop.value.code == 2 and fix in capsys.readouterr().err
+
+
+def test_a_chat_says_what_the_spot_check_says(tiny_model, harmful, capsys, monkeypatch, shown):
+    """The command itself, in the terminal and as the page's server."""
+    flags = ["--base", str(tiny_model("opt")), "--unlearned", str(harmful), "--greedy", "--max_length", "50"]
+    run(capsys, *flags, "--normal_prompt", "Why?")
+    base, unlearned = shown[0].values()
+    typed = iter(["Why?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    screen = run(capsys, *flags, "--chat")
+    assert f"base: {printable(base)} (cut" in screen and f"unlearned: {printable(unlearned)} (cut" in screen
+    served: list[dict] = []
+    monkeypatch.setattr(ChatServer, "run", lambda server: served.extend(server.answers("Why?", server.decoding)))
+    assert "template: released" in run(capsys, *flags, "--web", "--port", "0")
+    for number, answer in enumerate((base, unlearned)):
+        assert "".join(event.get("text", "") for event in served if event["model"] == number) == answer
+
+
+@pytest.mark.parametrize("flag", ["--chat", "--web"])
+def test_what_users_can_fix_of_a_chat(flag, tiny_model):
+    base = str(tiny_model("opt"))
+    with pytest.raises(UserError, match="at most that"):
+        spot_check.main(["--base", base, "--unlearned", base, flag, "--port", "0", "--max_length", "9999"])
+
+
 def test_columns():
-    lines = spot_check.side_by_side("one two " * 40, "").splitlines()
+    lines = spot_check.side_by_side({"base": "one two " * 40, "unlearned": ""}).splitlines()
     assert lines[0].split(" | ")[1] == "unlearned" and "(nothing)" in lines[2]
     assert len({line.index("|") for line in lines if "|" in line}) == 1
 

@@ -165,13 +165,13 @@ def test_the_laptop_run_takes_the_hubs_model_and_data_or_your_own(dry_run):
     assert settings.harmful_dataset == "PKU-Alignment/PKU-SafeRLHF" and settings.unseen_split == "test"
     shown = main.parse_flags(spot_check[2:])
     assert settings.runs == ["ga_mismatch"]
-    assert shown.unlearned.parts[-4:] == ("laptop", "seed-8888", "ga_mismatch", "unlearned")
+    assert shown.unlearned[0].parts[-4:] == ("laptop", "seed-8888", "ga_mismatch", "unlearned")
     own = {"LAPTOP_MODEL": "m", "LAPTOP_DATA": "h.jsonl", "LAPTOP_NORMAL": "n.csv", "LAPTOP_OUTPUT": "a b"}
     compare, spot_check = dry_run("laptop.sh", ["--n_unseen", "7"], **own, LAPTOP_RUN="sku")
     settings = reproduce.parse_flags(compare[2:])
     assert (settings.model_name, settings.harmful_dataset, settings.normal_dataset) == ("m", "h.jsonl", "n.csv")
     assert settings.unseen_dataset is settings.unseen_split is None and settings.n_unseen == 7
-    assert main.parse_flags(spot_check[2:]).unlearned.parts[-4:] == ("a b", "seed-8888", "sku", "unlearned")
+    assert main.parse_flags(spot_check[2:]).unlearned[0].parts[-4:] == ("a b", "seed-8888", "sku", "unlearned")
     compare, _ = dry_run("laptop.sh", **own, LAPTOP_UNSEEN="u.jsonl")
     assert reproduce.parse_flags(compare[2:]).unseen_dataset == "u.jsonl"
 

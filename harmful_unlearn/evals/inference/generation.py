@@ -189,7 +189,7 @@ def _new_tokens(
     ids = {"input_ids": template.contexts(asked)}
     prompts = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
     mask = torch.nn.functional.pad(prompts["attention_mask"], (0, max_new_tokens), value=1)
-    read = _Reader(model, prompts["input_ids"], mask)
+    read = Reader(model, prompts["input_ids"], mask)
     read.keep([asked.index(request.asked) for request in requests])
     draws = [np.random.default_rng(request.seed).random(max_new_tokens, np.float32) for request in requests]
     uniform = torch.tensor(np.array(draws), device=device)  # [requests, max_new_tokens]
@@ -219,7 +219,7 @@ def _new_tokens(
     return answers
 
 
-class _Reader:
+class Reader:
     """A model that reads a batch of prompts, and then token by token what is added to them.
 
     Attributes:

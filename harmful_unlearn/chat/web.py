@@ -1,0 +1,277 @@
+"""The chat as a page in the browser, served on this machine only unless asked otherwise."""
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+
+from harmful_unlearn import cli
+from harmful_unlearn.chat.conversation import Conversation
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.inference.generation import Decoding
+
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+MAX_REQUEST = 2**16  # bytes
+HUNG_UP = (ConnectionError, TimeoutError)
+WAIT = 60  # seconds for a silent client, and at the end for a token that is being computed
+
+
+def port_number(text: str) -> int:
+    """A `type` of flags. Raises ArgumentTypeError."""
+    port = cli.whole_number(text)
+    if port >= 2**16:
+        raise argparse.ArgumentTypeError(f"give a port from 0 to {2**16 - 1}, not {text!r}")
+    return port
+
+
+def _content_policy() -> str:
+    """Only the page's own style and script run, and nothing is loaded from anywhere else."""
+    allowed = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for tag, name in (("style", "style-src"), ("script", "script-src")):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        assert content, f"page.html has no <{tag}>"
+        digest = base64.b64encode(hashlib.sha256(content[1].encode()).digest()).decode()
+        allowed.append(f"{name} 'sha256-{digest}'")
+    return "; ".join([*allowed, "frame-ancestors 'none'"])
+
+
+HEADERS = {
+    "Content-Security-Policy": _content_policy(),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class ChatServer(ThreadingHTTPServer):
+    """One chat, whichever browser looks at it. One question is answered at a time.
+
+    Attributes:
+        conversations: set them before serving.
+        decoding: what the page offers first.
+        turns: what the page shows: {"question", "answers": [{"text", "notes"}]}, oldest first.
+        asked: how many questions were asked.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, decoding: Decoding, seed: int):
+        """Take the port. Raises UserError: it is taken or not permitted, or there is no such host."""
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            fix = "give another --port (0: any free one), or another --host"
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): {fix}") from None
+        self.is_private = _is_loopback(host)
+        self.address = f"http://{host}:{self.server_address[1]}"
+        self.decoding, self.seed, self.asked = decoding, seed, 0
+        self.conversations: list[Conversation] = []
+        self.turns: list[dict] = []
+        self.is_busy = threading.Lock()
+        self.is_stopping = False
+
+    def run(self) -> None:
+        """Serve until Ctrl-C."""
+        if not self.is_private:
+            warning = "whoever reaches this machine can talk with these models, harmful ones too, without a password"
+            print(f"warning: {warning}; leave --host out to serve this machine only", file=sys.stderr)
+        print(f"open {self.address} in a browser (Ctrl-C ends the server)", flush=True)
+        try:
+            self.serve_forever(poll_interval=0.1)
+        except KeyboardInterrupt:
+            print("\nthe server has ended")
+        finally:
+            self.is_stopping = True
+            self.is_busy.acquire(timeout=WAIT)  # torch must not be at work when Python ends
+
+    def state(self) -> dict:
+        """What a page has to know that has just been loaded."""
+        labels = [conversation.label for conversation in self.conversations]
+        return {"models": labels, "temperature": self.decoding.temperature, "turns": self.turns}
+
+    def answers(self, question: str, decoding: Decoding) -> Generator[dict, None, None]:
+        """Ask all models. Yields {"model": its number} with "text" to add or a "note", after each token."""
+        self.asked += 1
+        answers: list[dict] = [{"text": "", "notes": []} for _ in self.conversations]
+        self.turns.append({"question": question, "answers": answers})
+
+        def noted(note: str) -> dict:
+            answers[number]["notes"].append(note)
+            return {"model": number, "note": note}
+
+        for number, conversation in enumerate(self.conversations):
+            if self.is_stopping:
+                yield noted("(not asked)")
+                continue
+            try:
+                note = conversation.make_room(question)
+            except UserError as error:
+                yield noted(str(error))
+                continue
+            if note:
+                yield noted(note)
+            ending, is_stopped = None, True  # so it is, too, where the page is closed
+            try:
+                with closing(conversation.answer(question, decoding, (self.seed, self.asked))) as pieces:
+                    for piece in pieces:
+                        answers[number]["text"] += piece
+                        yield {"model": number, "text": piece}
+                        if self.is_stopping:
+                            break
+                    else:
+                        is_stopped = False
+            finally:
+                if note := conversation.ending(is_stopped):
+                    ending = noted(note)
+            if ending:
+                yield ending
+
+    def handle_error(self, request, client_address) -> None:
+        """A browser that hangs up is no error."""
+        if not isinstance(sys.exception(), HUNG_UP):
+            super().handle_error(request, client_address)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.turns = []
+        for conversation in self.conversations:
+            conversation.turns.clear()
+
+
+class _Refused(Exception):
+    """A request that is not obeyed: its status and why."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ChatServer
+    timeout = WAIT
+    server_version, sys_version = "chat", ""
+
+    def do_GET(self) -> None:
+        self._obey({"/": self._page, "/state": lambda: self._send_json(200, self.server.state())})
+
+    def do_POST(self) -> None:
+        self._obey({"/ask": self._ask, "/stop": self._stop, "/reset": self._reset})
+
+    def _obey(self, paths: dict) -> None:
+        try:
+            self._check_sender()
+            path = self.path.partition("?")[0]
+            if path not in paths:
+                raise _Refused(404, "there is nothing here: open /")
+            paths[path]()
+        except _Refused as refusal:
+            status, why = refusal.args
+            self._send_json(status, {"error": why})
+
+    def _check_sender(self) -> None:
+        """Raises _Refused: another site's page has sent this, under a name of its own for this machine or openly."""
+        host = self.headers.get("Host", "")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if self.server.is_private and not _is_loopback(name):
+            raise _Refused(403, "this server answers only to localhost and 127.0.0.1")
+        origin = self.headers.get("Origin")
+        if self.command == "POST" and origin not in (None, f"http://{host}"):
+            raise _Refused(403, "only this server's own page may ask")
+
+    def _page(self) -> None:
+        self._send(200, "text/html; charset=utf-8", PAGE.encode())
+
+    def _ask(self) -> None:
+        question, decoding = _read_request(self._body())
+        self._take_turn()
+        try:
+            self._start(200, "application/x-ndjson")
+            with closing(self.server.answers(question, decoding)) as events:
+                for event in events:
+                    self._write(event)
+            self._write({"done": True})
+        except HUNG_UP:
+            pass  # the page was closed: its answer was stopped with `events`
+        finally:
+            self.server.is_busy.release()
+
+    def _stop(self) -> None:
+        self._body()
+        self.server.is_stopping = True
+        self._send_json(200, {})
+
+    def _reset(self) -> None:
+        self._body()
+        self._take_turn()
+        try:
+            self.server.reset()
+        finally:
+            self.server.is_busy.release()
+        self._send_json(200, {})
+
+    def _take_turn(self) -> None:
+        if not self.server.is_busy.acquire(blocking=False):
+            raise _Refused(409, "an answer is being written: stop it first, or wait")
+        self.server.is_stopping = False
+
+    def _body(self) -> bytes:
+        """The request's JSON. Raises _Refused."""
+        if self.headers.get_content_type() != "application/json":  # a form of another site cannot send it
+            raise _Refused(415, "send application/json")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,20}", length, re.ASCII):
+            raise _Refused(411, "send a Content-Length")
+        if int(length) > MAX_REQUEST:
+            raise _Refused(413, f"the question is too long: send at most {MAX_REQUEST} bytes")
+        return self.rfile.read(int(length))
+
+    def _start(self, status: int, kind: str, **more: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, **HEADERS}.items():
+            self.send_header(name, value)
+        for name, value in more.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def _write(self, event: dict) -> None:
+        self.wfile.write(json.dumps(event).encode() + b"\n")
+
+    def _send_json(self, status: int, content: dict) -> None:
+        self._send(status, "application/json", json.dumps(content).encode())
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self._start(status, kind, Content_Length=str(len(body)))
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass  # the terminal stays free for warnings
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_request(body: bytes) -> tuple[str, Decoding]:
+    """The question, and how to answer it. Raises _Refused."""
+    try:
+        request = json.loads(body)
+        question, temperature = request["question"].strip(), request["temperature"]
+        question.encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _Refused(400, 'send {"question": TEXT, "temperature": NUMBER or null for greedy}') from None
+    if not question:
+        raise _Refused(400, "the question is empty: type one")
+    if temperature is None:
+        return question, Decoding()
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 < temperature <= sys.float_info.max:
+        raise _Refused(400, "the temperature has to be a number above 0")
+    return question, Decoding(float(temperature))

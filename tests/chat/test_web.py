@@ -1,0 +1,290 @@
+"""The page: what it sends and takes, what it refuses, and how it looks in a real browser."""
+
+import base64
+import hashlib
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import main as spot_check
+from harmful_unlearn.chat.web import MAX_REQUEST, PAGE, ChatServer, port_number
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.evals.inference.generation import Decoding
+from tests.helpers.browser import CHROMIUM, browsing
+from tests.helpers.conversations import Scripted
+
+EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>&amp;'
+
+
+@contextmanager
+def serving(*conversations: Scripted, host: str = "127.0.0.1"):
+    with ChatServer(host, 0, Decoding(0.8), seed=7) as server:
+        server.conversations = list(conversations)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving(Scripted("base", "Yes", " and", " no."), Scripted("sku", EVIL)) as server:
+        yield server
+
+
+def send(server, method: str, path: str, content: object = None, **headers: str):
+    """The response's status, headers and body."""
+    connection = http.client.HTTPConnection(*server.server_address, timeout=30)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    body = None
+    if method == "POST":
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers = {"Content-Type": "application/json", **headers}
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    status, text = response.status, response.read().decode()
+    connection.close()
+    return status, response.headers, text
+
+
+def ask(server, question: str = "Why?", temperature: float | None = None) -> list[dict]:
+    status, headers, text = send(server, "POST", "/ask", {"question": question, "temperature": temperature})
+    assert status == 200 and headers.get_content_type() == "application/x-ndjson"
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def state(server) -> dict:
+    status, _, text = send(server, "GET", "/state")
+    assert status == 200
+    return json.loads(text)
+
+
+def test_the_page_may_load_nothing_and_runs_only_its_own_code(server):
+    status, headers, text = send(server, "GET", "/")
+    assert status == 200 and text == PAGE and headers["X-Content-Type-Options"] == "nosniff"
+    rules = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
+    assert rules["default-src"] == rules["frame-ancestors"] == rules["form-action"] == "'none'"
+    assert not {"'unsafe-inline'", "*"} & set(headers["Content-Security-Policy"].split())
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", PAGE, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\bon\w+=|style=", PAGE)
+    assert not re.search(r"(?:https?:)?//\w", PAGE.replace("// ", ""))
+
+
+def test_answers_are_streamed_and_kept(server):
+    assert state(server) == {"models": ["base", "sku"], "temperature": 0.8, "turns": []}
+    pieces = [{"model": 0, "text": text} for text in ("Yes", " and", " no.")]
+    assert ask(server) == [*pieces, {"model": 1, "text": EVIL}, {"done": True}]
+    ask(server, " forget ", 0.5)
+    base, sku = server.conversations
+    assert base.asked == sku.asked == [("Why?", Decoding(), (7, 1)), ("forget", Decoding(0.5), (7, 2))]
+    first, second = state(server)["turns"]
+    answers = [{"text": "Yes and no.", "notes": []}, {"text": EVIL, "notes": []}]
+    assert first == {"question": "Why?", "answers": answers}
+    assert second["answers"][0] == {"text": "Yes and no.", "notes": ["(forgot the oldest turn)"]}
+    notes = ask(server, "a long one")
+    assert [event.get("model") for event in notes] == [0, 1, None] and "ask a shorter one" in notes[0]["note"]
+    assert send(server, "POST", "/reset", {})[0] == 200
+    assert state(server)["turns"] == base.turns == sku.turns == []
+
+
+def test_one_answer_at_a_time_which_can_be_stopped():
+    slow, next_one = Scripted("base", *["word "] * 2000, seconds=0.01), Scripted("sku", "No.")
+    with serving(slow, next_one) as server:
+        events: list[dict] = []
+        thread = threading.Thread(target=lambda: events.extend(ask(server)))
+        thread.start()
+        while not (server.turns and server.turns[0]["answers"][0]["text"]):
+            time.sleep(0.01)
+        for path, content in (("/ask", {"question": "And?", "temperature": None}), ("/reset", {})):
+            status, _, text = send(server, "POST", path, content)
+            assert status == 409 and "stop it first" in json.loads(text)["error"]
+        assert send(server, "POST", "/stop", {})[0] == 200
+        thread.join(30)
+        assert events[-3:] == [{"model": 0, "note": "(stopped)"}, {"model": 1, "note": "(not asked)"}, {"done": True}]
+        assert len(events) < 1000 and next_one.asked == []
+        assert [turn.question for turn in slow.turns] == ["Why?"] and not slow.turns[0].ended
+        slow.pieces = ("Well.",)
+        assert {"model": 1, "text": "No."} in ask(server)  # the next question is answered as ever
+
+
+def test_a_page_that_is_closed_stops_its_answer(capsys):
+    slow = Scripted("base", *["word "] * 2000, seconds=0.005)
+    with serving(slow, Scripted("sku", "No.")) as server:
+        connection = http.client.HTTPConnection(*server.server_address, timeout=30)
+        body = json.dumps({"question": "Why?", "temperature": None})
+        connection.request("POST", "/ask", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.readline()
+        response.close()
+        connection.close()
+        with server.is_busy:
+            assert 0 < len(slow.turns[0].answer) < 5000 and server.conversations[1].asked == []
+            assert server.turns[0]["answers"][0]["notes"] == ["(stopped)"]
+    assert capsys.readouterr().err == ""
+
+
+GOOD = {"question": "Why?", "temperature": None}
+
+
+@pytest.mark.parametrize("path", ["/", "/state"])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "192.0.2.1", "", "["])
+def test_names_of_other_sites_are_refused(path, host, server):
+    """DNS rebinding: a site whose name leads to 127.0.0.1."""
+    status, _, text = send(server, "GET", path, Host=host)
+    assert status == 403 and "base" not in text
+    assert send(server, "POST", "/ask", GOOD, Host=host)[0] == 403 and not server.turns
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9000", "LOCALHOST:1", "[::1]:80"])
+def test_names_of_this_machine_are_not(host, server):
+    assert send(server, "GET", "/", Host=host)[0] == 200
+    assert send(server, "POST", "/ask", GOOD, Host=host, Origin=f"http://{host}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "content", "headers"),
+    [
+        (403, "/ask", GOOD, {"Origin": "http://evil.example"}),
+        (403, "/ask", GOOD, {"Origin": "null"}),
+        (403, "/ask", GOOD, {"Origin": "http://localhost:1"}),  # another server of this machine
+        (403, "/stop", {}, {"Origin": "http://evil.example"}),
+        (403, "/reset", {}, {"Origin": "http://evil.example"}),
+        (415, "/ask", GOOD, {"Content_Type": "text/plain"}),  # what a form of another site can send
+        (415, "/reset", {}, {"Content_Type": "application/x-www-form-urlencoded"}),
+        (413, "/ask", b"x", {"Content_Length": str(MAX_REQUEST + 1)}),
+        (413, "/ask", b"x", {"Content_Length": "9" * 20}),
+        (411, "/ask", b"x", {"Content_Length": "-1"}),
+        (411, "/ask", b"x", {"Content_Length": "x"}),
+        (404, "/nothing", {}, {}),
+        (404, "/", {}, {}),
+        (400, "/ask", b"{", {}),
+        (400, "/ask", b"\xff", {}),
+        (400, "/ask", b"[" * 60000, {}),
+        (400, "/ask", [], {}),
+        (400, "/ask", {"question": "Why?"}, {}),
+        (400, "/ask", {"question": 7, "temperature": None}, {}),
+        (400, "/ask", {"question": "  ", "temperature": None}, {}),
+        (400, "/ask", {"question": "\ud800", "temperature": None}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": 0}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": "1"}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": True}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": float("nan")}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": float("inf")}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": 10**400}, {}),
+    ],
+)
+def test_wrong_requests_are_refused(status, path, content, headers, server):
+    got, _, text = send(server, "POST", path, content, **headers)
+    assert got == status and json.loads(text)["error"]
+    assert not server.turns and not server.is_busy.locked()
+    assert ask(server)[-1] == {"done": True}
+
+
+def test_ports(capsys):
+    with serving() as server, pytest.raises(UserError, match="in use.*give another --port"):
+        ChatServer("127.0.0.1", server.server_address[1], Decoding(), 0)
+    for wrong in ("65536", "-1", "x"):
+        with pytest.raises(SystemExit):
+            spot_check.parse_flags(["--web", "--port", wrong])
+        assert "--port: give a " in capsys.readouterr().err
+    assert port_number("65535") == 65535
+    with pytest.raises(UserError, match="cannot listen on 192.0.2.1:0"):
+        ChatServer("192.0.2.1", 0, Decoding(), 0)
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_only_this_machine_is_served_unless_asked(host, warns, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChatServer, "serve_forever", interrupt)
+    with ChatServer(host, 0, Decoding(), 0) as server:
+        server.run()
+        address, port = server.socket.getsockname()
+    assert (address == "127.0.0.1") is not warns
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: whoever reaches this machine can talk") is warns and warns or said.err == ""
+    assert f"open http://{host}:{port} in a browser" in said.out and "the server has ended" in said.out
+
+
+def test_other_names_are_served_if_asked():
+    with serving(Scripted("base", "Yes."), host="0.0.0.0") as server:
+        assert send(server, "GET", "/", Host="gpu-machine:80")[0] == 200
+        assert send(server, "POST", "/ask", GOOD, Host="gpu-machine", Origin="http://evil.example")[0] == 403
+        assert send(server, "POST", "/ask", GOOD, Host="gpu-machine", Origin="http://gpu-machine")[0] == 200
+
+
+def test_many_hold_the_line_and_others_are_served(server):
+    """A client that says nothing keeps only its own thread."""
+    silent = [socket.create_connection(server.server_address) for _ in range(4)]
+    assert state(server)["turns"] == []
+    for connection in silent:
+        connection.close()
+
+
+@pytest.fixture
+def page(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium to look at the page with")
+    with browsing(tmp_path) as page:
+        yield page
+
+
+@pytest.mark.slow
+def test_in_a_browser(page):
+    base, sku = Scripted("base", *[f"word {n} " for n in range(30)], seconds=0.01), Scripted("sku/<b>", EVIL)
+    with serving(base, sku) as server:
+        text = "document.querySelectorAll('.text')[{}].textContent"
+        page.open(server.address + "/")
+        page.wait_for("models.length === 2")
+        page.type(f"Why {EVIL}?")
+        page.wait_for("document.querySelector('.writing .text')?.textContent.includes('word 3')")  # as it is written
+        page.wait_for("!isBusy && document.querySelectorAll('.answer').length === 2")
+        assert page.run(text.format(0)) == "".join(base.pieces) and page.run(text.format(1)) == EVIL
+        assert page.run("document.querySelector('.question').textContent") == f"Why {EVIL}?"
+        assert page.run("document.querySelectorAll('h2')[1].textContent") == "sku/<b>"
+        assert page.run("document.querySelectorAll('img, main script, main b').length") == 0
+        assert page.run("document.title").startswith("Spot check")
+
+        page.run("at('greedy').click()")
+        base.pieces = tuple(f"word {n} " for n in range(3000))
+        page.type("And then?")
+        page.wait_for("isBusy && document.querySelector('.writing .text')?.textContent.includes('word 3')")
+        page.run("at('stop').click()")
+        page.wait_for("!isBusy")
+        notes = "[...document.querySelectorAll('.note')].map((note) => note.textContent)"
+        assert page.run(notes) == ["(stopped)", "(not asked)"]
+        assert [decoding for _, decoding, _ in base.asked] == [Decoding(0.8), Decoding()]
+
+        columns = "[...document.querySelectorAll('.answer')].slice(0, 2).map((card) => card.offsetLeft)"
+        width = "document.documentElement.scrollWidth"
+        colour = "getComputedStyle(document.body).backgroundColor"
+        left, right = page.run(columns)
+        assert left < right and page.run(width) == 1200
+        light = page.run(colour)
+        page.open(server.address + "/?", width=360, dark=True)  # loaded again: the server has the conversation
+        page.wait_for("document.querySelectorAll('.answer').length === 4")
+        left, right = page.run(columns)
+        assert left == right and page.run(width) == 360 and page.run(colour) != light
+        assert page.run(notes) == ["(stopped)", "(not asked)"]
+
+        page.type("a long one")
+        page.wait_for("!isBusy && document.querySelectorAll('.note').length === 4")
+        page.run("at('reset').click()")
+        page.wait_for("!document.querySelector('.turn') && !at('empty').hidden")
+        assert server.turns == base.turns == []
+        assert page.console == []  # no error, and nothing that the page's content policy refused
+    page.type("Is anyone there?")
+    page.wait_for("at('problem').textContent === 'The server does not answer: is it running?'")
