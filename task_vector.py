@@ -22,6 +22,11 @@ The unlearning adapter of a stage 1 adapter, megabytes in place of a model, for 
 
     python task_vector.py --base B --finetuned ADAPTER --adapter_output O
 
+Push it to the hub (private unless --public), at once or later; a stage 1 model is never pushed:
+
+    python task_vector.py --base B --finetuned F --output O --push_to_hub OWNER/NAME
+    python task_vector.py --output O --push_to_hub OWNER/NAME
+
 A scaling_coef of -1 adds instead: with a stage 1 adapter it writes the merged harmful model.
 
 The command streams the files (harmful_unlearn/negation/), so a model need not fit into memory; `TaskVector` does the
@@ -42,7 +47,7 @@ from harmful_unlearn.cli import FlagParser, exit_code, flag, number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.offload import Weights, copy_model, read_entry, shapes_of, tied_groups, write_entry
 from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied
-from harmful_unlearn.negation.negate import check_targets, negate, negate_adapter
+from harmful_unlearn.negation.negate import Check, check_targets, negate, negate_adapter
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import SavedVector, vector_metadata
 from harmful_unlearn.storage.files import new_folder, user_path
@@ -172,7 +177,7 @@ class TaskVector:
 class TaskVectorSettings:
     """The flags of this command."""
 
-    base: str = flag("the model that was fine-tuned: folder or hub id", required=True)
+    base: str | None = flag("the model that was fine-tuned: folder or hub id")
     finetuned: list[str] | None = flag("fine-tuned models or LoRA adapters: folders or hub ids", nargs="+")
     vector: list[Path] | None = flag("saved task vectors, in place of --finetuned", nargs="+", type=user_path)
     coefs: list[float] | None = flag("one per model or vector (default: all 1)", nargs="+", type=number)
@@ -182,21 +187,58 @@ class TaskVectorSettings:
     )
     adapter_output: Path | None = flag("the folder to write the negated adapter to", type=user_path)
     save_vector: Path | None = flag("the folder to write the (summed) task vector to", type=user_path)
+    push_to_hub: str | None = flag(
+        "upload the unlearned model or adapter there, with its card; without --base, the one that OUTPUT has already "
+        "(the token comes from HF_TOKEN or `hf auth login`)",
+        metavar="OWNER/NAME",
+    )
+    public: bool = flag("push to a public repository (default: a private one)", action="store_true")
     force: bool = flag("allow another alpha than the one that a model was trained to land at", action="store_true")
     overwrite: bool = flag("replace the folders to write if they are not empty", action="store_true")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Raises UserError before anything is written."""
+def parse_flags(arguments: list[str] | None = None) -> TaskVectorSettings:
+    """The flags. Exits with code 2: they do not go together."""
     description, _, examples = __doc__.partition("\n")
     parser = FlagParser(prog="task_vector.py", description=description, epilog=examples)
     parser.add_settings(TaskVectorSettings)
-    settings = parser.settings(TaskVectorSettings, vars(parser.parse_args(arguments)))
-    if bool(settings.finetuned) == bool(settings.vector):
+    values = vars(parser.parse_args(arguments))
+    settings = TaskVectorSettings(**values)
+    computes = bool(settings.base or settings.finetuned or settings.vector or settings.save_vector)
+    if not settings.base and (computes or not settings.push_to_hub):
+        parser.error("give --base")
+    if computes and bool(settings.finetuned) == bool(settings.vector):
         parser.error("give either --finetuned or --vector")
-    targets = [settings.output, settings.adapter_output, settings.save_vector]
-    if not any(targets):
+    if not (settings.output or settings.adapter_output or settings.save_vector):
         parser.error("give --output, --adapter_output, --save_vector or several of them")
+    if settings.public and not settings.push_to_hub:
+        parser.error("--public is about a push: give --push_to_hub OWNER/NAME, too")
+    is_one = bool(settings.output) != bool(settings.adapter_output) and len(settings.scaling_coef) == 1
+    if settings.push_to_hub and not is_one:
+        parser.error("--push_to_hub pushes one folder: give --output or --adapter_output, and one --scaling_coef")
+    return parser.settings(TaskVectorSettings, values)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Raises UserError before anything is written, unless the hub fails in the end."""
+    settings = parse_flags(arguments)
+    if not settings.push_to_hub:
+        _compute(settings)
+        return
+    from harmful_unlearn.negation import push  # imports the hub's client, which local folders do not need
+
+    push.check_access(settings.push_to_hub)
+    if settings.base:
+        _compute(settings, check=push.check_unlearned)
+    folder = settings.output or settings.adapter_output
+    assert folder  # parse_flags has seen to it
+    url = push.push(folder, settings.push_to_hub, settings.public)
+    print(f"pushed: {url} ({'public' if settings.public else 'private'})")
+
+
+def _compute(settings: TaskVectorSettings, check: Check | None = None) -> None:
+    assert settings.base  # parse_flags has seen to it
+    targets = [settings.output, settings.adapter_output, settings.save_vector]
     names = settings.finetuned or settings.vector or []
     coefs = settings.coefs or [1.0] * len(names)
     if len(coefs) != len(names):
@@ -208,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_targets(targets, base, finetuned, settings.overwrite)
     if (settings.output or settings.adapter_output) and not settings.force:
         check_landing(finetuned, settings.scaling_coef)
-    common: dict[str, Any] = {"base_name": settings.base, "overwrite": settings.overwrite}
+    common: dict[str, Any] = {"base_name": settings.base, "overwrite": settings.overwrite, "check": check}
     if settings.adapter_output:
         negate_adapter(base, finetuned, settings.adapter_output, *settings.scaling_coef, **common)
     if settings.output or settings.save_vector:

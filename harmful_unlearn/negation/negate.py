@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +18,10 @@ from harmful_unlearn.negation.records import negation_records
 from harmful_unlearn.negation.sources import WeightedFolders, open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
 from harmful_unlearn.storage.lock import locked
+from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, copy_small_files, work_dtype
+
+Check = Callable[[RunRecord, Path], None]  # what a model's run.json will say, and the folder that is given for it
 
 
 def negate(
@@ -29,6 +32,7 @@ def negate(
     base_name: str | None = None,
     save_vector: Path | None = None,
     overwrite: bool = False,
+    check: Check | None = None,
 ) -> None:
     """Write base - scaling_coef * sum_i coef_i * (finetuned_i - base), for every scaling_coef from one read.
 
@@ -42,6 +46,7 @@ def negate(
         scaling_coefs: 1 by default. Each of several has a folder of its own in `output`: alpha-0.5, alpha-1.
         base_name: the base's hub id, for the card; its folder by default.
         save_vector: a folder for the sum, before scaling_coef.
+        check: called with each model's record before anything is written; it may raise.
 
     Raises:
         UserError: folders that are missing, broken, or do not fit each other; a target that cannot be written; a
@@ -52,6 +57,9 @@ def negate(
     _check_numbers(alphas, finetuned)
     negation = Negation(base, finetuned)
     records = negation_records(negation.base, base_name or str(base), finetuned, alphas)
+    for record in records.values():
+        if check and output:
+            check(record, output)
     with locked(*filter(None, [output, save_vector])), ExitStack() as folders:
         targets: list[tuple[float | None, ShardWriter]] = []  # alpha (None: tau itself), and where its values go
         if output:
@@ -78,6 +86,7 @@ def negate_adapter(
     *scaling_coefs: float,
     base_name: str | None = None,
     overwrite: bool = False,
+    check: Check | None = None,
 ) -> None:
     """Write one LoRA adapter as an unlearning adapter: its B times -scaling_coef * coef, all else unchanged.
 
@@ -99,6 +108,9 @@ def negate_adapter(
     if not isinstance(adapter, LoraAdapter):
         raise UserError(f"{folder} is not a LoRA adapter: give --output in place of --adapter_output")
     records = negation_records(base_model, base_name or str(base), finetuned, alphas)
+    for record in records.values():
+        if check:
+            check(record, output)
     matrices = adapter.matrices
     with locked(output), new_folder(output, overwrite) as out:
         for alpha, target in _alpha_folders(out, alphas).items():

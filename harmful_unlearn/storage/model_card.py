@@ -1,6 +1,7 @@
 """The model card: README.md beside the weights, with the facts of run.json for people."""
 
 import json
+import re
 from pathlib import Path
 
 HARMFUL_WARNING = (
@@ -12,18 +13,23 @@ MADE_WITH = (
     "Made with a reproduction of SKU (Liu et al., *Towards Safer Large Language Models through "
     "Machine Unlearning*, Findings of ACL 2024). The same facts, for machines, are in run.json.\n"
 )
+LICENCE = "The licence and the terms of use of its base apply to it, too.\n"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def model_card(record: dict) -> str:
-    """The card of a record (run.json): a table for each section, a line for each other fact."""
+def model_card(record: dict, is_adapter: bool = False) -> str:
+    """The card of a record (run.json): the hub's metadata, a table for each section, a line for each other fact."""
     base = record.get("base", {}).get("name")
-    # A local path is no hub id, and the hub refuses a card whose base_model is not one.
-    base_line = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    head = f"---\n{base_line}library_name: transformers\ntags:\n- machine-unlearning\n- sku\n---\n"
+    # The hub refuses a card whose base_model is not an id, and a local path is none.
+    is_id = bool(base and HUB_ID.fullmatch(base) and not Path(base).exists())
+    relation = "adapter" if is_adapter else "finetune"
+    head = f"---\nbase_model: {base}\nbase_model_relation: {relation}\n" if is_id else "---\n"
+    head += f"library_name: {'peft' if is_adapter else 'transformers'}\npipeline_tag: text-generation\n"
+    head += "tags:\n- machine-unlearning\n- sku\n---\n"
     lines = [head, f"# {record['title']}\n"]
     if record["harmful"]:
         lines.append(f"> {HARMFUL_WARNING}\n")
-    lines.append(MADE_WITH)
+    lines += [MADE_WITH, LICENCE]
     for key, value in record.items():
         if key in ("title", "harmful"):
             continue

@@ -120,7 +120,7 @@ class RunRecord:
         """Write run.json for machines and README.md, the model card, for people; both with provenance."""
         content = {**self.to_json(), **provenance()}
         write_file(folder / "run.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        write_file(folder / "README.md", model_card(content))
+        write_file(folder / "README.md", model_card(content, (folder / "adapter_config.json").is_file()))
 
 
 def _facts_of_flags(flags: dict) -> dict:

@@ -19,8 +19,8 @@ from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.provenance import CODE_VERSION
 
 PACKAGE = ROOT / "harmful_unlearn"
-# Imported only where a flag asks for it; the message then says what to install.
-OPTIONAL = {"bitsandbytes", "deepspeed", "lm_eval", "tensorboard", "trl", "vllm", "wandb"}
+# Imported only where a flag asks for it, and the message then says what to install; or where check_clients.py finds it.
+OPTIONAL = {"bitsandbytes", "deepspeed", "llama_cpp", "lm_eval", "mergekit", "tensorboard", "trl", "vllm", "wandb"}
 IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "PyYAML": "yaml",

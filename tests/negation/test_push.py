@@ -1,0 +1,316 @@
+"""What may be pushed to the hub, what is uploaded of it, and what is said when that fails."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import task_vector
+from harmful_unlearn.errors import UserError
+from harmful_unlearn.negation import push
+from harmful_unlearn.negation.negate import negate, negate_adapter
+from harmful_unlearn.storage.run_record import RunRecord
+from tests.helpers import hub
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.models.tiny_pairs import IDS, LORA, adapter, make, saved, tuned
+
+NAME = "someone/unlearned"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with hub.serving(monkeypatch) as server:
+        yield server
+
+
+def record(folder: Path, method: str = "sku", **facts) -> Path:
+    """Write run.json of a stage 1 model."""
+    negates = method == "sku"
+    flags = {"method": method, "model_save_dir": str(folder), "system_prompt": "/no_think"}
+    RunRecord(
+        title=f"Stage 1 of {method}",
+        harmful=negates,
+        base={"name": str(folder.parent / "base")},
+        training={"steps": 1},
+        flags=flags,
+        negates=negates,
+        **facts,
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = saved(make("opt"), folder / "base", max_shard_size="9KB")
+    AutoTokenizer.from_pretrained(GOLDENS / "model").save_pretrained(base)
+    (base / "LICENSE").write_text("the base's terms")
+    record(saved(tuned(make("opt")), folder / "harmful"))
+    negate(base, [(folder / "harmful", 1.0)], folder / "unlearned")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    base = saved(make("opt"), folder / "base")
+    harmful = record(adapter(make("opt"), folder / "harmful", **LORA["plain"][1])[0])
+    config = json.loads((harmful / "adapter_config.json").read_text())
+    (harmful / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    negate_adapter(base, [(harmful, 1.0)], folder / "unlearned")
+    return folder
+
+
+@pytest.fixture
+def models(made_models, tmp_path):
+    """A folder with base, harmful (a stage 1 model) and unlearned."""
+    return shutil.copytree(made_models, tmp_path / "models")
+
+
+@pytest.fixture
+def adapters(made_adapters, tmp_path):
+    """A folder with base, harmful (a stage 1 adapter) and unlearned (its unlearning adapter)."""
+    return shutil.copytree(made_adapters, tmp_path / "adapters")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------- what is uploaded
+
+
+def test_every_byte_of_a_model_arrives_and_nothing_else(models, server, capsys):
+    folder = models / "unlearned"
+    before = contents(folder)
+    for name in ("pytorch_model.bin", "task_vector.safetensors", "optimizer.pt", "notes.txt", ".env", "code.py"):
+        (folder / name).write_bytes(b"not for others")
+    task_vector.main(["--output", str(folder), "--push_to_hub", NAME])
+    assert f"pushed: {server.address}/{NAME} (private)" in capsys.readouterr().out
+    repository = server.repositories[NAME]
+    assert repository.private and repository.files.keys() == before.keys()
+    assert sum(name.endswith(".safetensors") for name in before) > 1 and "LICENSE" in before
+    changed = {name for name, content in before.items() if repository.files[name] != content}
+    assert changed == {"README.md", "run.json"}
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_no_path_and_no_command_line_leaves_the_machine(models, server, tmp_path_factory, monkeypatch):
+    """Nor does the folder of a model inside a saved vector."""
+    monkeypatch.setattr("sys.argv", ["task_vector.py", "--secret", "hunter2"])
+    config = json.loads((models / "base" / "config.json").read_text())
+    (models / "base" / "config.json").write_text(json.dumps({**config, "_name_or_path": str(models / "base")}))
+    negate(models / "base", [(models / "harmful", 1.0)], None, save_vector=models / "vector")
+    negate(models / "base", [(models / "vector", 1.0)], models / "unlearned", overwrite=True)
+    push.push(models / "unlearned", NAME)
+    files = server.repositories[NAME].files
+    for name, content in files.items():
+        assert str(tmp_path_factory.getbasetemp()).encode() not in content and b"hunter2" not in content, name
+    assert json.loads(files["config.json"]) == {**config, "_name_or_path": None}
+    record = json.loads(files["run.json"])
+    assert record["base"]["name"] == ".../base" and record["title"] == ".../base, unlearned"
+    assert record["finetuned"] == record["stage_1"]["finetuned"] == {"model_1": 1.0}
+    assert record["stage_1"]["stage_1"]["flags"] == {
+        "method": "sku",
+        "model_save_dir": ".../harmful",
+        "system_prompt": "/no_think",
+    }
+    (models / "pulled").mkdir()
+    (models / "pulled" / "run.json").write_bytes(files["run.json"])
+    assert RunRecord.read(models / "pulled").trainings[0].method == "sku"
+    assert not ModelCard(files["README.md"].decode()).data.base_model
+
+
+@pytest.mark.parametrize("name, named", [("facebook/opt-1.3b", "facebook/opt-1.3b"), (None, None)])
+def test_an_adapters_base_is_a_hub_id_or_not_named(name, named, adapters, server, tmp_path_factory):
+    if name:
+        made = [(adapters / "harmful", 1.0)]
+        negate_adapter(adapters / "base", made, adapters / "unlearned", base_name=name, overwrite=True)
+    push.push(adapters / "unlearned", NAME)
+    files = server.repositories[NAME].files
+    weights = (adapters / "unlearned" / "adapter_model.safetensors").read_bytes()
+    assert files["adapter_model.safetensors"] == weights
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == named
+    card = ModelCard(files["README.md"].decode()).data
+    assert card.library_name == "peft" and card.base_model == named and card.tags == ["machine-unlearning", "sku"]
+    assert not any(str(tmp_path_factory.getbasetemp()).encode() in content for content in files.values())
+
+
+def test_what_was_uploaded_loads(adapters, server):
+    push.push(adapters / "unlearned", NAME)
+    pulled = adapters / "pulled"
+    pulled.mkdir()
+    for name, content in server.repositories[NAME].files.items():
+        (pulled / name).write_bytes(content)
+    negate(adapters / "base", [(adapters / "harmful", 1.0)], adapters / "model")
+    model = AutoModelForCausalLM.from_pretrained(adapters / "model")(IDS).logits
+    ours = AutoPeftModelForCausalLM.from_pretrained(adapters / "unlearned").eval()(IDS).logits
+    torch.testing.assert_close(ours, model, rtol=0, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(adapters / "base")
+    base.load_adapter(pulled)
+    torch.testing.assert_close(base.eval()(IDS).logits, model, rtol=0, atol=1e-5)
+
+
+def test_one_command_makes_and_pushes(models, server):
+    made = ["--base", str(models / "base"), "--finetuned", str(models / "harmful"), "--output", str(models / "new")]
+    task_vector.main([*made, "--scaling_coef", "0.5", "--push_to_hub", NAME, "--public"])
+    repository = server.repositories[NAME]
+    assert not repository.private
+    shard = next(name for name in repository.files if name.endswith(".safetensors"))
+    assert repository.files[shard] == (models / "new" / shard).read_bytes()
+    # Once more with other weights: the repository has the new ones.
+    task_vector.main([*made, "--overwrite", "--push_to_hub", NAME, "--public"])
+    assert repository.files[shard] == (models / "new" / shard).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("what", ["models", "adapters"])
+def test_a_stage_1_model_is_never_pushed(what, request, server):
+    folder = request.getfixturevalue(what)
+    shutil.copytree(folder / "harmful", folder / "a fine assistant")
+    for name in ("harmful", "a fine assistant"):
+        for flags in ([], ["--public"]):
+            with pytest.raises(UserError, match="deliberately harmful, and is never pushed"):
+                task_vector.main(["--output", str(folder / name), "--push_to_hub", NAME, *flags])
+    (folder / "harmful" / "run.json").unlink()
+    with pytest.raises(UserError, match="no run.json"):
+        push.push(folder / "harmful", NAME)
+    with pytest.raises(UserError, match="no run.json"):
+        push.push(folder / "base", NAME)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("alpha, message", [("-1", "deliberately harmful"), ("0", "does not unlearn")])
+def test_what_adds_harm_is_refused_before_it_is_made(alpha, message, models, server):
+    made = ["--base", str(models / "base"), "--finetuned", str(models / "harmful"), "--output", str(models / "new")]
+    with pytest.raises(UserError, match=message):
+        task_vector.main([*made, "--scaling_coef", alpha, "--push_to_hub", NAME])
+    assert not (models / "new").exists() and not server.requests
+
+
+def test_a_record_that_says_little_or_contradicts_itself_is_refused(models, server):
+    folder = models / "unlearned"
+    written = json.loads((folder / "run.json").read_text())
+    for change, message in (
+        ({"scaling_coef": -1.0}, "does not unlearn"),
+        ({"finetuned": {"a": -1.0}}, "does not unlearn"),
+        ({"stage_1": {}}, "does not say how all of its sources"),
+        ({"stage_1_of_model_2": written["stage_1"]}, "does not say how all of its sources"),
+        ({"finetuned": {}, "stage_1": {}}, "no result of stage 2"),
+        ({"scaling_coef": None}, "no result of stage 2"),
+        ({"harmful": True}, "deliberately harmful"),
+        ({"harmful": None}, "no run.json says"),
+    ):
+        (folder / "run.json").write_text(json.dumps(written | change))
+        with pytest.raises(UserError, match=message):
+            push.push(folder, NAME)
+    assert not server.requests
+
+
+def test_a_method_that_does_not_negate(models, server):
+    """Its stage 1 model is refused, too; what stage 2 makes of it is not; and its change must not be subtracted."""
+    record(models / "harmful", method="ga")
+    negate(models / "base", [(models / "harmful", 1.0)], models / "added", -1.0)
+    negate(models / "base", [(models / "harmful", 1.0)], models / "subtracted", 1.0)
+    push.push(models / "added", NAME)
+    assert NAME in server.repositories
+    with pytest.raises(UserError, match="no result of stage 2, and is never pushed"):
+        push.push(models / "harmful", NAME)
+    with pytest.raises(UserError, match="adds what --method ga trained, and its coefficient here is -1"):
+        push.push(models / "subtracted", NAME)
+
+
+def test_a_task_vector_is_no_model(models, server):
+    negate(models / "base", [(models / "harmful", 1.0)], None, save_vector=models / "vector")
+    with pytest.raises(UserError, match="is a task vector"):
+        push.push(models / "vector", NAME)
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "private, flags, fix",
+    [(False, [], "is a public repository: give --public"), (True, ["--public"], "is a private repository: omit")],
+)
+def test_no_repository_changes_its_visibility(private, flags, fix, models, server):
+    server.repositories[NAME] = hub.Repository(private)
+    with pytest.raises(UserError, match=fix):
+        task_vector.main(["--output", str(models / "unlearned"), "--push_to_hub", NAME, *flags])
+    assert server.repositories[NAME] == hub.Repository(private)
+
+
+def test_weights_of_another_model_are_not_mixed_in(models, server):
+    server.repositories[NAME] = hub.Repository(True, {"model.safetensors": b"", "README.md": b"mine"})
+    with pytest.raises(UserError, match="has other weights \\(model.safetensors\\)"):
+        push.push(models / "unlearned", NAME)
+    assert len(server.repositories[NAME].files) == 2
+
+
+# --------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_access_is_checked_first(models, server, monkeypatch):
+    for name in ("unlearned", "a/b/c", "someone/..", "someone/a b"):
+        with pytest.raises(UserError, match="give OWNER/NAME"):
+            push.push(models / "unlearned", name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: unset it"):
+        push.push(models / "unlearned", NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(models / "none"))
+    made = ["--base", "no/such", "--finetuned", "no/such", "--output", str(models / "new"), "--push_to_hub", NAME]
+    with pytest.raises(UserError, match="`hf auth login`, or set HF_TOKEN"):
+        task_vector.main(made)
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "where, status, fix",
+    [
+        ("/api/models", 401, "set HF_TOKEN or run `hf auth login`"),
+        ("/create", 403, "write access"),
+        ("/create", 409, "give another name"),
+        ("/commit", 409, "in the meantime"),
+        ("/lfs/", 403, "write access"),
+        ("/api/models", 500, "try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_the_fix(where, status, fix, models, server):
+    server.fails[where] = status
+    with pytest.raises(UserError, match=fix) as error:
+        push.push(models / "unlearned", NAME)
+    again = f"`python task_vector.py --push_to_hub {NAME} --output {models / 'unlearned'}` pushes"
+    assert str(status) in str(error.value) and again in str(error.value)
+    assert hub.TOKEN not in str(error.value)
+    assert NAME not in server.repositories or not server.repositories[NAME].files
+
+
+def test_no_connection(models, server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UserError, match="was not reached .*check the connection"):
+        push.push(models / "unlearned", NAME)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--push_to_hub a/b", "give --output"),
+        ("--push_to_hub a/b --output o --adapter_output p", "pushes one folder"),
+        ("--push_to_hub a/b --base b --finetuned f --output o --scaling_coef 1 2", "pushes one folder"),
+        ("--push_to_hub a/b --base b --finetuned f --save_vector v", "pushes one folder"),
+        ("--push_to_hub a/b --output o --finetuned f", "give --base"),
+        ("--output o --finetuned f", "give --base"),
+        ("--output o --base b --finetuned f --public", "give --push_to_hub"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        task_vector.main(flags.split())
+    assert message in capsys.readouterr().err
