@@ -170,6 +170,7 @@ def test_answers_that_do_not_fit_their_question_are_counted(world, tmp_path):
     assert len(split) == 3 and 0 <= sum(split) <= 1
 
 
+@pytest.mark.slow
 def test_attacks_are_measured_beside_plain_asking_and_kept(world, tmp_path, monkeypatch, capsys):
     attacks = "--attacks all --n_attacked 2 --shots 2 --best_of 2 --relearn_steps 1 --relearn_pairs 30".split()
     attacks += "--relearn_lr 1e-3 --long_tokens 12".split()

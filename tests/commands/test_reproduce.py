@@ -187,7 +187,7 @@ def without_times(comparison):
     for steps in comparison["losses"].values():
         for step in steps:
             del step["seconds"]
-    return {key: value for key, value in comparison.items() if key not in ("provenance", "command")}
+    return {key: value for key, value in comparison.items() if key not in ("provenance", "command", "flags")}
 
 
 @pytest.mark.parametrize(

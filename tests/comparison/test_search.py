@@ -118,6 +118,7 @@ def test_a_file_that_is_no_recipe_is_refused(content, tmp_path):
         read_recipe(str(tmp_path / "none.json"))
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_trial(tmp_path):
     """The trial that was being measured is run again, with the same flags; what was done stays."""
     done = subprocess.run([*COMMAND, tmp_path, "4", "3"], capture_output=True, text=True, timeout=120)

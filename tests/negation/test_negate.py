@@ -234,6 +234,7 @@ print(peak - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Two entries that would take 300 MB each in float32, the fine-tuned model's in another dtype."""
     torch.manual_seed(0)

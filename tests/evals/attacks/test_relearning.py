@@ -172,6 +172,7 @@ def test_the_grid_is_every_combination_and_adapters_have_ten_times_the_rate():
     assert "LoRA, benign text, lr 0.001" in map(str, plan.attackers)
 
 
+@pytest.mark.slow
 def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_done_again(
     tiny_model, tokenizer, tmp_path, monkeypatch
 ):
