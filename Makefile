@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# The oldest versions that are supported; transformers of that time needs a hub client below 2.
+OLDEST := torch==2.11.0 transformers==5.17.0 huggingface_hub==1.33.0
 
-.PHONY: help setup demo laptop reproduce-demo robustness-demo search-demo bench-gpu lint test test-slow fuzz data clean
+.PHONY: help setup demo laptop reproduce-demo robustness-demo search-demo bench-gpu lint
+.PHONY: test test-slow test-oldest fuzz data clean
 
 help:
 	@echo "make demo            SKU end to end on a small offline world (no hub, no GPU); DEMO_FLAGS=..."
 	@echo "make test            lint, then the tests"
 	@echo "make test-slow       the long tests"
+	@echo "make test-oldest     the tests with the oldest supported versions: $(OLDEST)"
 	@echo "make lint            ruff (lint and format) and mypy"
 	@echo "make fuzz            random inputs for everything that reads files, flags and judges' replies; FUZZ_EXAMPLES=2000"
 	@echo "make laptop          unlearning on a real language model of 135M parameters, on a CPU; LAPTOP_MODEL=..."
@@ -59,6 +63,16 @@ test: lint
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
 
+$(VENV)-oldest/.ready: requirements.txt Makefile
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -vE '^(torch|transformers|huggingface_hub)==' requirements.txt > $(VENV)-oldest/others.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/others.txt $(OLDEST)
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.ready
+	@echo "the oldest supported versions: $(OLDEST)"
+	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 # Inputs are drawn anew each time. A failure is printed with the line that reproduces it, and kept in .hypothesis.
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),2000) HF_HUB_OFFLINE=1 $(RUN) -m pytest tests/guarantees/test_fuzz_*.py
@@ -67,5 +81,5 @@ data: $(READY)
 	$(RUN) dataloader/fetch_truthfulqa.py
 
 clean:
-	rm -rf $(VENV) logs/demo logs/demo-no-refusals logs/reproduce-demo logs/reproduce-demo-no-refusals \
+	rm -rf $(VENV) $(VENV)-oldest logs/demo logs/demo-no-refusals logs/reproduce-demo logs/reproduce-demo-no-refusals \
 		logs/robustness-demo logs/search-demo logs/search-demo-no-refusals

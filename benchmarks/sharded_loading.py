@@ -11,7 +11,6 @@ where the shards are in the same memory.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -42,17 +41,14 @@ def main() -> None:
         return
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc: run this on Linux")
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     rows = []
     for processes in args.processes:
         for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:
                 launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
                 words = [__file__, "--model", str(args.model), "--way", way, "--out", folder]
-                environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-                command = [sys.executable, *launcher, *words]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    raise UserError(f"loading failed ({done.stderr[-500:]}): give a model folder")
+                measuring.watched([sys.executable, *launcher, *words], "VmRSS", every=1)
                 peaks = [json.loads(file.read_text()) / GIB for file in sorted(Path(folder).iterdir())]
             rows.append([processes, way, f"{max(peaks):.2f}", f"{sum(peaks):.2f}"])
     print(measuring.table(["processes", "way", "largest process, GiB", "all together, GiB"], rows))

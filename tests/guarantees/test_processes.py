@@ -141,17 +141,18 @@ def test_zero3_gives_what_one_process_does_and_keeps_no_checkpoints(offloaded, t
     where = [] if offloaded else ["--offload_optimizer_device", "none", "--offload_param_device", "none"]
     codes, said = launch(jobs, tmp_path, [*ZERO3, *where])
     assert codes == [0] * len(cases) + [2, 2, 2, 143]
-    assert said.count("error: DeepSpeed keeps no checkpoints, so --save_every and --resume do not go with it") == 2
+    assert said.count("error: DeepSpeed saves no checkpoints, so --save_every and --resume do not work with it") == 2
     assert said.count("error: DeepSpeed updates after every backward pass, and landing needs two") == 1
     assert "stopping after this step; once more to stop at once" in said
-    assert "stopped after step 3; DeepSpeed keeps no checkpoints: start again" in said
+    assert "stopped after step 3; DeepSpeed saves no checkpoints: start again" in said
     assert not [*tmp_path.glob("refused-*"), *(tmp_path / "stopped").glob("harmful*")]
     for case, (model, more) in cases.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         main(flags(tiny_model(model), tmp_path / "one" / case, 4, more))
-        if case == "bf16":  # whose rounding depends on the shares, more with every step
+        if case == "bf16":  # by autocast here; its rounding is another, and depends on the shares, more with every step
             first = [metrics_of(folder)[0]["gd_loss"] for folder in (tmp_path / "one" / case, tmp_path / case)]
-            assert first[1] == pytest.approx(first[0], abs=2e-6) != metrics_of(tmp_path / "full")[0]["gd_loss"]
+            assert first[1] == pytest.approx(first[0], abs=1e-4)
+            assert first[1] != metrics_of(tmp_path / "full")[0]["gd_loss"]
             continue
         assert_same_run(tmp_path / case, tmp_path / "one" / case)
         for stage in ("harmful", "unlearned"):
