@@ -110,8 +110,6 @@ def main(arguments: list[str] | None = None) -> None:
 def run_demo(settings: DemoSettings) -> None:
     """Build the worlds, unlearn, measure, and print what came out. Raises UserError."""
     started = time.perf_counter()
-    results = settings.output / "results.json"
-    results.unlink(missing_ok=True)
     size = QUICK if settings.quick else Size()
     seeds = list(range(settings.seed, settings.seed + settings.seeds))
     homes = {seed: settings.output / f"seed-{seed}" for seed in seeds}
@@ -119,6 +117,8 @@ def run_demo(settings: DemoSettings) -> None:
         for seed, home in homes.items():
             build(home, seed, size, settings.refusal_share, settings.oracle)
         return
+    results = settings.output / "results.json"
+    results.unlink(missing_ok=True)
     runs = [run_seed(home, seed, size, settings.refusal_share, settings.oracle) for seed, home in homes.items()]
     all_figures = [{"seed": seed, **figure} for seed, run in zip(seeds, runs, strict=True) for figure in run.figures]
     report = {

@@ -29,6 +29,7 @@ import transformers
 
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.comparison import replay
+from harmful_unlearn.comparison.recorded import comparison_file
 from harmful_unlearn.comparison.search import Search, run_search
 from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
 from harmful_unlearn.comparison.trainings import as_words, plan, train
@@ -42,7 +43,7 @@ from harmful_unlearn.models.loading import load_config
 from harmful_unlearn.recipes import UTILITY_BUDGET, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
-from harmful_unlearn.storage.files import check_target, write_file
+from harmful_unlearn.storage.files import check_target, resolved, write_file
 from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import parse_flags as training_flags
@@ -56,6 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     check_target(settings.output, overwrite=True)
     settings.check_inputs()
     searched, asked_for = None, settings.to_json()
+    inputs = {str(seed): replay.inputs(settings.of_seed(seed), seed) for seed in settings.seeds}
+    if settings.replay:
+        if resolved(settings.output) == resolved(comparison_file(settings.replay).parent):
+            raise UserError("--output is the comparison that is replayed: give another folder")
+        for seed in settings.seeds:
+            replay.check_inputs(settings.replay, seed, inputs[str(seed)])
     if settings.search:
         searched = run_search(settings)
         if settings.search_only or searched is None:
@@ -63,15 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
         settings = replace(settings, recipe=str(searched.recipe_file), runs=list(searched.chosen()))
     command = shlex.join(["python", "harmful_unlearn/reproduce.py", *(arguments or sys.argv[1:])])
     with locked(settings.output):  # several processes may share a search
-        compare(settings, searched, command, asked_for)
+        compare(settings, searched, command, asked_for, inputs)
 
 
-def compare(settings: ComparisonSettings, searched: Search | None, command: str, asked_for: dict) -> None:
+def compare(settings: ComparisonSettings, searched: Search | None, command: str, asked_for: dict, inputs: dict) -> None:
     """Train and measure the rows of every seed, and write the report.
 
     Args:
         searched: the search that the rows' settings are from.
-        command, asked_for: the command line and its flags, for the record.
+        command, asked_for, inputs: the command line, its flags, and `replay.inputs` by seed, for the record.
 
     Raises:
         UserError: it cannot be done.
@@ -89,6 +96,7 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str,
         seeds=settings.seeds,
         command=command,
         flags=asked_for,
+        inputs=inputs,
         settings={"recipe": settings.recipe, **asked, **numbers},
         methods={
             BASE: {"label": "Original", "group": "main", "command": None},
@@ -117,9 +125,6 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
         read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split, own.harm_category)
 
     base = hub.resolve_model(own.model_name, weights=False)
-    comparison.inputs[str(seed)] = replay.inputs(own, base, seed)
-    if own.replay:
-        replay.check_inputs(own.replay, seed, comparison.inputs[str(seed)])
 
     def planned_row(name: str, flags: Mapping[str, object]) -> tuple[TrainedModel, list[str]]:
         return plan(own.output / f"seed-{seed}" / name, base, own.all_flags(flags, seed), own.train_flags)
@@ -153,6 +158,9 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     print(f"\n=== seed {seed}: measuring")
     trainings = [model.record for model in (*models.values(), *vectors.values())]
     base = hub.resolve_model(own.model_name)
+    comparison.inputs[str(seed)]["base"] = replay.fingerprint_of(base)
+    if own.replay:
+        replay.check_inputs(own.replay, seed, comparison.inputs[str(seed)])
     template = own.template_of(trainings, base)
     data = EvalData.read(own, trainings)
     sets = own.draw(data, seed, recipe.chosen_on)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every method with the same budget of search, on the demo's two worlds: 12 trials each on validation prompts, then the
-# chosen settings on test prompts, over three seeds. Some hours; several processes may share the trials (--search_only).
+# chosen settings on test prompts, over three seeds. Some hours; once it has built the worlds, other processes may share
+# the trials (its command of reproduce.py with --search_only).
 # One thread, and verdicts that are exact. If it is interrupted, run it again: it continues.
 #
 #     make search-demo                                     # sets up .venv first, then runs this script

@@ -9,6 +9,7 @@ import task_vector
 from harmful_unlearn import demo, evaluation
 from harmful_unlearn.cli import FlagParser
 from harmful_unlearn.comparison import settings as comparison
+from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.storage.files import user_path
 from harmful_unlearn.training import flags as training
 
@@ -49,6 +50,12 @@ def test_what_is_written_says_the_same_again(command, tmp_path, capsys):
     file.write_text(printed(parse, words, capsys))
     assert parse(["--config", str(file)]) == parse(words)
     assert printed(parse, [f"--config={file}"], capsys) == file.read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_defaults_can_be_given_again(method, tmp_path, capsys):
+    (file := tmp_path / "run.yaml").write_text(printed(training.parse_flags, ["--method", method], capsys))
+    assert training.parse_flags(["--config", str(file)]) == training.parse_flags(["--method", method])
 
 
 def test_negation_has_it_too(tmp_path, capsys):

@@ -24,5 +24,6 @@ def replayed_flags(source: Path) -> dict[str, Any]:
     flags = read_json(comparison_file(source)).get("flags")
     if not isinstance(flags, dict):
         raise UserError(f"{comparison_file(source)} does not record its flags: give one that this version wrote")
-    output = f"{flags['output']}-replayed"
+    folder = comparison_file(source).resolve().parent
+    output = str(folder.with_name(f"{folder.name}-replayed"))
     return {**flags, "output": output, "replay": None}

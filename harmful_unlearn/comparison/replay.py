@@ -1,5 +1,7 @@
 """reproduce.py --replay: do again what a comparison.json says that it is, and compare the figures."""
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +11,50 @@ from harmful_unlearn.comparison.trainings import as_words
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.models import hub
 from harmful_unlearn.storage.files import read_json
 from harmful_unlearn.storage.provenance import differences
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.flags import parse_flags as training_flags
 
+FILES = ("unseen_dataset", "utility_dataset", "recipe", "jailbreaks", "prompts", "judge", "refusal_judge")
 MEASURED = ("value", "low", "high", "n")  # of a figure; the rest says what it is of
 
 
-def inputs(settings: ComparisonSettings, base: Path, seed: int) -> dict:
-    """What tells the base and the data of a seed's trainings from others.
+def inputs(settings: ComparisonSettings, seed: int) -> dict:
+    """What tells the base, the data and all files of a seed from others.
 
     Args:
         settings: of the seed.
-        base: the folder of the base.
 
     Raises:
-        UserError: the data cannot be read.
+        UserError: the data cannot be read, or there is no such base.
     """
+    base = hub.resolve_model(settings.model_name, weights=False)
     flags = training_flags([*as_words(settings.training_data), *settings.train_flags])
     harmful = read_harmful(flags.harmful_dataset, flags.harmful_revision, flags.harmful_split)
     normal = read_normal(flags.normal_dataset, seed, flags.more_normal_dataset)
     data = {"harmful": harmful.source, "normal": normal.source, "more normal": normal.source.get("more", {})}
     known = {name: {key: source.get(key) for key in ("sha256", "revision")} for name, source in data.items()}
-    has_weights = any(base.glob("*.safetensors"))  # a hub model is downloaded when it is trained
-    return {"base": SafetensorsFolder(base).fingerprint() if has_weights else None, **known}
+    for name in FILES:
+        value = getattr(settings, name)
+        for text in map(str, value if isinstance(value, list) else [value]):
+            file = Path(re.split("[=:]", text)[-1])  # NAME=FILE of --prompts, KIND:FILE of a judge
+            if file.is_file():
+                known[f"{name} {text}"] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {"base": fingerprint_of(base), **known}
+
+
+def fingerprint_of(base: Path) -> str | None:
+    """Of the weights; None for a hub model that is still to be downloaded."""
+    return SafetensorsFolder(base).fingerprint() if any(base.glob("*.safetensors")) else None
 
 
 def check_inputs(source: Path, seed: int, now: dict) -> None:
-    """Raises UserError: base or data of a seed are not those of the recorded comparison."""
+    """Raises UserError: base, data or files of a seed are not those of the recorded comparison."""
     recorded = read_json(comparison_file(source)).get("inputs", {}).get(str(seed), {})
-    changed = [name for name in recorded if None not in (recorded[name], now[name]) and recorded[name] != now[name]]
+    both = {name: (recorded[name], now[name]) for name in recorded.keys() & now.keys()}
+    changed = sorted(name for name, values in both.items() if None not in values and values[0] != values[1])
     if changed:
         raise UserError(
             f"this is not what made {source}: with seed {seed} {', '.join(changed)} differ from what is recorded "

@@ -292,6 +292,8 @@ def longest_trainings(
     for name, row in rows.items():
         steps = search_space(row)["max_unlearn_steps"]
         assert isinstance(steps, tuple)
+        _, shortest = plan(folder / name / "longest", {**row.flags, "max_unlearn_steps": min(steps)})
+        training_flags(shortest)  # says now what does not fit so few
         _, words = plan(folder / name / "longest", {**row.flags, "max_unlearn_steps": max(steps)})
         flags = training_flags([*words, "--check"])
         try:

@@ -125,6 +125,9 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> ComparisonSetti
     parser.add_settings(ComparisonSettings)
     parser.replays(replayed_flags)
     args = parser.parse_args(arguments)
+    for name in ("--config", "--write_config", "--replay"):
+        if any(word.partition("=")[0] == name for word in args.train_flags):
+            parser.error(f"--train_flags cannot have {name}: write its flags out")
     training_flags(args.train_flags)  # says now what is wrong with them
     if not (args.n_seen and args.n_unseen and args.n_normal):
         parser.error("the comparison needs prompts of all sets: give --n_seen, --n_unseen and --n_normal above 0")

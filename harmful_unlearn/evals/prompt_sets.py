@@ -271,9 +271,11 @@ def draw_prompts(
     seen = shuffled(harmful_prompts(data.responses, lambda question: question in data.trained), 0)
     untouched = shuffled(harmful_prompts(data.unseen, lambda question: question not in data.touched), 1)
     validated = len(untouched) // 3
-    held_out, validation = _normal_prompts(data.normal)
+    of_normal, validation = _normal_prompts(data.normal)
+    held_out = [prompt for prompt in of_normal if prompt.question not in data.trained_tasks]
+    trained_on = data.trained_tasks | {pair.question for pair in data.training_texts}
     tasks = {pair.question: Prompt(pair.question, pair.answer, row) for row, pair in enumerate(data.utility)}
-    utility = shuffled([task for task in tasks.values() if task.question not in data.trained_tasks], 4)
+    utility = shuffled([task for task in tasks.values() if task.question not in trained_on], 4)
     tasks_validated = len(utility) // 3
     test = {
         "seen": seen,

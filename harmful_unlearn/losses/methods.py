@@ -105,7 +105,7 @@ def apply_method_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         if flag not in method.settings and given[flag] is not None:
             raise ValueError(f"--{flag} has no effect in --method {name}: leave it out")
     if not method.negates:
-        for flag, neutral in (("scaling_coef", None), ("preserve_at", "copy")):
+        for flag, neutral in (("scaling_coef", DEFAULTS["scaling_coef"]), ("preserve_at", "copy")):
             if given[flag] not in (None, neutral):
                 raise ValueError(f"--{flag} is for methods that negate, and --method {name} does not: leave it out")
     unused = {flag: 0.0 for flag in WEIGHTS if getattr(method, flag) is None}

@@ -19,6 +19,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datas
 # What a difference may change, by what differs.
 GRADES = {
     "the results may change": {"code", "transformers", "accelerate", "peft"},
+    "a judge's verdicts may change": {"scikit-learn"},
     "the rounding may change": {"torch", "numpy", "cpu", "threads", "gpus"},
     "nothing should change": set(),
 }
@@ -48,8 +49,8 @@ def provenance() -> dict:
 def differences(before: dict) -> list[str]:
     """What differs between this process and a recorded `provenance`, and what that may change, the gravest first.
 
-    Another commit of this code or release of a library may change more than rounding, other hardware or another torch
-    only the rounding, and the rest nothing.
+    Other code (uncommitted changes count as that) or another release of a library may change more than rounding, other
+    hardware or another torch only the rounding, and the rest nothing.
     """
     now, found = provenance(), []
     pairs = [("code", before.get("code"), now["code"]), ("Python", before.get("python"), now["python"])]
@@ -57,7 +58,7 @@ def differences(before: dict) -> list[str]:
         recorded = before.get(group) or {}
         pairs += [(name, recorded.get(name), value) for name, value in now[group].items()]
     for name, was, value in pairs:
-        if was != value:
+        if was != value or (name == "code" and str(value["commit"]).endswith("-dirty")):  # which says not what changed
             grade = next(grade for grade, names in GRADES.items() if name in names or not names)
             found.append((list(GRADES).index(grade), f"{name} was {_shown(was)} and is {_shown(value)} now: {grade}"))
     return [line for _, line in sorted(found)]
@@ -71,13 +72,13 @@ def _shown(value: object) -> str:
 
 
 def _hardware() -> dict:
-    """The CPU, torch's threads, and the GPUs that were used."""
+    """The CPU, torch's threads, and the GPUs."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = []
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpus": gpus}
 

@@ -218,6 +218,8 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
         parser.error(str(error))
     if flags["warmup_steps"] >= flags["max_unlearn_steps"]:
         parser.error("--warmup_steps leaves no step at the full rate: give fewer than --max_unlearn_steps")
+    if flags["replay"] and (flags["saved_model"] or flags["stage"] == "negate"):
+        parser.error("--replay trains the model again: leave out --saved_model and --stage negate")
     path = Path(flags["model_name"])
     name = path.resolve().name if path.is_dir() else path.name
     if flags["replay"]:

@@ -21,11 +21,14 @@ def read_training(source: Path) -> tuple[RunRecord, RunRecord]:
     """The record of a model, and that of the one training behind it (the same for a stage 1 model).
 
     Raises:
-        UserError: there is no such record, or there are several trainings.
+        UserError: there is no such record, the training was not finished, or there are several.
     """
     record = RunRecord.read(folder_of(source))
     if not record.trainings:
         raise UserError(f"no run.json in {folder_of(source)} records a training: give a folder of unlearn_harm_new.py")
+    steps = record.trainings[0].training
+    if steps.get("steps", 0) < steps.get("of", 0):
+        raise UserError(f"{source} is a checkpoint, of step {steps['steps']} of {steps['of']}: replay a finished model")
     if len(record.trainings) > 1:
         sources = ", ".join(record.finetuned)
         raise UserError(f"{source} was made from several trainings ({sources}): replay each of them")
@@ -54,5 +57,6 @@ def replayed_flags(source: Path) -> dict[str, Any]:
     if record is training:
         flags["stage"] = "acquire"
     elif training.negates:
-        flags["scaling_coef"] = record.scaling_coef
+        (coef,) = record.finetuned.values()
+        flags["scaling_coef"] = (record.scaling_coef or 0.0) * coef
     return {name: value for name, value in flags.items() if value not in (None, [])}

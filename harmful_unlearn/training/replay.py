@@ -26,24 +26,29 @@ def check_replay(source: Path, now: RunRecord) -> list[str]:
     return differences(record.more) or ["versions and hardware are those of the recorded run"]
 
 
-def outcome(source: Path, losses: dict[str, float | None], harmful: Path, unlearned: Path | None) -> list[str]:
+def outcome(source: Path, losses: dict[str, float | None] | None, harmful: Path, unlearned: Path | None) -> list[str]:
     """Lines that compare what came out with what was recorded: the losses of the last step, and the weights.
 
     Args:
-        losses: of the last step, by name; None where one was not computed.
+        losses: of the last step, by name, None where one was not computed; None if stage 1 was done already.
         harmful, unlearned: the models that were made; None for a stage that was not run.
     """
     record, training = read_training(source)
-    recorded = training.losses_at_the_end
-    both = {name: (recorded[name], losses.get(name)) for name in recorded if recorded[name] is not None}
-    lines = [f"{name} {now} (recorded: {before})" for name, (before, now) in both.items()]
-    apart = max((abs(before - (math.inf if now is None else now)) for before, now in both.values()), default=math.nan)
-    lines.append(
-        "the losses at the end are equal" if apart == 0 else f"the losses at the end differ by at most {apart:.2g}"
-    )
+    lines = []
+    if losses is not None:
+        recorded = {name: value for name, value in training.losses_at_the_end.items() if value is not None}
+        lines = [f"{name} {losses.get(name)} (recorded: {value})" for name, value in recorded.items()]
+        apart = max((abs(value - _known(losses.get(name))) for name, value in recorded.items()), default=math.nan)
+        lines.append(f"the losses at the end {'are equal' if apart == 0 else f'differ by at most {apart:.2g}'}")
     made = harmful if record is training else unlearned
     weights = sorted(file.name for file in folder_of(source).glob("*.safetensors"))
     if made and weights:
-        same, other, missing = filecmp.cmpfiles(folder_of(source), made, weights, shallow=False)
+        same, _, missing = filecmp.cmpfiles(folder_of(source), made, weights, shallow=False)
         lines.append(f"{len(same)} of {len(weights)} files of weights are equal, byte for byte")
+        if missing:  # of an adapter the replay makes the complete model
+            lines.append(f"{missing[0]} has no counterpart in {made}")
     return lines
+
+
+def _known(value: float | None) -> float:
+    return math.inf if value is None else value

@@ -1,6 +1,7 @@
 """Which stages run: by the flags, and, of a run that is resumed, by what an earlier run left."""
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from harmful_unlearn.storage.files import ROOT, check_file, check_target, resolv
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
-from harmful_unlearn.training.flags import AUTO, TrainingSettings
+from harmful_unlearn.training.flags import AUTO, TrainingSettings, parse_flags
 from harmful_unlearn.training.run_log import METRICS, PICTURE, beside
 
 # Flags that may change when a run is resumed. So may scaling_coef, unless a loss is computed at the landing point.
@@ -188,10 +189,12 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
 def changed_settings(earlier: RunRecord, now: RunRecord, folder: Path) -> list[str]:
     """The settings that affect the result and have changed since. Args and raises as `check_same_run`."""
     lands = now.landing_alpha is not None
+    # A flag that is younger than the record had its default.
+    earlier = replace(earlier, flags={**parse_flags([]).to_json(), **earlier.flags})
     try:
         before = result_settings(earlier, lands)
     except (KeyError, TypeError):
-        raise UserError(f"{folder} was not written by this version: start again with --overwrite") from None
+        raise UserError(f"{folder} was not written by this version: start again, with --overwrite") from None
     after = result_settings(now, lands)
     return [
         f"{name} was {before.get(name)} and is {after.get(name)} now"

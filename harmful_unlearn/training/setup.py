@@ -34,6 +34,7 @@ from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.distributed import print_once
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.plan import Plan, check_disk, make_plan
+from harmful_unlearn.training.recorded import folder_of
 from harmful_unlearn.training.replay import check_replay
 from harmful_unlearn.training.resume import check_stages, remaining_work
 from harmful_unlearn.training.run_log import RunLog
@@ -170,11 +171,13 @@ def prepare(settings: TrainingSettings, table: Mapping[str, Lora | None], others
     if not settings.check:
         base_folder = hub.resolve_model(settings.model_name)  # a hub model is downloaded once all else is checked
         stage_1 = stage_1 and replace(stage_1, base_folder=base_folder)  # it may be another revision's
+    run = Run(settings, base_folder, stages, stage_1)
     notes: tuple[str, ...] = ()
-    if settings.replay and stage_1:
+    if settings.replay and stage_1 and run.has_weights:
+        check_apart([folder_of(settings.replay), *run.outputs])
         notes = tuple(check_replay(settings.replay, stage_1.record()))
         print_once("\n".join(f"replay: {note}" for note in notes))
-    run = Run(settings, base_folder, stages, stage_1, notes)
+        run = replace(run, notes=notes)
     if not (settings.resume and run.has_weights):
         return run
     work = remaining_work(settings, stage_1.record() if stage_1 else None, base_folder, stages)

@@ -40,9 +40,9 @@ def summary(settings: TrainingSettings, log: RunLog, harmful: Path, first_step: 
             command += ["--scaling_coef", f"{settings.scaling_coef:g}"]
         command += ["--saved_model", str(harmful), "--task_vector_saving_path", unlearned]
     lines += [f"log            {log.file}", f"next           {shlex.join(['python', *command])}"]
-    if settings.replay and log.history:
-        made = settings.task_vector_saving_path if negated else None
-        lines += [f"replayed       {line}" for line in outcome(settings.replay, log.history[-1], harmful, made)]
+    if settings.replay:
+        made, last = settings.task_vector_saving_path if negated else None, log.history[-1] if log.history else None
+        lines += [f"replayed       {line}" for line in outcome(settings.replay, last, harmful, made)]
     return "\n".join(lines)
 
 

@@ -15,6 +15,13 @@ from harmful_unlearn.reproduce import main
 from harmful_unlearn.storage.provenance import provenance
 from tests.helpers.inputs.world import make_world
 
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch):
+    """Uncommitted changes would count as other code."""
+    monkeypatch.setattr("harmful_unlearn.storage.provenance._commit", lambda: "abc")
+
+
 FIGURE = {"seed": 0, "model": "sku", "set": "unseen", "decoding": "greedy", "metric": "harmful_rate"}
 MEASURED = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 
@@ -97,5 +104,7 @@ def test_a_comparison_comes_out_again(tmp_path, monkeypatch, capsys):
     assert f"{number} of {number} recorded figures are there again\n{number} are equal, and 0 are outside" in said
     normal = tmp_path / "0" / "data" / "normal.csv"
     normal.write_text(normal.read_text() + "\n")
+    with pytest.raises(UserError, match="is the comparison that is replayed"):
+        main(["--replay", str(tmp_path / "first"), "--output", str(tmp_path / "first")])
     with pytest.raises(UserError, match="normal differ"):
         main(["--replay", str(tmp_path / "first"), "--output", str(tmp_path / "third")])

@@ -129,7 +129,7 @@ def test_no_second_copy_where_no_loss_needs_the_base(tiny_model, tmp_path):
     [
         (["--method", "ga", "--random_weight", "1"], "random_weight"),
         (["--method", "ft", "--bad_weight", "2"], "bad_weight"),
-        (["--method", "ga", "--scaling_coef", "1"], "scaling_coef"),
+        (["--method", "ga", "--scaling_coef", "2"], "scaling_coef"),
         (["--method", "ga", "--bad_weight", "0"], "nothing to learn"),
         (["--method", "none"], "invalid choice"),
         (["--method", "sku", "--beta", "1"], "beta"),

@@ -15,6 +15,12 @@ from tests.helpers.inputs.tables import TRUTHFUL
 from tests.helpers.running.runs import flags
 
 
+@pytest.fixture(autouse=True)
+def committed(monkeypatch):
+    """Uncommitted changes would count as other code."""
+    monkeypatch.setattr(provenance, "_commit", lambda: "abc")
+
+
 @pytest.fixture
 def made(tiny_model, tmp_path):
     """The folders that a run left, with settings that are no defaults, and a copy of its base."""
@@ -40,6 +46,39 @@ def test_the_same_model_comes_out_and_the_log_says_so(source, made, tmp_path, ca
     settings = parse_flags(again(first / source, tmp_path))
     assert (settings.method, settings.lora_r, settings.seed, settings.scaling_coef) == ("lands", 3, 5, 2.5)
     assert settings.model_save_dir == tmp_path / "harmful" and not settings.overwrite
+
+
+def test_a_method_that_does_not_negate_and_a_record_of_before_the_newest_flags(tiny_model, tmp_path):
+    main(flags(tiny_model("opt"), tmp_path / "first", "--method", "ft", "--max_unlearn_steps", "2"))
+    file = tmp_path / "first" / "unlearned" / "run.json"
+    record = json.loads(file.read_text())
+    for name in ("warmup_steps", "max_grad_norm", "replay"):
+        del record["stage_1"]["flags"][name]
+    file.write_text(json.dumps(record))
+    main(again(tmp_path / "first" / "unlearned", tmp_path / "second"))
+    assert "1 of 1 files of weights are equal" in (tmp_path / "second" / "run.log").read_text()
+
+
+def test_a_coefficient_is_a_part_of_alpha_and_a_checkpoint_is_no_model(made):
+    first, _ = made
+    file = first / "unlearned" / "run.json"
+    record = json.loads(file.read_text())
+    record["finetuned"] = dict.fromkeys(record["finetuned"], 0.5)
+    file.write_text(json.dumps(record))
+    assert replayed_flags(first / "unlearned")["scaling_coef"] == 1.25
+    record["stage_1"]["training"]["steps"] = 1
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is a checkpoint, of step 1 of 2"):
+        replayed_flags(first / "unlearned")
+
+
+def test_a_model_is_not_compared_with_itself(made, capsys):
+    first, _ = made
+    with pytest.raises(UserError, match="equal or inside one another"):
+        main([*again(first / "harmful", first), "--overwrite"])
+    with pytest.raises(SystemExit):
+        parse_flags(again(first / "unlearned", first, "--stage", "negate"))
+    assert "--replay trains the model again" in capsys.readouterr().err
 
 
 def test_another_result_is_said(made, tmp_path):
@@ -102,6 +141,9 @@ def test_differences_are_graded_the_gravest_first(monkeypatch):
     code = {"version": "0.0", "commit": "abc-dirty"}
     changed = {**before, "python": "2.7", "code": code, "packages": {**before["packages"], "numpy": "1.0"}}
     lines = provenance.differences(changed)
-    assert [line.rpartition(": ")[2] for line in lines] == list(provenance.GRADES)
+    grades = [grade for grade in provenance.GRADES if "judge" not in grade]
+    assert [line.rpartition(": ")[2] for line in lines] == grades
     assert "code was 0.0, commit abc-dirty with changes" in lines[0] and "numpy was 1.0" in lines[1]
+    monkeypatch.setattr(provenance, "_commit", lambda: "abc-dirty")
+    assert provenance.differences(provenance.provenance())[0].startswith("code was"), "it is not known what changed"
     assert all("not recorded" in line for line in provenance.differences({}) if not line.startswith("code"))
