@@ -51,6 +51,7 @@ from harmful_unlearn.negation.negate import Check, check_targets, negate, negate
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import SavedVector, vector_metadata
 from harmful_unlearn.storage.files import new_folder, user_path
+from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, work_dtype
 
 
@@ -227,11 +228,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from harmful_unlearn.negation import push  # imports the hub's client, which local folders do not need
 
+    folder = settings.output or settings.adapter_output
+    assert folder  # parse_flags has seen to it
+    if not settings.base:
+        push.check_unlearned(RunRecord.read(folder), folder)
     push.check_access(settings.push_to_hub)
     if settings.base:
         _compute(settings, check=push.check_unlearned)
-    folder = settings.output or settings.adapter_output
-    assert folder  # parse_flags has seen to it
     url = push.push(folder, settings.push_to_hub, settings.public)
     print(f"pushed: {url} ({'public' if settings.public else 'private'})")
 

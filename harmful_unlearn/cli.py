@@ -174,12 +174,14 @@ class FlagParser(argparse.ArgumentParser):
         except UnicodeEncodeError:
             self.error(f"{next(word for word in words if not word.isprintable())!r} is not UTF-8: give another name")
         words = self._words_of_files(words) + words
-        if secret := next((word for word in words if SECRET.search(word)), None):
-            flag_name = secret.partition("=")[0] if secret.startswith("--") else "a flag"
-            self.error(
-                f"{flag_name} looks like it holds a token, and flags are recorded: set it in the environment instead "
-                "(HF_TOKEN, ...)"
-            )
+        flag_name = "a word"
+        for word in words:
+            flag_name = word.partition("=")[0] if word.startswith("--") else flag_name
+            if SECRET.search(word):
+                self.error(
+                    f"{flag_name} looks like it holds a token or a password, and flags are recorded: set it in the "
+                    "environment instead (HF_TOKEN, ...)"
+                )
         flags, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self._suggestion(unknown[0])}")
@@ -191,11 +193,12 @@ class FlagParser(argparse.ArgumentParser):
     def _words_of_files(self, words: list[str]) -> list[str]:
         """What the files of --replay and --config stand for, without the flags that come before them."""
         more: list[str] = []
-        if self._settings and (name := _value_of("--config", words)):
+        if self._settings and (name := _value_of("--config", words)) is not None:
             try:
                 text = Path(name).expanduser().read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
-                self.error(f"--config {name} cannot be read ({error}): give a YAML file")
+                problem = getattr(error, "strerror", None) or "it is no text"
+                self.error(f"--config {name or repr(name)} cannot be read ({problem}): give a YAML file")
             more = self._words_of(lambda: text, name, words)
         if self._recorded and (name := _value_of("--replay", more + words)):
             recorded = self._recorded(Path(name).expanduser())

@@ -34,7 +34,7 @@ def read_config(text: str, file: str, known: Mapping[str, argparse.Action], give
         problem = " ".join(str(error).split())
         raise ValueError(f"{file} is not YAML ({problem}): mend it, or see --write_config") from None
     if root is None:
-        return []
+        raise ValueError(f"{file} has no flags in it: write a line `flag: value` for each")
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{file} is no list of flags: write a line `flag: value` for each")
     words: list[str] = []

@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.replay:
         if resolved(settings.output) == resolved(comparison_file(settings.replay).parent):
             raise UserError("--output is the comparison that is replayed: give another folder")
+        replay.check_flags(settings)
         for seed in settings.seeds:
             replay.check_inputs(settings.replay, seed, inputs[str(seed)])
     if settings.search:

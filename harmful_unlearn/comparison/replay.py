@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harmful_unlearn.comparison.recorded import comparison_file
+from harmful_unlearn.comparison.recorded import comparison_file, replayed_flags
 from harmful_unlearn.comparison.settings import ComparisonSettings
 from harmful_unlearn.comparison.trainings import as_words
 from harmful_unlearn.data.pku_saferlhf import read_harmful
@@ -18,6 +18,10 @@ from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.flags import parse_flags as training_flags
 
 FILES = ("unseen_dataset", "utility_dataset", "recipe", "jailbreaks", "prompts", "judge", "refusal_judge")
+MOVABLE = {
+    "output", "replay", "device_map", "tokens_per_batch", "search_only", "model_name", "harmful_dataset",
+    "normal_dataset", "more_normal_dataset", "unseen_dataset", "utility_dataset", "bleurt", "oracle",
+}  # fmt: skip
 MEASURED = ("value", "low", "high", "n")  # of a figure; the rest says what it is of
 
 
@@ -48,6 +52,17 @@ def inputs(settings: ComparisonSettings, seed: int) -> dict:
 def fingerprint_of(base: Path) -> str | None:
     """Of the weights; None for a hub model that is still to be downloaded."""
     return SafetensorsFolder(base).fingerprint() if any(base.glob("*.safetensors")) else None
+
+
+def check_flags(settings: ComparisonSettings) -> None:
+    """Raises UserError: a flag is another than that of the comparison to replay. Data may have moved."""
+    assert settings.replay
+    recorded, now = replayed_flags(settings.replay), settings.to_json()
+    changed = [f"--{name}" for name in recorded if name not in MOVABLE and recorded[name] != now.get(name)]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} is not as {settings.replay} had it: leave it out, or run without --replay"
+        )
 
 
 def check_inputs(source: Path, seed: int, now: dict) -> None:

@@ -193,5 +193,5 @@ def _hub_errors(folder: Path, repo_id: str) -> Iterator[None]:
         problem = f"the hub said {status} ({message})" if status else f"the hub was not reached ({message})"
         fix = FIXES.get(status or 0, "try again later" if status else "check the connection")
         again = f"then `python task_vector.py --push_to_hub {repo_id} --output {folder}` pushes {folder}"
-        text = f"{repo_id}: {problem}, and {fix}; {again}"
+        text = f"{repo_id}: {problem}; {fix}; {again}"
         raise UserError(text.replace(get_token() or "\n", "***")) from None

@@ -19,7 +19,7 @@ from harmful_unlearn.data.templates import TEMPLATES, TemplateChoice
 from harmful_unlearn.losses.methods import METHODS, PARAMETERS, apply_method_defaults, loss_weights, uses_landing_point
 from harmful_unlearn.losses.terms import LossParameters
 from harmful_unlearn.storage.files import ROOT, user_path
-from harmful_unlearn.training.recorded import replayed_flags
+from harmful_unlearn.training.recorded import folder_of, replayed_flags
 
 AUTO = "auto"  # --resume without a path
 
@@ -223,7 +223,7 @@ def parse_flags(arguments: list[str] | None, about: str = "") -> TrainingSetting
     path = Path(flags["model_name"])
     name = path.resolve().name if path.is_dir() else path.name
     if flags["replay"]:
-        name += "-replayed"
+        name += f"-{folder_of(flags['replay']).resolve().name}-replayed"
     flags["model_save_dir"] = flags["model_save_dir"] or ROOT / "models" / f"{name}-harmful"
     flags["task_vector_saving_path"] = flags["task_vector_saving_path"] or ROOT / "models" / f"{name}-unlearned"
     return parser.settings(TrainingSettings, flags)

@@ -23,6 +23,8 @@ def read_training(source: Path) -> tuple[RunRecord, RunRecord]:
     Raises:
         UserError: there is no such record, the training was not finished, or there are several.
     """
+    if not folder_of(source).is_dir():
+        raise UserError(f"there is no {folder_of(source)}: give the folder of a saved model")
     record = RunRecord.read(folder_of(source))
     if not record.trainings:
         raise UserError(f"no run.json in {folder_of(source)} records a training: give a folder of unlearn_harm_new.py")

@@ -7,7 +7,7 @@ from pathlib import Path
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.provenance import differences
 from harmful_unlearn.storage.run_record import RunRecord
-from harmful_unlearn.training.recorded import folder_of, read_training
+from harmful_unlearn.training.recorded import folder_of, read_training, replayed_flags
 from harmful_unlearn.training.resume import changed_settings
 
 
@@ -21,7 +21,11 @@ def check_replay(source: Path, now: RunRecord) -> list[str]:
         UserError: the base, the data or a flag is another, so that this would not be the same run.
     """
     record, training = read_training(source)
-    if changed := changed_settings(training, now, folder_of(source)):
+    changed = changed_settings(training, now, folder_of(source))
+    alpha = replayed_flags(source).get("scaling_coef")
+    if record is not training and now.flags["scaling_coef"] != alpha:
+        changed.append(f"--scaling_coef was {alpha} and is {now.flags['scaling_coef']} now")
+    if changed:
         raise UserError(f"this is not what made {source} ({'; '.join(changed)}): give what it had")
     return differences(record.more) or ["versions and hardware are those of the recorded run"]
 
@@ -44,7 +48,8 @@ def outcome(source: Path, losses: dict[str, float | None] | None, harmful: Path,
     weights = sorted(file.name for file in folder_of(source).glob("*.safetensors"))
     if made and weights:
         same, _, missing = filecmp.cmpfiles(folder_of(source), made, weights, shallow=False)
-        lines.append(f"{len(same)} of {len(weights)} files of weights are equal, byte for byte")
+        if len(missing) < len(weights):
+            lines.append(f"{len(same)} of {len(weights)} files of weights are equal, byte for byte")
         if missing:  # of an adapter the replay makes the complete model
             lines.append(f"{missing[0]} has no counterpart in {made}")
     return lines

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, check_file, check_target, resolved
+from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints, check_complete
@@ -38,6 +39,8 @@ def check_stages(settings: TrainingSettings) -> frozenset[str]:
         check_target(settings.model_save_dir, settings.overwrite)
         newest = TrainingCheckpoints(settings.model_save_dir, settings.keep_checkpoints).newest()
         if newest and not settings.overwrite:
+            with locked(settings.model_save_dir):  # says if that run is still going on
+                pass
             raise UserError(f"{newest} is an earlier run's: --resume continues it, --overwrite starts again")
     if "negate" in stages:
         harmful = settings.harmful_model

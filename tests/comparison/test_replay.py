@@ -49,6 +49,9 @@ def test_the_flags_are_the_recorded_ones_but_for_the_output(recorded, tmp_path):
     assert changed == {"output", "replay"} and again.output == tmp_path / "recorded-replayed"
     other = parse_flags(["--replay", str(folder / "comparison.json"), "--output", "o", "--seeds", "5"])
     assert str(other.output) == "o" and other.seeds == [5] and other.train_flags == first.train_flags
+    replay.check_flags(again)
+    with pytest.raises(UserError, match="--seeds is not as"):
+        replay.check_flags(other)
 
 
 def test_a_comparison_of_an_earlier_version_is_refused(recorded):

@@ -136,7 +136,7 @@ def commands() -> list:
 @pytest.mark.parametrize(("command", "flags"), commands())
 def test_commands_in_documents_are_read_by_their_parsers(command, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").touch()
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
     words, printed, _ = flags.partition("--write_config > run.yaml")
     with pytest.raises(SystemExit) if printed else nullcontext() as stop:
         PARSERS[command](shlex.split(words) + ["--write_config"] * bool(printed))

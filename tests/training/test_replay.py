@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -102,6 +103,7 @@ def test_another_result_is_said(made, tmp_path):
         (["--seed", "6"], "--seed was 5 and is 6 now"),
         (["--max_length", "59"], "--max_length was 60"),
         (["--lora_r", "2"], "LoRA was"),
+        (["--scaling_coef", "2"], "--scaling_coef was 2.5 and is 2.0 now"),
         (["--normal_dataset", "other.csv"], "normal data was"),
         ([], "base model was"),
     ],
@@ -122,6 +124,8 @@ def test_what_cannot_be_replayed_names_the_reason(made, tmp_path, capsys):
     first, base = made
     with pytest.raises(UserError, match="records a training"):
         replayed_flags(base)
+    with pytest.raises(UserError, match="there is no nowhere"):
+        replayed_flags(Path("nowhere"))
     record = json.loads((first / "unlearned" / "run.json").read_text())
     two = record | {"finetuned": {"a": 1.0, "b": 1.0}, "stage_1_of_model_1": record["stage_1"]}
     two["stage_1_of_model_2"] = two.pop("stage_1")
