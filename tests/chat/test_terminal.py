@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -107,7 +108,9 @@ def test_a_pseudo_terminal():
     terminal.wait_for("sku:")
     terminal.wait_for("No.")
     terminal.wait_for("you> ")
-    terminal.type(f"a line that is not sent{CTRL_C}")
+    terminal.type("a line that is not sent")
+    time.sleep(0.3)  # a signal between the prompt and the system's read would be seen at the next key only
+    terminal.type(CTRL_C)
     terminal.wait_for("(/quit or Ctrl-D ends the chat)")
     terminal.wait_for("you> ")
     terminal.type(CTRL_D)
