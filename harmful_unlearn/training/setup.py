@@ -3,9 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,13 +21,14 @@ from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import NEED_BASE, reads
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.blocks import mlp_outputs, steered_layer, trained_blocks
-from harmful_unlearn.models.lora import LORA_ABOVE, Lora, add_lora, check_lora_targets, fill_adapter, lora_candidates
+from harmful_unlearn.models.lora import Lora, add_lora, fill_adapter
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import check_apart
 from harmful_unlearn.storage.provenance import revision_of
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training import distributed
+from harmful_unlearn.training.adapter import check_four_bits, choose_lora
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.distributed import print_once
 from harmful_unlearn.training.flags import TrainingSettings
@@ -260,42 +259,6 @@ def _describe(
         f"template       {template.name}: {template.text!r}\n"
         f"model          {settings.model_name}: trains {trained} in {precision} on {machine}"
     )
-
-
-def choose_lora(
-    settings: TrainingSettings, structure: PreTrainedModel, table: Mapping[str, Lora | None], others: Lora
-) -> Lora | None:
-    """LoRA's settings for this model by the flags and the table, or None for full fine-tuning.
-
-    Raises:
-        UserError: the model has no module of that name, or a LoRA flag is given for full fine-tuning.
-    """
-    is_large = structure.num_parameters() > LORA_ABOVE
-    listed = table.get(settings.model_name, others if is_large else None)
-    targets = settings.lora_target_modules
-    flags = {"r": settings.lora_r, "alpha": settings.lora_alpha, "target_modules": tuple(targets) if targets else None}
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if settings.lora == "off" or (settings.lora == "auto" and listed is None):
-        if given:
-            raise UserError(f"--lora_{next(iter(given))} does nothing in full fine-tuning: add --lora on")
-        return None
-    lora = replace(listed or others, **given)
-    if settings.model_name not in table and not targets:
-        linear = lora_candidates(structure)
-        if not set(lora.target_modules) <= set(linear):
-            lora = replace(lora, target_modules=tuple(linear))  # no q_proj and v_proj here: every linear layer
-    check_lora_targets(structure, lora)
-    return lora
-
-
-def check_four_bits(lora: Lora | None, device: torch.device) -> None:
-    """Raises UserError where a base in 4 bits cannot be trained on."""
-    if not lora:
-        raise UserError("--quantize trains an adapter on a base that stays in 4 bits: add --lora on")
-    if find_spec("bitsandbytes") is None:
-        raise UserError("--quantize 4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
-    if device.type != "cuda":  # for a CPU, bitsandbytes repacks weights for inference, which stops gradients
-        raise UserError(f"--quantize 4bit needs a CUDA GPU, and the device here is {device}: leave it out")
 
 
 def _load(run: Stage1, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

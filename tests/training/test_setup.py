@@ -18,7 +18,7 @@ from harmful_unlearn.losses import objective
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.lora import Lora
 from harmful_unlearn.storage.files import ROOT
-from harmful_unlearn.training import distributed, setup
+from harmful_unlearn.training import adapter, distributed, setup
 from harmful_unlearn.training.setup import load_models
 from harmful_unlearn.unlearn_harm_new import MODELS, main
 from tests.helpers.models.tiny_pairs import adapter_vector
@@ -188,7 +188,7 @@ def test_four_bits_need_an_adapter_and_the_package(tiny_model, tmp_path, monkeyp
     with pytest.raises(UserError, match="--lora on"):
         main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "off"))
     for installed, named in ((None, "pip install bitsandbytes"), ("yes", "needs a CUDA GPU")):
-        monkeypatch.setattr(setup, "find_spec", lambda _, found=installed: found)
+        monkeypatch.setattr(adapter, "find_spec", lambda _, found=installed: found)
         with pytest.raises(UserError, match=named):
             main(flags(tiny_model("llama"), tmp_path, "--quantize", "4bit", "--lora", "on"))
 
