@@ -29,7 +29,7 @@ import transformers
 
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.comparison import replay
-from harmful_unlearn.comparison.recorded import comparison_file
+from harmful_unlearn.comparison.recorded_flags import comparison_file
 from harmful_unlearn.comparison.search import Search, run_search
 from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
 from harmful_unlearn.comparison.trainings import as_words, plan, train

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harmful_unlearn.comparison.recorded import comparison_file, replayed_flags
+from harmful_unlearn.comparison.recorded_flags import comparison_file, replayed_flags
 from harmful_unlearn.comparison.settings import ComparisonSettings
 from harmful_unlearn.comparison.trainings import as_words
 from harmful_unlearn.data.pku_saferlhf import read_harmful

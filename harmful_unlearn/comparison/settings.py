@@ -9,13 +9,13 @@ from typing import Any
 from accelerate import PartialState
 
 from harmful_unlearn.cli import FlagParser, flag, not_negative, positive_int, positive_number, whole_number
-from harmful_unlearn.comparison.recorded import replayed_flags
+from harmful_unlearn.comparison.recorded_flags import replayed_flags
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers
 from harmful_unlearn.evals.comparison.alpha_sweep import alpha_list
 from harmful_unlearn.evals.judges.registry import LEARN_FROM_LABELS, make_judge
 from harmful_unlearn.evals.named_sets import read_named_set
-from harmful_unlearn.evaluation import MeasuringSettings
+from harmful_unlearn.evals.settings import MeasuringSettings
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.models import hub
 from harmful_unlearn.recipes import RECIPES, UTILITY_BUDGET, ComparisonRun, read_recipe, search_space

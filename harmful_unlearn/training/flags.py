@@ -19,7 +19,7 @@ from harmful_unlearn.data.templates import TEMPLATES, TemplateChoice
 from harmful_unlearn.losses.methods import METHODS, PARAMETERS, apply_method_defaults, loss_weights, uses_landing_point
 from harmful_unlearn.losses.terms import LossParameters
 from harmful_unlearn.storage.files import ROOT, user_path
-from harmful_unlearn.training.recorded import folder_of, replayed_flags
+from harmful_unlearn.training.recorded_flags import folder_of, replayed_flags
 
 AUTO = "auto"  # --resume without a path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.provenance import differences
 from harmful_unlearn.storage.run_record import RunRecord
-from harmful_unlearn.training.recorded import folder_of, read_training, replayed_flags
+from harmful_unlearn.training.recorded_flags import folder_of, read_training, replayed_flags
 from harmful_unlearn.training.resume import changed_settings
 
 

@@ -33,7 +33,7 @@ from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.distributed import print_once
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.plan import Plan, check_disk, make_plan
-from harmful_unlearn.training.recorded import folder_of
+from harmful_unlearn.training.recorded_flags import folder_of
 from harmful_unlearn.training.replay import check_replay
 from harmful_unlearn.training.resume import check_stages, remaining_work
 from harmful_unlearn.training.run_log import RunLog

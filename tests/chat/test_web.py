@@ -18,6 +18,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding
 from tests.helpers.browser import CHROMIUM, browsing
 from tests.helpers.conversations import Scripted
+from tests.helpers.serving import served
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>&amp;'
 
@@ -26,13 +27,8 @@ EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>&
 def serving(*conversations: Scripted, host: str = "127.0.0.1"):
     with ChatServer(host, 0, Decoding(0.8), seed=7) as server:
         server.conversations = list(conversations)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
+        with served(server):
             yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture

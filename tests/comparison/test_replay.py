@@ -7,7 +7,7 @@ import pytest
 
 from harmful_unlearn import recipes
 from harmful_unlearn.comparison import replay
-from harmful_unlearn.comparison.recorded import replayed_flags
+from harmful_unlearn.comparison.recorded_flags import replayed_flags
 from harmful_unlearn.comparison.settings import parse_flags
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.recipes import recipe

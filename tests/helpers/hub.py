@@ -4,13 +4,14 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+
+from tests.helpers.serving import served
 
 TOKEN = "hf_planted4711"
 
@@ -141,11 +142,5 @@ def serving(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with served(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from harmful_unlearn.evals.judges.registry import make_judge
+from tests.helpers.serving import served
 
 CPU = torch.device("cpu")
 
@@ -95,12 +96,8 @@ def serving():
     server = Quiet(("127.0.0.1", 0), Server)
     server.lock, server.over = threading.Lock(), threading.Event()
     server.requests, server.asked, server.at_once, server.most_at_once = [], Counter(), 0, 0
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with served(server):
+        try:
+            yield server
+        finally:
+            server.over.set()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage import provenance
 from harmful_unlearn.training.flags import parse_flags
-from harmful_unlearn.training.recorded import replayed_flags
+from harmful_unlearn.training.recorded_flags import replayed_flags
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.inputs.tables import TRUTHFUL
 from tests.helpers.running.runs import flags
