@@ -258,6 +258,9 @@ positive_number = _number_type(float, lambda value: 0 < value < math.inf, "a num
 not_negative = _number_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 share = _number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 whole_number = _number_type(int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
+layer_or_share = _number_type(
+    float, lambda value: 0 < value < 1 or (value.is_integer() and 1 <= value <= LARGEST), "a layer from 1, or a share"
+)
 positive_int = _number_type(int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
 
 

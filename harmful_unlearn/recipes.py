@@ -178,12 +178,20 @@ STEP_SHARES = (0.25, 0.5, 1.0)  # of the recipe's steps
 WEIGHT_FACTORS = (1 / 30, 3.0)  # of a weight's default; a method's first weight stays, since AdamW ignores their scale
 LANDING_ALPHAS = Range(1.0, 6.0, log=False)  # of a method that is trained for one alpha
 ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)  # at which every other task vector is measured; that costs no training
-PARAMETER_RANGES = {"beta": Range(0.03, 3.0), "gamma": Range(0.0, 2.0, log=False), "rmu_coef": Range(1.0, 100.0)}
-# By method, in place of those that follow from its defaults.
-MORE_RANGES = {"dpo": {"normal_weight": Range(0.0, 2.0, log=False)}}
+PARAMETER_RANGES: "Space" = {
+    "beta": Range(0.03, 3.0),
+    "gamma": Range(0.0, 2.0, log=False),
+    "rmu_layer": (0.25, 0.5, 0.75),
+    "rmu_coef": Range(1.0, 100.0),
+}
+# By method, in place of those that follow from its defaults. RMU trains at most three matrices, and those further.
+MORE_RANGES: dict[str, "Space"] = {
+    "dpo": {"normal_weight": Range(0.0, 2.0, log=False)},
+    "rmu": {"lr": Range(2e-5, 5e-3)},
+}
 UTILITY_BUDGET = 0.2  # by which share normal perplexity may rise above the base's
 
-Space = Mapping[str, Range | tuple[int, ...]]
+Space = Mapping[str, Range | tuple[float, ...]]
 
 
 def search_space(run: ComparisonRun) -> Space:
@@ -193,18 +201,22 @@ def search_space(run: ComparisonRun) -> Space:
     """
     method, flags = METHODS[run.method], _with_defaults(run)
     steps = sorted({max(1, round(share * flags["max_unlearn_steps"])) for share in STEP_SHARES})
-    space: dict[str, Range | tuple[int, ...]] = {"lr": RATES, "max_unlearn_steps": tuple(steps)}
+    space: dict[str, Range | tuple[float, ...]] = {"lr": RATES, "max_unlearn_steps": tuple(steps)}
     _, *weights = [flag for flag in WEIGHTS if getattr(method, flag) and flags[flag]]
     for flag in weights:
         if flags[flag] < 0:
             raise UserError(f"{run.title} has --{flag} {flags[flag]}, and a search needs weights above 0")
         low, high = sorted(factor * flags[flag] for factor in WEIGHT_FACTORS)
         space[flag] = Range(low, high)
-    space |= {flag: PARAMETER_RANGES[flag] for flag in PARAMETERS if flag in method.settings and flag != "rmu_layer"}
+    space |= {flag: PARAMETER_RANGES[flag] for flag in PARAMETERS if flag in method.settings}
     if method.negates and uses_landing_point(flags):
         space["scaling_coef"] = LANDING_ALPHAS
     space |= MORE_RANGES.get(run.method, {})
-    return {flag: v.with_value(flags[flag]) if isinstance(v, Range) else v for flag, v in space.items()}
+    own = {flag: flags[flag] for flag in space}
+    return {
+        flag: values.with_value(own[flag]) if isinstance(values, Range) else tuple(sorted({*values, own[flag]}))
+        for flag, values in space.items()
+    }
 
 
 def swept_alphas(run: ComparisonRun) -> tuple[float, ...]:

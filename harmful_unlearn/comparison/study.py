@@ -124,7 +124,7 @@ def storage_errors(error: Exception, file: Path) -> UserError:
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
-def _suggest(trial: optuna.Trial, name: str, values: Range | tuple[int, ...]) -> float:
+def _suggest(trial: optuna.Trial, name: str, values: Range | tuple[float, ...]) -> float:
     if isinstance(values, Range):
         return trial.suggest_float(name, values.low, values.high, log=values.log)
     return trial.suggest_categorical(name, values)

@@ -57,10 +57,10 @@ METHODS = {
     "safe_unlearning": Method(
         "su", None, "ft", "sft", negates=False, settings={**LATER, "bad_weight": 0.3, "safe_weight": 0.5, "beta": 1.0}
     ),
-    # normal_weight is the paper's alpha, rmu_coef its c; both are those for Zephyr-7B.
+    # normal_weight is the paper's alpha, rmu_coef its c; both are those for Zephyr-7B, as is the layer (8 of 32).
     "rmu": Method(
         "rmu", None, "rmk", None, negates=False,
-        settings={**LATER, "normal_weight": 1200.0, "rmu_layer": None, "rmu_coef": 6.5},
+        settings={**LATER, "normal_weight": 1200.0, "rmu_layer": 0.25, "rmu_coef": 6.5},
     ),
 }  # fmt: skip
 WEIGHTS = ("bad_weight", "random_weight", "normal_weight", "safe_weight")

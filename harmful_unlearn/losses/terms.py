@@ -59,14 +59,14 @@ class LossParameters:
 
     Attributes:
         beta, gamma: of NPO, SimNPO, DPO and SU.
-        rmu_layer: counted from 1, whose output RMU reads; None: `representation.default_layer`.
+        rmu_layer: whose output RMU reads, counted from 1; below 1 a share of the depth.
         rmu_coef: c, the length of the hidden state that RMU steers to.
         seed: of RMU's direction.
     """
 
     beta: float = 0.1
     gamma: float = 0.0
-    rmu_layer: int | None = None
+    rmu_layer: float = 0.25
     rmu_coef: float = 6.5
     seed: int = 0
 

@@ -9,8 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from harmful_unlearn.errors import UserError
 
-STEERED_DEPTH = 8 / 32  # RMU's layer of Zephyr-7B, which its code counts from 0 and calls 7
-
 
 class _Reached(Exception):
     """The layer has been computed, and nothing after it is needed."""
@@ -26,12 +24,14 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
-def steered_layer(config: PretrainedConfig, layer: int | None) -> int:
-    """The layer that RMU steers, from 1: `layer`, or STEERED_DEPTH of all. Raises UserError: there is no such layer."""
+def steered_layer(config: PretrainedConfig, layer: float) -> int:
+    """The layer that RMU steers, from 1: `layer`, or that share of all layers. Raises UserError: there is no such."""
     layers = config.get_text_config().num_hidden_layers
-    if layer and layer > layers:
-        raise UserError(f"--rmu_layer {layer}: this model has {layers} layers")
-    return layer or max(1, round(STEERED_DEPTH * layers))
+    if layer < 1:
+        return max(1, round(layer * layers))
+    if layer > layers:
+        raise UserError(f"--rmu_layer {layer:g}: this model has {layers} layers")
+    return int(layer)
 
 
 def trained_blocks(layer: int) -> list[int]:

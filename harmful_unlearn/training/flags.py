@@ -8,6 +8,7 @@ from harmful_unlearn.cli import (
     FlagParser,
     device_map,
     flag,
+    layer_or_share,
     not_negative,
     number,
     positive_int,
@@ -69,9 +70,9 @@ class TrainingSettings:
         "how sharply npo, simnpo, dpo and safe_unlearning tell log-probabilities apart (default: 0.1, 2.5, 0.1, 1)",
         type=positive_number)
     gamma: float | None = _method("simnpo's margin (default: 0)", type=number)
-    rmu_layer: int | None = _method(
-        "the layer whose hidden states rmu steers, from 1; it trains this one and the two before (default: at a "
-        "quarter of the depth)", type=positive_int)
+    rmu_layer: float | None = _method(
+        "the layer whose hidden states rmu steers, from 1, or below 1 its share of the depth; it trains this one and "
+        "the two before (default: 0.25)", type=layer_or_share)
     rmu_coef: float | None = _method(
         "rmu's c, the length of the random vector that it steers to (default: 6.5)", type=positive_number)
     warmup_steps: int = _method(

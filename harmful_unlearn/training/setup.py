@@ -200,7 +200,7 @@ def prepare_stage_1(
     structure = loading.empty_model(config)
     lora = choose_lora(settings, structure, table, others)
     steers = "rmu" in active_losses(vars(settings))
-    blocks = trained_blocks(steered_layer(config, settings.rmu_layer)) if steers else None
+    blocks = trained_blocks(steered_layer(config, settings.loss_parameters.rmu_layer)) if steers else None
     accelerator, precision = distributed.start(settings)
     if settings.quantize:
         check_four_bits(lora, accelerator.device)

@@ -107,6 +107,8 @@ def test_a_row_of_negative_weight_and_one_outside_the_usual_ranges():
     assert "weights above 0" in error_of(search_space, turned)
     slow = replace(ROWS["sku"], flags={**ROWS["sku"].flags, "lr": 1e-7, "scaling_coef": 0.7, "safe_weight": 0.0})
     assert search_space(slow)["lr"].low == 1e-7 and 0.7 in swept_alphas(slow)
+    deep = replace(RECIPES["demo"].rows["rmu"], flags={"method": "rmu", "max_unlearn_steps": 8, "rmu_layer": 3})
+    assert search_space(deep)["rmu_layer"] == (0.25, 0.5, 0.75, 3)
     assert "scaling_coef" in search_space(replace(slow, flags={**slow.flags, "safe_weight": 0.1}))
 
 

@@ -104,7 +104,7 @@ def world(method, architecture, lora, data, tiny_model, tokenizer, **changes):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
     base = ReferenceModel(AutoModelForCausalLM.from_pretrained(tiny_model(architecture)))
-    blocks = trained_blocks(steered_layer(model.config, None)) if method == "rmu" else None
+    blocks = trained_blocks(steered_layer(model.config, settings.rmu_layer)) if method == "rmu" else None
     if lora:
         model = add_lora(model, Lora(4, 4), "base", blocks)
         base = ReferenceModel(model)

@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
+from harmful_unlearn.models.blocks import steered_layer
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.storage.files import ROOT
+from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.plan import saved_bytes
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.running.runs import flags, prepared
@@ -120,3 +123,17 @@ def test_rmu_needs_memory_for_the_layers_that_it_computes(lora, tiny_model, tmp_
 def test_a_layer_that_is_not_there_is_refused_before_weights_are_loaded(tiny_model, tmp_path):
     with pytest.raises(UserError, match="this model has 2 layers"):
         prepared(tiny_model("opt"), tmp_path, "--method", "rmu", "--rmu_layer", "3")
+
+
+@pytest.mark.parametrize(
+    ("given", "layer"), [(1, 1), (7.0, 7), (30, 30), (0.25, 8), (0.5, 15), (0.75, 22), (0.99, 30), (0.001, 1)]
+)
+def test_a_layer_is_a_number_or_a_share_of_the_depth(given, layer):
+    assert steered_layer(LlamaConfig(num_hidden_layers=30), given) == layer
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "inf", "nan", "first"])
+def test_what_is_no_layer_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--method", "rmu", "--rmu_layer", given])
+    assert "a layer from 1, or a share" in capsys.readouterr().err
