@@ -46,7 +46,8 @@ class Batch:
 
     Attributes:
         input_ids: [rows, length] int64. Plain rows are padded on the right. Packed rows follow each other in one row.
-            The tokens of all rows together are a multiple of MULTIPLE (for odd numbers of rows, nearly so).
+            The tokens of all rows together are a multiple of MULTIPLE (for odd numbers of rows, nearly so), if no
+            row is padded beyond the longest text allowed for that.
         row, position: [scored] int64; the positions whose logits are computed, each once.
         index, target: [entries] int64; entry e is the cross-entropy of token `target[e]` at scored position
             `index[e]`. Ascending in `index`. In a packed row several tokens may follow one position.
@@ -77,7 +78,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, without padding; 0 where nothing counts. A packed question is counted once."""
+        """Number of tokens, without padding; 0 where nothing counts. A question is counted once in a packed row."""
         if not any(weight.any() for weight in self.weights.values()):
             return 0
         is_text = self.attention_mask[0, 0, 0] >= 0 if self.is_packed else self.attention_mask
@@ -95,13 +96,19 @@ class Batch:
         return replace(self, weights={key: weight.to(device) for key, weight in self.weights.items()}, **moved)
 
 
-def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
+def are_packed(rows: list[Row], packed_up_to: float) -> bool:
+    """Whether no text of these rows has more tokens."""
+    return all(max(row.position_ids, default=0) < packed_up_to for row in rows)
+
+
+def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float, max_length: int) -> Batch:
     """The tensors of rows for one forward pass.
 
     Args:
+        max_length: in tokens: no text is longer, and plain rows are padded to no more.
         packed_up_to: in tokens: if no text is longer, the rows are packed; else each holds one text.
     """
-    packed = max(max(row.position_ids, default=0) for row in rows) < packed_up_to
+    packed = are_packed(rows, packed_up_to)
     keys = dict.fromkeys(key for row in rows for key in row.averages)
     scored: dict[tuple[int, int], int] = {}  # (row, position): index
     entries = []  # (index, target, weight in each average)
@@ -111,7 +118,8 @@ def batch_of(rows: list[Row], pad_token_id: int, packed_up_to: float) -> Batch:
             at = (0, start + place) if packed else (number, place)
             entries.append((scored.setdefault(at, len(scored)), target, weights))
         start += len(row.input_ids)
-    longest = _up(max(row.length for row in rows), max(1, MULTIPLE // len(rows)))
+    longest = max(row.length for row in rows)
+    longest = max(longest, min(_up(longest, max(1, MULTIPLE // len(rows))), max_length))
 
     def padded(values: list[list[int]], filler: int) -> Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in values])

@@ -163,7 +163,7 @@ class Collator:
 
     def batch(self, rows: list[Row], packed_up_to: float = 0) -> Batch:
         """The rows for one forward pass; `packed_up_to` as in `answers`."""
-        return batch_of(rows, self.template.tokenizer.pad_token_id, packed_up_to)
+        return batch_of(rows, self.template.tokenizer.pad_token_id, packed_up_to, self.max_length)
 
     def answers_batch(
         self, pairs: list[Pair], answers: list[str], own_answers: bool = True, packed_up_to: float = 0

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 
-from harmful_unlearn.data.batch import Batch, Row
+from harmful_unlearn.data.batch import Batch, Row, are_packed
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import HarmfulData
@@ -139,27 +139,38 @@ class StepBatches:
         All processes take part in every forward pass: one that has no row of a batch gets one that does not count.
         """
         process, processes = self.share
-        passes: list[dict[str, list[Row]]] = []
-        tokens = math.inf  # of the last pass
+        passes: list[dict[str, list[list[Row]]]] = []  # the rows of each process
         for name, part in rows.items():
             for start in range(0, len(part), processes):
-                each = part[start : start + processes]  # rows for each process
-                longest = max(sum(row.length for row in together) for together in each)
-                if tokens + longest > self.tokens_per_pass or not passes:
-                    passes.append({})
-                    tokens = 0
-                tokens += longest
-                own = passes[-1].setdefault(name, [])
-                if process < len(each):
-                    own.extend(each[process])
-                elif not own:
-                    own.extend(row.without_weight() for row in each[0])
-        return passes
+                each = part[start : start + processes]
+                each += [[]] * (processes - len(each))
+                last = passes[-1] if passes else {}
+                before = last.get(name, [[]] * processes)
+                together = {**last, name: [own + more for own, more in zip(before, each, strict=True)]}
+                if passes and self._tokens(together) <= self.tokens_per_pass:
+                    passes[-1] = together
+                else:
+                    passes.append({name: each})
+        return [
+            {name: of[process] or [row.without_weight() for row in of[0]] for name, of in each.items()}
+            for each in passes
+        ]
+
+    def _tokens(self, rows: dict[str, list[list[Row]]]) -> int:
+        """The most that a process computes in a pass of these rows, by batch and process; rounding up aside."""
+        return sum(max(map(partial(self._computed, name), of)) for name, of in rows.items())
+
+    def _computed(self, name: str, rows: list[Row]) -> int:
+        lengths = [row.length for row in rows]
+        is_packed = are_packed(rows, self._packed_up_to(name))
+        return sum(lengths) if is_packed else len(lengths) * max(lengths, default=0)
+
+    def _packed_up_to(self, name: str) -> float:
+        return 0 if name == "normal" else self.packed_up_to  # "released" counts the padding of normal texts
 
     def _pass(self, rows: dict[str, list[Row]], device: torch.device) -> StepBatch:
         batches = {}
         for name, part in rows.items():
-            # Normal texts stay plain: "released" counts their padding.
-            batch = self.collator.batch(part, 0 if name == "normal" else self.packed_up_to)
+            batch = self.collator.batch(part, self._packed_up_to(name))
             batches[name] = batch.to(device)
         return StepBatch(**batches)

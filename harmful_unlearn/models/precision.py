@@ -17,7 +17,7 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     if flag != "auto":
         return flag
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if device.type == "cpu" and any(map(capabilities.get, BF16_INSTRUCTIONS)) else "fp32"
 

@@ -100,25 +100,27 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, blocks: list[_Block], scaling: float, dropout: float
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+        inputs = query, key, value
         ctx.blocks, ctx.scaling = blocks, scaling
-        ctx.kept = []  # with dropout: for each block, 0 or 1 / (1 - dropout) for each pair
+        kept: list[Tensor] = []  # with dropout: for each block, 0 or 1 / (1 - dropout) for each pair
         heads, tokens, _ = query.shape
         output = query.new_empty(1, tokens, heads, value.shape[-1])
         query, key, value = _precise(query) * scaling, _precise(key), _precise(value)
         for block in blocks:
             probabilities = _probabilities(query, key, block)
             if dropout:
-                ctx.kept.append(torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout))
-                probabilities *= ctx.kept[-1]
+                kept.append(torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout))
+                probabilities *= kept[-1]
             result = probabilities @ _seen(value, block)  # [key heads, group * queries, head_dim]
             output[0, block.start : block.stop] = result.view(heads, -1, result.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(*inputs, *kept)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         dtype = gradient.dtype
-        query, key, value = map(_precise, ctx.saved_tensors)
+        inputs, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        query, key, value = map(_precise, inputs)
         query, gradient = query * ctx.scaling, _precise(gradient[0].transpose(0, 1))
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for number, block in enumerate(ctx.blocks):
@@ -126,9 +128,9 @@ class _TreeAttention(torch.autograd.Function):
             incoming = _grouped(gradient, len(key), block)
             of_probabilities = incoming @ _seen(value, block).transpose(1, 2)
             used = probabilities
-            if ctx.kept:
-                used = probabilities * ctx.kept[number]
-                of_probabilities *= ctx.kept[number]
+            if kept:
+                used = probabilities * kept[number]
+                of_probabilities *= kept[number]
             _add_seen(of_value, used.transpose(1, 2) @ incoming, block)
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
             result = of_scores @ _seen(key, block)

@@ -51,7 +51,7 @@ class Engine:
         settings = run.settings
         self._announce(model)
         self._batches = run.batches
-        if run.batches.packed_up_to:
+        if not settings.no_packing:
             length, reason = distributed.of_main_process(
                 self.accelerator, lambda: max_packed_length(model, run.batches.collator)
             )

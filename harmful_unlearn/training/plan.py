@@ -28,6 +28,7 @@ SAVED_VALUES = 20  # for each token, layer and hidden unit, where they cannot be
 # Measured on a CPU (benchmarks/memory.py measures runs): Python with its libraries and the data, and what oneDNN keeps
 # for the shapes that it has met.
 PROGRAM = {"fp32": {"program": 0.6 * GIB}, "bf16": {"program": 0.6 * GIB, "oneDNN": 0.3 * GIB}}
+WHOLE_LOGITS = 4  # float32 copies of logits where they are not computed in chunks: for a softcap, the loss, gradients
 HOLES = 0.5  # of the activations: what the heap keeps of earlier steps, whose tensors had other sizes
 CHECKPOINT_BYTES = 12  # a trained weight and AdamW's two moments
 FOUR_BIT_BYTES = 0.516  # a weight in NF4 with quantized scales
@@ -214,10 +215,13 @@ def _activations(
     scored = max(rows.row.numel() for together in passes for rows in together)
     config = structure.config.get_text_config()
     head = 0 if lora else config.vocab_size * config.hidden_size * (2 if precision == "bf16" else 4)
+    logits = scored * config.vocab_size * 4
+    scales = (getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    in_chunks = all(scale in (None, 1.0) for scale in scales)  # else the LM head's output is not yet the logits
     return {
         "activations": sum(saved_bytes(structure, rows, lora, precision, checkpointing) for rows in largest),
         # A chunk of logits in two dtypes; the gradient of the embeddings as inputs, as outputs, and their sum.
-        "logits": min(scored * config.vocab_size * 4, CHUNK) * 1.5 + 3 * head,
+        "logits": (min(logits, CHUNK) * 1.5 if in_chunks else logits * WHOLE_LOGITS) + 3 * head,
     }
 
 

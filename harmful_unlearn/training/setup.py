@@ -18,6 +18,7 @@ from harmful_unlearn.data.templates import Template
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.losses.methods import active_losses
+from harmful_unlearn.losses.packing_check import length_by_config
 from harmful_unlearn.losses.terms import NEED_BASE, reads
 from harmful_unlearn.models import hub, loading
 from harmful_unlearn.models.blocks import mlp_outputs, steered_layer, trained_blocks
@@ -220,8 +221,8 @@ def prepare_stage_1(
     limit = loading.context_length(config)
     collator = Collator(template, settings.variant, min(settings.max_length or limit, limit))
     sampler = run_sampler(vars(settings), accelerator.num_processes, harmful, normal, needed)
-    # Whether the model can read packed rows is only known once it is loaded (losses/packing_check.py).
-    packed_up_to = 0 if settings.no_packing else math.inf
+    # Whether the model can read packed rows is only known for certain once it is loaded.
+    packed_up_to = 0 if settings.no_packing else length_by_config(structure.config)[0]
     share = (accelerator.process_index, accelerator.num_processes)
     tokens_per_pass: float = settings.tokens_per_pass or default_tokens_per_pass(accelerator.device)
     if distributed.engine_of(accelerator) == "DeepSpeed":  # it updates after every backward pass

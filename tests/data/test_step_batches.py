@@ -132,6 +132,22 @@ def test_a_row_is_no_longer_than_a_pass_if_its_texts_are_not(data, tokenizer):
     assert max(lengths) <= 120 and len(lengths) > 4
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_padding_counts_in_a_pass(processes, data, tokenizer):
+    """Rounding lengths up adds less than 32 tokens; a single row may be longer than a pass."""
+    batches = batches_of(data, tokenizer, {"gd", "rd", "pd"}, tokens_per_pass=200, share=(0, processes))
+    for part in (part for step in range(4) for part in batches(step, CPU)):
+        shapes = [batch.input_ids.shape for batch in part if batch]
+        assert sum(map(math.prod, shapes)) < 200 + 32 * len(shapes) or shapes[0][0] == len(shapes) == 1
+
+
+def test_no_row_is_padded_beyond_what_the_model_reads(data, tokenizer):
+    batches = batches_of(data, tokenizer, {"gd", "rd", "pd"})
+    batches = replace(batches, collator=replace(batches.collator, max_length=25))
+    for part in (part for step in range(4) for part in batches(step, CPU)):
+        assert max(batch.input_ids.shape[1] for batch in part if batch) == 25
+
+
 def test_random_answers_come_from_the_pool_of_the_losses(data, tokenizer):
     harmful, normal = data["harmful"], data["normal"]
     assert answer_pool(reads({"gd", "rd"}), harmful, normal) == harmful.answers

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
@@ -154,6 +155,7 @@ def test_a_batch_moves_as_a_whole(tokenizer):
         (Gemma3TextConfig(**MORE, head_dim=8, sliding_window=128), 128, "reaches back 128"),
         (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=700), 0, "eager"),
         (FalconConfig(**SMALL, alibi=True), 0, "cannot run them"),
+        (Lfm2Config(**MORE, layer_types=["conv", "full_attention"]), 0, "layers of conv"),
     ],
 )
 def test_which_models_read_packed_rows(config, expected, why, dtype, tokenizer):
@@ -169,6 +171,18 @@ def test_a_model_that_ignores_position_ids_is_found(tokenizer):
     model.model.forward = lambda *args, position_ids=None, **more: forward(model.model, *args, **more)
     up_to, why = max_packed_length(model, Collator(ReleasedTemplate(tokenizer), "released", 256))
     assert up_to == 0 and "differ from plain rows" in why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_reads_the_token_before_is_found_in_any_dtype(dtype, tokenizer):
+    """Half of what the packed row has before a token comes from another answer; its own text differs by less than
+    rounding may in bf16."""
+    model = made(TINY["llama"], dtype)
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden: forward(hidden) + 3 * hidden.roll(1, 1)
+    up_to, why = max_packed_length(model, Collator(ReleasedTemplate(tokenizer), "released", 256))
+    assert up_to == 0 and ("the answer before it" in why or dtype == torch.float32), why
 
 
 def test_a_window_shorter_than_the_look_is_found_by_the_look(tokenizer):

@@ -5,19 +5,21 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
+from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
+from harmful_unlearn.losses.fused_linear import CHUNK
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.blocks import steered_layer
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.tree_attention import TREE
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training.flags import parse_flags
-from harmful_unlearn.training.plan import saved_bytes
+from harmful_unlearn.training.plan import _activations, saved_bytes
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.running.runs import flags, prepared
 
@@ -123,6 +125,19 @@ def test_rmu_needs_memory_for_the_layers_that_it_computes(lora, tiny_model, tmp_
 def test_a_layer_that_is_not_there_is_refused_before_weights_are_loaded(tiny_model, tmp_path):
     with pytest.raises(UserError, match="this model has 2 layers"):
         prepared(tiny_model("opt"), tmp_path, "--method", "rmu", "--rmu_layer", "3")
+
+
+def test_logits_that_are_softcapped_are_planned_whole(tokenizer):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    collator = Collator(ReleasedTemplate(tokenizer), "paper", 256)
+    batch = collator.answers_batch([Pair("Why?", "So it is.")], ["It is not, and it never was."] * 9)
+    planned = []
+    for cap in (None, 30.0):
+        with torch.device("meta"):
+            structure = Gemma2ForCausalLM(Gemma2Config(**sizes, vocab_size=90_000, final_logit_softcapping=cap))
+        planned.append(_activations({"gd", "rd"}, [StepBatch(batch)], structure, None, "fp32", False)["logits"])
+    whole = len(batch.row) * 90_000 * 4
+    assert planned[1] - planned[0] == pytest.approx(4 * whole - 1.5 * min(whole, CHUNK))
 
 
 @pytest.mark.parametrize(
