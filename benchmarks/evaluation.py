@@ -7,7 +7,8 @@
 The other way is `model.generate` in batches of 16 prompts padded together, and for scoring the logits of all positions
 of 16 padded texts. Both run in turn in one process. By default a random OPT and random words; a random model hardly
 ever ends an answer. Greedy answers and scores must be equal in float32, or no time is printed. Tokens are those of the
-answers. "Choices" are CHOICES answers to each of a few of the prompts, as TruthfulQA has them.
+answers; the share of the machine's rate counts the matrix products that ours computes. "Choices" are CHOICES answers to
+each of a few of the prompts, as TruthfulQA has them.
 """
 
 import argparse
@@ -68,7 +69,9 @@ def main() -> None:
         f"{Path(args.model).name if args.model else 'random ' + model.config.model_type}, {args.precision}, "
         f"{device.type}{where}; {len(pairs)} prompts, at most {args.max_new_tokens} new tokens, "
         f"{args.tokens_per_batch} tokens a batch; medians of {args.repeat}; the machine's own rate: "
-        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s\n\n{report(works)}"
+        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s\n\n{report(works, statistics.median(rates))}\n\n"
+        f"Where the time of ours goes, in percent (of a run under the profiler):\n\n"
+        f"{where_ours_goes(works, device, model.config.get_text_config().vocab_size)}"
     )
 
 
@@ -83,10 +86,11 @@ class Work:
     def run(self, device: torch.device) -> None:
         """Once."""
 
-        def do() -> None:
-            self.tokens = self._do(self._what)
+        self.seconds.append(measuring.seconds_of(self.again, device))
 
-        self.seconds.append(measuring.seconds_of(do, device))
+    def again(self) -> None:
+        """Once, without taking the time."""
+        self.tokens = self._do(self._what)
 
 
 def works_of(
@@ -108,16 +112,29 @@ def works_of(
     return works
 
 
-def report(works: dict[tuple[str, str], Work]) -> str:
-    """The table: medians, and ratios to transformers' way of the same work."""
+def report(works: dict[tuple[str, str], Work], machine_rate: float) -> str:
+    """The table: medians, ratios to transformers' way of the same work, and the share of the machine's own rate."""
     rows = []
+    needed = {name: measuring.computed_flops(work.again) for (name, way), work in works.items() if way == OURS}
     for (name, way), work in works.items():
         seconds = statistics.median(work.seconds)
         other = works[name, THEIRS]
         rate, their_rate = work.tokens / seconds, other.tokens / statistics.median(other.seconds)
         ratio = f"{rate / their_rate:.2f}" if their_rate else "–"
-        rows.append([name, way, f"{seconds:.2f}", work.tokens, f"{rate:.0f}", ratio])
-    return measuring.table(["work", "way", "seconds", "tokens", "tokens a second", f"of {THEIRS}"], rows)
+        share = f"{needed[name] / seconds / machine_rate:.0%}"
+        rows.append([name, way, f"{seconds:.2f}", work.tokens, f"{rate:.0f}", ratio, share])
+    header = ["work", "way", "seconds", "tokens", "tokens a second", f"of {THEIRS}", "of the machine's rate"]
+    return measuring.table(header, rows)
+
+
+def where_ours_goes(works: dict[tuple[str, str], Work], device: torch.device, vocabulary: int) -> str:
+    """A table: the share of each kind of operation in our way of each work."""
+    rows = []
+    for (name, way), work in works.items():
+        if way == OURS:
+            shares = measuring.where_time_goes(work.again, device, vocabulary)
+            rows.append([name, *(f"{shares[kind]:.0%}" for kind in measuring.KINDS)])
+    return measuring.table(["work", *measuring.KINDS], rows)
 
 
 def check_equal(

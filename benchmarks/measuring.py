@@ -18,6 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent; befor
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from harmful_unlearn.data.step_batches import StepBatch
@@ -86,6 +87,13 @@ def needed_flops(model: PreTrainedModel, passes: Iterable[StepBatch], weights: M
             total += batch.tokens * (body + again * of_base)
             total += scored * _size(head) * (2 + head.weight.requires_grad + again)
     return 2.0 * total
+
+
+def computed_flops(work: Callable[[], object]) -> int:
+    """The floating-point operations of the matrix products in one run of `work`, padding included."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def _size(layer) -> int:

@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +29,7 @@ from harmful_unlearn.storage.files import ROOT, user_path
 
 GIB = 2**30
 TRAINS = {"full": "off", "LoRA": "on"}  # values of --lora
-PLANNED = re.compile(r"^memory +about ([\d.]+) GiB", re.MULTILINE)
+PLANNED = re.compile(r"^memory +about ([\d.]+) GiB a process \((.+)\)", re.MULTILINE)
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     args.record.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(args.record.read_text()) if args.record.exists() else {}
     name = Path(args.model).name if args.model else f"OPT {args.hidden} x {args.layers}"
-    rows = []
+    rows, plans = [], []
     with tempfile.TemporaryDirectory(prefix="memory-", dir=args.folder) as folder:
         model, harmful, normal = args.model, args.harmful_dataset, args.normal_dataset
         if not model or not harmful or not normal:
@@ -56,9 +57,13 @@ def main() -> None:
                     args.record.write_text(json.dumps(done, indent=2) + "\n")
                 planned, measured = done[key]["planned"], done[key]["measured"]
                 ratio = f"{measured / planned:.2f}"
+                plans.append(done[key].get("parts", "not kept"))
                 rows.append([name, trains, precision, args.steps, f"{planned:.2f}", f"{measured:.2f}", ratio])
     header = ["model", "trains", "precision", "steps", "plan, GiB", "measured, GiB", "measured / plan"]
     print(measuring.table(header, rows))
+    print("\nThe plans, GiB:")
+    for row, parts in zip(rows, plans, strict=True):
+        print(f"{', '.join(map(str, row[:4]))} steps: {parts}")
 
 
 def command(
@@ -88,13 +93,13 @@ def command(
     return [sys.executable, str(ROOT / "harmful_unlearn" / "unlearn_harm_new.py"), *words, "--overwrite", *args.more]
 
 
-def peak(words: list[str]) -> dict[str, float]:
-    """What a run's plan says, and the most that it had resident, in GiB; and its seconds."""
+def peak(words: list[str]) -> dict[str, Any]:
+    """What a run's plan says, in all and by its parts, and the most that it had resident, in GiB; and its seconds."""
     seconds, most, printed = measuring.watched(words, "VmHWM", every=0.05)
     plan = PLANNED.search(printed)
     if not plan:
         raise UserError(f"the run printed no plan: {printed[-1000:]}")
-    return {"planned": float(plan[1]), "measured": most / GIB, "seconds": round(seconds, 1)}
+    return {"planned": float(plan[1]), "parts": plan[2], "measured": most / GIB, "seconds": round(seconds, 1)}
 
 
 def parse_flags() -> argparse.Namespace:

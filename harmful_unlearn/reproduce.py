@@ -29,7 +29,6 @@ import transformers
 
 from harmful_unlearn.cli import exit_code
 from harmful_unlearn.comparison import replay
-from harmful_unlearn.comparison.recorded_flags import comparison_file
 from harmful_unlearn.comparison.search import Search, run_search
 from harmful_unlearn.comparison.settings import ComparisonSettings, parse_flags
 from harmful_unlearn.comparison.trainings import as_words, plan, train
@@ -43,7 +42,7 @@ from harmful_unlearn.models.loading import load_config
 from harmful_unlearn.recipes import UTILITY_BUDGET, read_recipe
 from harmful_unlearn.reporting.comparison import BASE, ORACLE, Comparison
 from harmful_unlearn.reporting.report import write_report
-from harmful_unlearn.storage.files import check_target, resolved, write_file
+from harmful_unlearn.storage.files import check_target, write_file
 from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.provenance import provenance
 from harmful_unlearn.training.flags import parse_flags as training_flags
@@ -55,13 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_target(settings.output, overwrite=True)
+    if settings.replay:
+        replay.check_source(settings)
     settings.check_inputs()
     searched, asked_for = None, settings.to_json()
     inputs = {str(seed): replay.inputs(settings.of_seed(seed), seed) for seed in settings.seeds}
     if settings.replay:
-        if resolved(settings.output) == resolved(comparison_file(settings.replay).parent):
-            raise UserError("--output is the comparison that is replayed: give another folder")
-        replay.check_flags(settings)
         for seed in settings.seeds:
             replay.check_inputs(settings.replay, seed, inputs[str(seed)])
     if settings.search:
@@ -114,7 +112,10 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str,
     write_report(comparison, settings.output)
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
     if settings.replay:
-        print("\n".join(["replayed:", *replay.outcome(settings.replay, comparison.figures)]))
+        lines, is_unexplained = replay.outcome(settings.replay, comparison.figures)
+        print("\n".join(["replayed:", *lines]))
+        if is_unexplained:
+            raise UserError(f"the figures are not those of {settings.replay}, on the same versions and hardware")
 
 
 def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:
@@ -159,7 +160,7 @@ def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) ->
     print(f"\n=== seed {seed}: measuring")
     trainings = [model.record for model in (*models.values(), *vectors.values())]
     base = hub.resolve_model(own.model_name)
-    comparison.inputs[str(seed)]["base"] = replay.fingerprint_of(base)
+    comparison.inputs[str(seed)] |= replay.base_hashes(base)
     if own.replay:
         replay.check_inputs(own.replay, seed, comparison.inputs[str(seed)])
     template = own.template_of(trainings, base)

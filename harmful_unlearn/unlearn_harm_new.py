@@ -36,6 +36,7 @@ from harmful_unlearn.training.checkpointing import read_history
 from harmful_unlearn.training.distributed import is_main_process, print_once
 from harmful_unlearn.training.engine import STAGE_2, Engine
 from harmful_unlearn.training.flags import parse_flags
+from harmful_unlearn.training.replay import compare
 from harmful_unlearn.training.run_log import RunLog
 from harmful_unlearn.training.setup import Run, Stage1, load_models, prepare
 from harmful_unlearn.training.summary import summary
@@ -86,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "negate" in run.stages and is_main_process():
             with log.timing("stage 2"):
                 unlearn(run, harmful, log)
-        log.say(summary(settings, log, harmful, first_step=len(history), negated="negate" in run.stages))
+        is_negated = "negate" in run.stages
+        log.say(summary(settings, log, harmful, first_step=len(history), negated=is_negated))
+        if settings.replay:
+            compare(settings.replay, log, harmful, settings.task_vector_saving_path if is_negated else None)
 
 
 def acquire(run: Stage1, log: RunLog, stage_2_follows: bool = False) -> Path:

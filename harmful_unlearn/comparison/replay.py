@@ -12,8 +12,8 @@ from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import hub
-from harmful_unlearn.storage.files import read_json
-from harmful_unlearn.storage.provenance import differences
+from harmful_unlearn.storage.files import read_json, resolved
+from harmful_unlearn.storage.provenance import check_folder, differences
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training.flags import parse_flags as training_flags
 
@@ -46,17 +46,26 @@ def inputs(settings: ComparisonSettings, seed: int) -> dict:
             file = Path(re.split("[=:]", text)[-1])  # NAME=FILE of --prompts, KIND:FILE of a judge
             if file.is_file():
                 known[f"{name} {text}"] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    return {"base": fingerprint_of(base), **known}
+    return {**base_hashes(base), **known}
 
 
-def fingerprint_of(base: Path) -> str | None:
-    """Of the weights; None for a hub model that is still to be downloaded."""
-    return SafetensorsFolder(base).fingerprint() if any(base.glob("*.safetensors")) else None
+def base_hashes(base: Path) -> dict[str, str]:
+    """Of the base's weights and files; without the weights of a hub model that are still to be downloaded."""
+    weights = {"weights": SafetensorsFolder(base).fingerprint()} if any(base.glob("*.safetensors")) else {}
+    return {f"base's {name}": value for name, value in {**weights, **hub.file_hashes(base)}.items()}
 
 
-def check_flags(settings: ComparisonSettings) -> None:
-    """Raises UserError: a flag is another than that of the comparison to replay. Data may have moved."""
+def check_source(settings: ComparisonSettings) -> None:
+    """Whether this is the comparison to replay, as far as flags can say. Data may have moved.
+
+    Raises:
+        UserError: a flag is another, or names a file as it was named from another folder.
+    """
     assert settings.replay
+    file = comparison_file(settings.replay)
+    if resolved(settings.output) == resolved(file.parent):
+        raise UserError("--output is the comparison that is replayed: give another folder")
+    check_folder(read_json(file).get("provenance", {}), settings.to_json(), settings.replay)
     recorded, now = replayed_flags(settings.replay), settings.to_json()
     changed = [f"--{name}" for name in recorded if name not in MOVABLE and recorded[name] != now.get(name)]
     if changed:
@@ -69,7 +78,7 @@ def check_inputs(source: Path, seed: int, now: dict) -> None:
     """Raises UserError: base, data or files of a seed are not those of the recorded comparison."""
     recorded = read_json(comparison_file(source)).get("inputs", {}).get(str(seed), {})
     both = {name: (recorded[name], now[name]) for name in recorded.keys() & now.keys()}
-    changed = sorted(name for name, values in both.items() if None not in values and values[0] != values[1])
+    changed = sorted(name for name, values in both.items() if values[0] != values[1])
     if changed:
         raise UserError(
             f"this is not what made {source}: with seed {seed} {', '.join(changed)} differ from what is recorded "
@@ -77,10 +86,16 @@ def check_inputs(source: Path, seed: int, now: dict) -> None:
         )
 
 
-def outcome(source: Path, figures: list[dict]) -> list[str]:
-    """Lines that compare a comparison's figures with the recorded ones, and list what has changed otherwise."""
+def outcome(source: Path, figures: list[dict]) -> tuple[list[str], bool]:
+    """What came of a replay.
+
+    Returns:
+        Lines that compare a comparison's figures with the recorded ones, and list what has changed otherwise; and
+        whether figures differ though nothing else does.
+    """
     content = read_json(comparison_file(source))
-    lines = differences(content.get("provenance", {})) or ["versions and hardware are those of the recorded comparison"]
+    changes = differences(content.get("provenance", {}))
+    lines = changes or ["versions and hardware are those of the recorded comparison"]
     recorded = {_key(figure): figure for figure in content["figures"]}
     both = [(recorded[_key(figure)], figure) for figure in figures if _key(figure) in recorded]
     lines.append(f"{len(both)} of {len(recorded)} recorded figures are there again")
@@ -89,7 +104,7 @@ def outcome(source: Path, figures: list[dict]) -> list[str]:
     lines.append(f"{len(both) - len(others)} are equal, and {len(outside)} are outside of the recorded 95 % interval")
     for before, now in outside[:10]:
         lines.append(f"{', '.join(_key(now))}: {now['value']} (recorded: {before['value']})")
-    return lines
+    return lines, bool(others) and not changes
 
 
 def _key(figure: dict[str, Any]) -> tuple[str, ...]:

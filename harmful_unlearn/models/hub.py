@@ -1,5 +1,7 @@
 """Where a model's files are: a local folder, or a snapshot of the hub."""
 
+import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
@@ -10,6 +12,8 @@ from harmful_unlearn.storage.files import user_path
 from harmful_unlearn.storage.safetensors_io import INDEX_NAME, read_index
 
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Of these, what decides how a model reads a text and what it computes.
+DECIDE = re.compile(r"config\.json|.*token.*\.(json|model)|(vocab|merges|chat_template)\..*|spiece\.model")
 # Some repositories have the weights twice, as consolidated*.safetensors or in subfolders.
 WEIGHT_FILES = ["model*.safetensors", "adapter_model*.safetensors"]
 CONVERSION_TITLE = "Adding `safetensors` variant of this model"
@@ -52,6 +56,12 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model's configuration and of its tokenizer's files, by file name."""
+    files = sorted(file for file in folder.iterdir() if DECIDE.fullmatch(file.name) and file.is_file())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def _download(name: str, weights: bool) -> Path:
     try:
         return _snapshot(name, weights)
@@ -64,8 +74,8 @@ def _download(name: str, weights: bool) -> Path:
     except Exception as error:  # the hub's client passes on the errors of its HTTP library
         if isinstance(error, UserError) or disk_problem(error):
             raise
-        problem = f"is not in the local cache and the hub cannot be reached ({type(error).__name__})"
-        fix = "go online, unset HF_HUB_OFFLINE, or give a local folder"
+        problem = f"is no folder here, not in the local cache, and the hub cannot be reached ({type(error).__name__})"
+        fix = "check the path, or go online and unset HF_HUB_OFFLINE"
         raise UserError(f"{name} {problem}: {fix}") from error
 
 

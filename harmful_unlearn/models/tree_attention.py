@@ -119,8 +119,9 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         dtype = gradient.dtype
-        inputs, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        query, key, value = map(_precise, inputs)
+        inputs = ctx.saved_tensors  # asked for once, as gradient checkpointing demands
+        query, key, value = map(_precise, inputs[:3])
+        kept = inputs[3:]
         query, gradient = query * ctx.scaling, _precise(gradient[0].transpose(0, 1))
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for number, block in enumerate(ctx.blocks):

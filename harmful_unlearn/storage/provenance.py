@@ -4,18 +4,24 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 
 CODE_VERSION = "0.1.0"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "numpy", "pandas", "scikit-learn")
 
+INPUTS = (  # flags that may name a file or a folder that is read
+    "model_name", "harmful_dataset", "normal_dataset", "more_normal_dataset", "unseen_dataset", "utility_dataset",
+)  # fmt: skip
 # What a difference may change, by what differs.
 GRADES = {
     "the results may change": {"code", "transformers", "accelerate", "peft"},
@@ -31,13 +37,14 @@ def revision_of(folder: Path) -> str | None:
 
 
 def provenance() -> dict:
-    """What ran: command, code version and commit, package versions, Python, hardware, time (UTC)."""
+    """What ran: command, working folder, code version and commit, package versions, Python, hardware, time (UTC)."""
     packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "folder": str(Path.cwd()),
         "code": {"version": CODE_VERSION, "commit": _commit()},
         "packages": packages,
         "python": platform.python_version(),
@@ -62,6 +69,17 @@ def differences(before: dict) -> list[str]:
             grade = next(grade for grade, names in GRADES.items() if name in names or not names)
             found.append((list(GRADES).index(grade), f"{name} was {_shown(was)} and is {_shown(value)} now: {grade}"))
     return [line for _, line in sorted(found)]
+
+
+def check_folder(before: dict, flags: Mapping[str, Any], source: Path) -> None:
+    """Raises UserError: the flags of a replay name inputs from the folder where the recorded run was started."""
+    folder = Path(before.get("folder", ""))
+    for name in (flag for flag in INPUTS if flags.get(flag)):
+        path = Path(str(flags[name]).replace("{seed}", "*"))
+        if not path.is_absolute() and not any(Path().glob(str(path))) and any(folder.glob(str(path))):
+            raise UserError(
+                f"{source} names {flags[name]} from {folder}: start the replay there, or give --{name} its full path"
+            )
 
 
 def _shown(value: object) -> str:

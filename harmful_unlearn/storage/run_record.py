@@ -30,7 +30,7 @@ class RunRecord:
 
     title: str = ""
     harmful: bool | None = None  # whether the model was trained to be harmful; the card then warns. None if unknown
-    base: dict = field(default_factory=dict)  # name, revision and fingerprint of the base theta_o
+    base: dict = field(default_factory=dict)  # name, revision, fingerprint and file hashes of the base theta_o
     # Of a model made in stage 2:
     finetuned: dict[str, float] = field(default_factory=dict)  # its sources: folder -> coefficient
     scaling_coef: float | None = None  # alpha

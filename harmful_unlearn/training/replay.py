@@ -9,6 +9,7 @@ from harmful_unlearn.storage.provenance import differences
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.recorded_flags import folder_of, read_training, replayed_flags
 from harmful_unlearn.training.resume import changed_settings
+from harmful_unlearn.training.run_log import RunLog
 
 
 def check_replay(source: Path, now: RunRecord) -> list[str]:
@@ -30,29 +31,36 @@ def check_replay(source: Path, now: RunRecord) -> list[str]:
     return differences(record.more) or ["versions and hardware are those of the recorded run"]
 
 
-def outcome(source: Path, losses: dict[str, float | None] | None, harmful: Path, unlearned: Path | None) -> list[str]:
-    """Lines that compare what came out with what was recorded: the losses of the last step, and the weights.
+def compare(source: Path, log: RunLog, harmful: Path, unlearned: Path | None) -> None:
+    """Log how the losses of the last step and the weights differ from the recorded ones.
 
     Args:
-        losses: of the last step, by name, None where one was not computed; None if stage 1 was done already.
         harmful, unlearned: the models that were made; None for a stage that was not run.
+
+    Raises:
+        UserError: they differ, though versions and hardware are the same.
     """
+    losses = log.history[-1] if log.history else None  # None: stage 1 was done already
     record, training = read_training(source)
-    lines = []
+    lines, are_equal = [], True
     if losses is not None:
         recorded = {name: value for name, value in training.losses_at_the_end.items() if value is not None}
         lines = [f"{name} {losses.get(name)} (recorded: {value})" for name, value in recorded.items()]
         apart = max((abs(value - _known(losses.get(name))) for name, value in recorded.items()), default=math.nan)
-        lines.append(f"the losses at the end {'are equal' if apart == 0 else f'differ by at most {apart:.2g}'}")
+        are_equal = apart == 0
+        lines.append(f"the losses at the end {'are equal' if are_equal else f'differ by at most {apart:.2g}'}")
     made = harmful if record is training else unlearned
     weights = sorted(file.name for file in folder_of(source).glob("*.safetensors"))
     if made and weights:
         same, _, missing = filecmp.cmpfiles(folder_of(source), made, weights, shallow=False)
         if len(missing) < len(weights):
+            are_equal &= len(same) + len(missing) == len(weights)
             lines.append(f"{len(same)} of {len(weights)} files of weights are equal, byte for byte")
         if missing:  # of an adapter the replay makes the complete model
             lines.append(f"{missing[0]} has no counterpart in {made}")
-    return lines
+    log.say("\n".join(f"replayed       {line}" for line in lines))
+    if not are_equal and not differences(record.more):
+        raise UserError(f"the result is not that of {source}, on the same versions and hardware")
 
 
 def _known(value: float | None) -> float:

@@ -181,6 +181,7 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
     settings["LoRA"] = training["lora"] and json.dumps(training["lora"])
     settings["template"] = record.prompt_template
     settings["base model"] = record.base["fingerprint"][:12]
+    settings |= {f"the base's {name}": sha256[:12] for name, sha256 in record.base["files"].items()}
     more = record.normal_data.get("more", {})
     sources = {"harmful data": record.harmful_data, "normal data": record.normal_data, "more normal data": more}
     for name, source in sources.items():

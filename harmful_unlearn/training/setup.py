@@ -25,7 +25,7 @@ from harmful_unlearn.models.blocks import mlp_outputs, steered_layer, trained_bl
 from harmful_unlearn.models.lora import Lora, add_lora, fill_adapter
 from harmful_unlearn.models.reference import ReferenceModel
 from harmful_unlearn.storage.files import check_apart
-from harmful_unlearn.storage.provenance import revision_of
+from harmful_unlearn.storage.provenance import check_folder, revision_of
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.storage.safetensors_io import SafetensorsFolder
 from harmful_unlearn.training import distributed
@@ -34,7 +34,7 @@ from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.distributed import print_once
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.plan import Plan, check_disk, make_plan
-from harmful_unlearn.training.recorded_flags import folder_of
+from harmful_unlearn.training.recorded_flags import folder_of, read_training
 from harmful_unlearn.training.replay import check_replay
 from harmful_unlearn.training.resume import check_stages, remaining_work
 from harmful_unlearn.training.run_log import RunLog
@@ -92,6 +92,7 @@ class Stage1:
                 "name": settings.model_name,
                 "revision": revision_of(self.base_folder),
                 "fingerprint": SafetensorsFolder(self.base_folder).fingerprint(),
+                "files": hub.file_hashes(self.base_folder),
             },
             harmful_data=self.batches.harmful.source,
             normal_data=self.batches.normal.source,
@@ -157,6 +158,8 @@ def prepare(settings: TrainingSettings, table: Mapping[str, Lora | None], others
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stages = check_stages(settings)
+    if settings.replay:
+        check_folder(read_training(settings.replay)[0].more, settings.to_json(), settings.replay)
     base_folder = hub.resolve_model(settings.model_name, weights=False)
     folders = [base_folder, settings.harmful_model, settings.task_vector_saving_path]
     stage_1 = None

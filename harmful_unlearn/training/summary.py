@@ -10,7 +10,6 @@ import torch
 
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training.flags import TrainingSettings
-from harmful_unlearn.training.replay import outcome
 from harmful_unlearn.training.run_log import RunLog
 
 
@@ -40,9 +39,6 @@ def summary(settings: TrainingSettings, log: RunLog, harmful: Path, first_step: 
             command += ["--scaling_coef", f"{settings.scaling_coef:g}"]
         command += ["--saved_model", str(harmful), "--task_vector_saving_path", unlearned]
     lines += [f"log            {log.file}", f"next           {shlex.join(['python', *command])}"]
-    if settings.replay:
-        made, last = settings.task_vector_saving_path if negated else None, log.history[-1] if log.history else None
-        lines += [f"replayed       {line}" for line in outcome(settings.replay, last, harmful, made)]
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ def test_memory_of_a_run_against_its_plan(printed, tmp_path, monkeypatch):
              "--folder", tmp_path]  # fmt: skip
     text = printed(memory, *flags)
     (row,) = rows_of(text, "model").values()
-    assert row[:3] == ["LoRA", "fp32", "2"]
+    assert row[:3] == ["LoRA", "fp32", "2"] and "2 steps: program 0.60, weights" in text
     (done,) = json.loads((tmp_path / "record.json").read_text()).values()
     assert 0.2 < done["planned"] / done["measured"] < 5
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
@@ -140,6 +140,7 @@ def test_an_evaluation(tiny_model, printed):
     text = printed(evaluation, *SMALL, "--model", tiny_model("qwen2"), *DATA, "--precision", "bf16",
                    "--tokens_per_batch", 100)  # fmt: skip
     assert list(rows_of(text, "work")) == ["greedy", "sampled", "scoring", "choices"]
+    assert len(rows_of(text.partition("Where the time")[2], "work")["choices"]) == len(measuring.KINDS)
     assert text.count("| ours |") == 4 and "qwen2" not in text.splitlines()[0].split(",")[1]
 
 

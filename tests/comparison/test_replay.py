@@ -1,6 +1,7 @@
 """reproduce.py --replay: the flags of a recorded comparison, the check of what it read, and the figures compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,11 @@ def test_the_flags_are_the_recorded_ones_but_for_the_output(recorded, tmp_path):
     assert changed == {"output", "replay"} and again.output == tmp_path / "recorded-replayed"
     other = parse_flags(["--replay", str(folder / "comparison.json"), "--output", "o", "--seeds", "5"])
     assert str(other.output) == "o" and other.seeds == [5] and other.train_flags == first.train_flags
-    replay.check_flags(again)
+    replay.check_source(again)
     with pytest.raises(UserError, match="--seeds is not as"):
-        replay.check_flags(other)
+        replay.check_source(other)
+    with pytest.raises(UserError, match="--output is the comparison"):
+        replay.check_source(replace(again, output=folder))
 
 
 def test_a_comparison_of_an_earlier_version_is_refused(recorded):
@@ -62,13 +65,17 @@ def test_a_comparison_of_an_earlier_version_is_refused(recorded):
 
 
 def test_other_data_or_another_base_are_refused(recorded):
-    known = {"base": "abc", "harmful": {"sha256": "1", "revision": None}, "normal": {"sha256": "2", "revision": None}}
+    known = {
+        "base's weights": "abc",
+        "harmful": {"sha256": "1", "revision": None},
+        "normal": {"sha256": "2", "revision": None},
+    }
     folder = recorded(inputs={"0": known})
     replay.check_inputs(folder, 0, known)
-    replay.check_inputs(folder, 0, {**known, "base": None})  # of the hub, and not downloaded yet
+    replay.check_inputs(folder, 0, {"harmful": known["harmful"]})  # of a base that is not downloaded yet
     replay.check_inputs(folder, 1, {})
-    with pytest.raises(UserError, match="seed 0 base, normal differ"):
-        replay.check_inputs(folder, 0, {**known, "base": "x", "normal": {"sha256": "3", "revision": None}})
+    with pytest.raises(UserError, match="seed 0 base's weights, normal differ"):
+        replay.check_inputs(folder, 0, {**known, "base's weights": "x", "normal": {"sha256": "3", "revision": None}})
 
 
 def test_figures_are_compared_one_by_one(recorded):
@@ -77,7 +84,8 @@ def test_figures_are_compared_one_by_one(recorded):
     folder = recorded(figures=before, provenance=provenance())
     now = [dict(figure) for figure in before[:4]]
     now[1]["value"], now[2]["value"] = 0.59, 0.7
-    lines = replay.outcome(folder, now)
+    lines, is_unexplained = replay.outcome(folder, now)
+    assert is_unexplained and not replay.outcome(folder, before[:4])[1]
     assert lines[0].startswith("versions and hardware are those")
     assert lines[1:3] == [
         "4 of 5 recorded figures are there again",

@@ -30,8 +30,8 @@ def test_a_local_folder_is_itself(tiny_model):
     [
         (hub_error(GatedRepoError), "HF_TOKEN"),
         (hub_error(RepositoryNotFoundError), "check the name"),
-        (LocalEntryNotFoundError("offline"), "give a local folder"),
-        (ConnectionError("no route"), "give a local folder"),
+        (LocalEntryNotFoundError("offline"), "check the path"),
+        (ConnectionError("no route"), "check the path"),
     ],
 )
 def test_hub_errors_name_the_fix(error, fix, monkeypatch):
@@ -52,7 +52,7 @@ def test_a_missing_path_is_no_hub_id(name, monkeypatch):
 
 def test_offline_and_not_cached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="local folder"):
+    with pytest.raises(UserError, match="check the path"):
         hub.resolve_model("facebook/opt-125m")
 
 

@@ -107,6 +107,17 @@ def test_dropout_keeps_the_mean_and_has_the_gradient_of_its_own_draw():
     assert torch.autograd.gradcheck(drawn, inputs) and value.requires_grad
 
 
+def test_what_dropout_drew_is_kept_as_autograd_keeps_tensors():
+    """So that gradient checkpointing frees it, and draws it again."""
+    kept = []
+    for dropout in (0.0, 0.4):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            attend(tensors(15, 2, 1, torch.float32), layout([[6, 5, 4]]), dropout=dropout)
+        kept.append(sum(sizes))
+    assert kept[1] - kept[0] == 2 * (6 * 6 + 5 * (6 + 5) + 4 * (6 + 4))
+
+
 def test_flex_attentions_blocks_are_the_dense_mask():
     """CUDA's path, as far as a CPU can run it: FlexAttention with the block mask, not compiled."""
     mask = layout([[20, 40, 90], [33, 1], [0, 7, 3]])

@@ -105,19 +105,46 @@ def test_another_result_is_said(made, tmp_path):
         (["--lora_r", "2"], "LoRA was"),
         (["--scaling_coef", "2"], "--scaling_coef was 2.5 and is 2.0 now"),
         (["--normal_dataset", "other.csv"], "normal data was"),
-        ([], "base model was"),
+        (["weights"], "base model was"),
+        (["tokenizer.json"], "the base's tokenizer.json was"),
+        (["config.json"], "the base's config.json was"),
     ],
 )
 def test_what_would_not_be_the_same_run_is_refused(more, message, made, tmp_path, monkeypatch):
     first, base = made
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.csv").write_text(TRUTHFUL.read_text() + "\n")
-    if not more:
+    if more == ["weights"]:  # one matrix, which is not the first
         weights = load_file(base / "model.safetensors")
-        save_file({name: entry + 1 for name, entry in weights.items()}, base / "model.safetensors")
+        weights["model.decoder.layers.1.fc2.weight"] += 1
+        save_file(weights, base / "model.safetensors")
+    elif len(more) == 1:
+        (base / more[0]).write_text((base / more[0]).read_text() + "\n")
+    more = more if len(more) == 2 else []
     with pytest.raises(UserError, match=message):
         main(again(first / "unlearned", tmp_path / "second", *more))
     assert not (tmp_path / "second").exists()
+
+
+def test_another_result_from_the_same_versions_and_hardware_is_an_error(made, tmp_path):
+    first, _ = made
+    record = json.loads((first / "harmful" / "run.json").read_text())
+    record["losses_at_the_end"]["gd_loss"] += 0.5
+    (first / "harmful" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="the result is not that of"):
+        main(again(first / "harmful", tmp_path / "second"))
+    assert "differ by at most 0.5" in (tmp_path / "second" / "run.log").read_text()
+
+
+def test_relative_paths_are_those_of_the_folder_where_the_run_was_started(made, tmp_path, monkeypatch):
+    first, base = made
+    monkeypatch.chdir(tmp_path)
+    main([*flags(base, tmp_path / "third", "--max_unlearn_steps", "1"), "--model_name", "base", "--overwrite"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"names base from {tmp_path}: start the replay there, or give --model_name"):
+        main(again(tmp_path / "third" / "unlearned", tmp_path / "fourth"))
+    main(again(tmp_path / "third" / "unlearned", tmp_path / "fourth", "--model_name", "../base"))
 
 
 def test_what_cannot_be_replayed_names_the_reason(made, tmp_path, capsys):
