@@ -30,7 +30,10 @@ def read_config(text: str, file: str, known: Mapping[str, argparse.Action], give
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a secret
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{file} is not YAML ({where}{error.problem}): mend it, or see --write_config") from None
+    except (yaml.YAMLError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{file} is not YAML ({problem}): mend it, or see --write_config") from None
     if root is None:
@@ -86,8 +89,6 @@ def written_config(values: Mapping[str, Any], known: Mapping[str, argparse.Actio
 
 def _plain(value: Any, action: argparse.Action) -> Any:
     """A value as `action` takes it."""
-    if isinstance(value, Mapping):
-        return [f"{key}={part}" for key, part in value.items()]
     if isinstance(value, list | tuple):
         if action.nargs == "+" or isinstance(action, argparse._AppendAction) or not value:
             return [_plain(part, action) for part in value]

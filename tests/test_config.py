@@ -58,6 +58,17 @@ def test_every_methods_defaults_can_be_given_again(method, tmp_path, capsys):
     assert training.parse_flags(["--config", str(file)]) == training.parse_flags(["--method", method])
 
 
+def test_what_follows_from_a_flag_follows_from_its_new_value(tmp_path, capsys):
+    """In the file it is a comment, so that two runs are never mixed."""
+    words = ["--method", "lands", "--model_name", "base"]
+    (file := tmp_path / "run.yaml").write_text(text := printed(training.parse_flags, words, capsys))
+    assert "# lr: 0.0001\n" in text and "\nseed: 8888\n" in text
+    other = ["--method", "sku", "--model_name", "other"]
+    assert training.parse_flags(["--config", str(file), *other]) == training.parse_flags(other)
+    file.write_text(printed(spot_check.parse_flags, [], capsys))
+    assert spot_check.parse_flags(["--config", str(file), "--chat"]) == spot_check.parse_flags(["--chat"])
+
+
 def test_negation_has_it_too(tmp_path, capsys):
     words = shlex.split("--base b --finetuned f g --coefs 1 -0.5 --output o --scaling_coef 0.5 2 --force")
     (file := tmp_path / "run.yaml").write_text(printed(task_vector.main, words, capsys))
@@ -85,6 +96,13 @@ def test_the_command_line_comes_before_the_file(read):
     assert settings.max_length is None and settings.system_prompt is None
 
 
+def test_every_flag_of_a_file_can_be_left_out_again(read):
+    text = "resume: true\nlr: 1\nseed: 3\nharm_category: [a]\nsystem_prompt: x\nno_packing: yes\nmodel_save_dir: m"
+    names = [line.partition(":")[0] for line in text.splitlines()]
+    assert read(text, *(f"--no_{name}" for name in names)) == training.parse_flags([])
+    assert {name for name in names if vars(read(text))[name] == vars(training.parse_flags([]))[name]} == set()
+
+
 def test_a_value_is_text_as_it_is_written(read):
     assert read("lora: on").lora == "on" and read("lora: off").lora == "off"
     assert read("model_name: 1.10").model_name == "1.10" and read('system_prompt: ""').system_prompt == ""
@@ -107,7 +125,8 @@ def test_a_value_is_text_as_it_is_written(read):
         ("overwrite: 2", "write true or false"),
         ("- lr", "no list of flags"),
         ("# lr: 1", "has no flags in it"),
-        ("lr: [", "is not YAML"),
+        ("lr: [", "is not YAML (line 1: "),
+        ("seed: " + "[" * 3000, "is not YAML"),
         ("lr: fast", "--lr: give a number above 0"),
         ("model_name: hf_abcdefghijklmnopqrstuvwxyz", "set it in the environment"),
     ],
@@ -119,6 +138,12 @@ def test_a_wrong_file_is_one_line_that_says_what_to_mend(text, message, read, ca
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_there_is_one_file(capsys):
+    with pytest.raises(SystemExit):
+        training.parse_flags(["--config", "a.yaml", "--config=b.yaml"])
+    assert "--config is given twice: put all flags into one file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--config"], ["--config", ""], ["--config", "none.yaml"], ["--config", "."]])
 def test_a_file_that_cannot_be_read_is_an_error(words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -126,14 +151,64 @@ def test_a_file_that_cannot_be_read_is_an_error(words, capsys):
     assert stop.value.code == 2 and "--config" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "word", ["hf_" + "a" * 34, "sk-proj-" + "a1" * 20, "ghp_" + "a" * 36, "https://me:" + "secret@example.org/x.csv"]
-)
+SECRETS = [
+    "hf_" + "a" * 34, "my_hf_" + "aB3" * 11, "api_org_" + "a" * 34,
+    "sk-proj-" + "a1" * 20, "sk-" + "aB3" * 16, "sk-ant-api03-" + "aB3_" * 3 + "aB3" * 24, "sk-or-v1-" + "0f" * 32,
+    "ghp_" + "a" * 36, "wandb_v1_" + "aB3" * 12, "0f" * 20, "AIza" + "aB3-" * 9, "gsk_" + "aB3" * 16,
+    "nvapi-" + "aB3-" * 12, "r8_" + "aB3" * 12, "pplx-" + "aB3" * 12, "eyJ" + "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln",
+    "Bearer " + "aB3." * 6, "-----BEGIN " + "PRIVATE KEY-----", "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "https://me:" + "secret@example.org/x.csv", "https://" + "aB3" * 9 + "@example.org/x.csv",
+    "https://example.org/x?api_key=" + "abc", "https://example.org/x?a=b&token=" + "abc", "WANDB_API_KEY=" + "a1" * 20,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SECRETS)
 def test_a_secret_is_refused_and_not_shown(word, capsys):
-    with pytest.raises(SystemExit) as stop:
-        training.parse_flags(["--harmful_dataset", word])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "error: --harmful_dataset looks like" in error and word not in error
+    for words in (["--harmful_dataset", word], [f"--harmful_dataset={word}"]):
+        with pytest.raises(SystemExit) as stop:
+            training.parse_flags(words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "error: --harmful_dataset looks like" in error and word not in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--harmful_revision", "ff7ba91063016c78a225b0f74e1c0860bb18230f"],
+        ["--harmful_revision=ff7ba91063016c78a225b0f74e1c0860bb18230f"],
+        ["--harmful_dataset", "sk-learn-classifier-for-harm.json"],
+        ["--model_name", "models--facebook--opt-1.3b/snapshots/" + "0f" * 20],
+        ["--system_prompt", "0f" * 32],
+        [
+            "--system_prompt",
+            "Who's the bearer of responsibilities? Ask a risk-management-professional2, https://a/b?c=d@e",
+        ],
+        ["--model_name", "someone/my_hf_opt-converted-checkpoint"],
+        ["--model_name", "desk-task-force/flask-application-for-tokens-2"],
+    ],
+)
+def test_what_only_looks_a_little_like_a_secret_is_taken(words):
+    training.parse_flags(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--token=hf_short"], ["--seed", "hf_short"], ["--lora=hf_short"], ["hf_short"], ["--overwrite", "hf_short"],
+        ["--config", "hf_short"], ["-----BEGIN " + "PRIVATE KEY-----hf_short"], ["hf_short" + "a" * 30 + "\udcff"],
+    ],
+)  # fmt: skip
+def test_an_error_never_shows_what_may_be_a_secret(words, capsys):
+    with pytest.raises(SystemExit):
+        training.parse_flags(words)
+    assert "short" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["overwrite: hf_short", "seed: [hf_short", "seed: hf_short", "hf_short: 1"])
+def test_nor_does_an_error_about_a_file(text, read, capsys):
+    with pytest.raises(SystemExit):
+        read(text)
+    assert "short" not in capsys.readouterr().err
 
 
 def test_without_settings_there_is_no_such_flag(capsys):
