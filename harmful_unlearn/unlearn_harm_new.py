@@ -37,7 +37,7 @@ from harmful_unlearn.training.distributed import is_main_process, print_once
 from harmful_unlearn.training.engine import STAGE_2, Engine
 from harmful_unlearn.training.flags import parse_flags
 from harmful_unlearn.training.replay import compare
-from harmful_unlearn.training.run_log import RunLog
+from harmful_unlearn.training.run_log import RunLog, beside
 from harmful_unlearn.training.setup import Run, Stage1, load_models, prepare
 from harmful_unlearn.training.summary import summary
 
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     checkpoint = run.stage_1.checkpoint if run.stage_1 else None
     history = read_history(checkpoint) if checkpoint else []
-    outputs = run.outputs if is_main_process() else []
+    log_files = [beside(settings.log_file, ".log")] if settings.log_file else []  # without one the log is a new one
+    outputs = [*run.outputs, *log_files] if is_main_process() else []
     with locked(*outputs), RunLog(settings, is_main_process(), history, run.notes) as log:
         if run.stage_1 and "acquire" in run.stages:
             with log.timing("stage 1"):

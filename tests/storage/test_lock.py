@@ -1,4 +1,4 @@
-"""Locks of output folders: a second run is refused by name, and what a dead process left is taken over."""
+"""Locks of output folders and logs: a second run is refused by name, and what a dead process left is taken over."""
 
 import signal
 import subprocess
@@ -67,9 +67,13 @@ def test_the_lock_of_another_machine_is_never_broken(held, tmp_path):
     assert (tmp_path / ".out.lock").exists()
 
 
-def test_a_lock_that_says_nothing_is_named(tmp_path):
-    (tmp_path / ".out.lock").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"another process \(.*\.out\.lock\)"), locked(tmp_path / "out"):
+@pytest.mark.parametrize("content", [b"\xff", b"", b"42"])
+def test_a_lock_that_says_nothing_is_named(content, tmp_path):
+    (tmp_path / ".out.lock").write_bytes(content)
+    with (
+        pytest.raises(UserError, match=r"another process; if none runs.*remove .*\.out\.lock"),
+        locked(tmp_path / "out"),
+    ):
         pass
 
 
@@ -80,6 +84,15 @@ def test_training_waits_for_nobody(folder, held, tiny_model, tmp_path):
         unlearn_harm_new.main(flags(tiny_model("opt"), tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {f".{folder}.lock"}
     unlearn_harm_new.main(flags(tiny_model("opt"), tmp_path, "--check"))  # which writes nothing
+
+
+@pytest.mark.parametrize("log", ["run.log", "run"])
+def test_a_log_is_not_shared_either(log, held, tiny_model, tmp_path):
+    """Nor are the metrics beside it, which have one name with and without .log."""
+    held("run.log")
+    with pytest.raises(UserError, match="run.log is being written"):
+        unlearn_harm_new.main(flags(tiny_model("opt"), tmp_path, "--log_file", str(tmp_path / log)))
+    assert {path.name for path in tmp_path.iterdir()} == {".run.log.lock"}
 
 
 def test_other_commands_wait_for_nobody(held, tiny_model, tmp_path):
