@@ -1,6 +1,8 @@
 """Load and save models: configuration, tokenizer, weights, precision."""
 
+import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +18,8 @@ from harmful_unlearn.storage.files import read_json
 from harmful_unlearn.storage.safetensors_io import all_finite
 
 BAD_CONFIG = "{folder} has no usable config.json ({error}): give a folder that save_pretrained wrote"
-COUNTS = {
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_local_experts", "num_experts", "n_routed_experts",
-}  # fmt: skip
+LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+COUNTS = LAYERS | {"num_local_experts", "num_experts", "n_routed_experts"}
 LARGEST_COUNT = 1000  # of any model there is; a broken file's number would fill the memory before a weight is read
 
 
@@ -32,6 +33,8 @@ def load_config(folder: Path) -> PretrainedConfig:
             if isinstance(part[name], int) and part[name] > LARGEST_COUNT:
                 problem = f"{name} is {part[name]}, more than any model has"
                 raise UserError(BAD_CONFIG.format(folder=folder, error=problem))
+            if name in LAYERS and isinstance(part[name], int) and part[name] < 1:
+                raise UserError(BAD_CONFIG.format(folder=folder, error=f"{name} is {part[name]}"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the type depends on the library's release and on the problem
@@ -78,6 +81,27 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UserError(BAD_CONFIG.format(folder=config.name_or_path, error=first_line(error))) from None
 
 
+def check_layers(model: PreTrainedModel, names: Iterable[str], folder: Path) -> None:
+    """Raises UserError: the weights in `folder` have more layers than the model, which would be cut off silently.
+
+    Layers that the model's class itself leaves out are none of them.
+
+    Args:
+        model: with or without values.
+        names: of weights in the model's files.
+    """
+    lists = {name: len(part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    prefix = f"{model.base_model_prefix}."  # a file of the model without its head has names without that
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for name in sorted(names):
+        for match in re.finditer(r"\.(\d+)\.", name):
+            layers = name[: match.start()]
+            count = lists.get(layers, lists.get(prefix + layers))
+            if count is not None and int(match[1]) >= count and not any(re.search(key, name) for key in ignored):
+                problem = f"its config.json has {count} {layers}, and its weights have more ({name})"
+                raise UserError(f"{folder} would be cut off: {problem}; give the model with its own config.json")
+
+
 def context_length(config: PretrainedConfig) -> int:
     """The number of tokens that the model can read; 2048 if its configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
@@ -95,7 +119,7 @@ def load_model(
         four_bit: keep the linear layers in 4 bits (bitsandbytes NF4, with quantized scales), computing in `dtype`.
 
     Raises:
-        UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration.
+        UserError: weights are missing, broken, NaN or infinite, or do not fit the configuration, or have more layers.
         MemoryError: the model does not fit into memory.
     """
     offload_folder = TemporaryFolder(prefix="offload-") if device_map else None
@@ -118,6 +142,7 @@ def load_model(
             raise MemoryError from error
         problem = f"the weights in {folder} cannot be loaded ({first_line(error)})"
         raise UserError(f"{problem}: copy or download them again") from error
+    check_layers(model, info["unexpected_keys"], folder)
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         problem = f"{len(missing)} weights are missing or have another shape, {missing[0]} first"

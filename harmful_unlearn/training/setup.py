@@ -195,13 +195,13 @@ def prepare_stage_1(
     settings: TrainingSettings, base_folder: Path, table: Mapping[str, Lora | None], others: Lora
 ) -> Stage1:
     """Read and check everything that stage 1 needs but the weights, and print the plan. As `prepare`."""
-    if any(base_folder.glob("*.safetensors")):
-        SafetensorsFolder(base_folder)  # reads the headers: is every shard there and complete
     config = loading.load_config(base_folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{settings.model_name} is quantized: give the full-precision model")
     template = settings.template_choice.of(loading.load_tokenizer(base_folder, config))
     structure = loading.empty_model(config)
+    if any(base_folder.glob("*.safetensors")):  # reads the headers: is every shard there and complete
+        loading.check_layers(structure, SafetensorsFolder(base_folder).specs, base_folder)
     lora = choose_lora(settings, structure, table, others)
     steers = "rmu" in active_losses(vars(settings))
     blocks = trained_blocks(steered_layer(config, settings.loss_parameters.rmu_layer)) if steers else None

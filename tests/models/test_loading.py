@@ -108,3 +108,15 @@ def test_a_published_generation_config_that_the_library_would_not_save_comes_alo
     (tmp_path / "out").mkdir()
     loading.save_model(loading.load_model(folder, torch.float32), folder, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == published
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_layers_that_the_model_would_not_read_are_found(prefix, tiny_model):
+    """Also in a file without the LM head's names; not those that the model's class leaves out, nor other lists."""
+    model, name = loading.empty_model(loading.load_config(tiny_model("llama"))), prefix + "layers.2.mlp.up_proj.weight"
+    others = ["model.layers.1.mlp.up_proj.weight", "model.mtp.7.weight", "model.layers.0.rotary.9.inv_freq"]
+    loading.check_layers(model, others, tiny_model("llama"))
+    with pytest.raises(UserError, match="has 2 .*layers, and its weights have more .*give the model with its own"):
+        loading.check_layers(model, [*others, name], tiny_model("llama"))
+    model._keys_to_ignore_on_load_unexpected = {r"layers\.2.*"}
+    loading.check_layers(model, [*others, name], tiny_model("llama"))

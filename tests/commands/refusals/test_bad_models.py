@@ -48,6 +48,11 @@ TABLE = {
         model_type="own", auto_map={"AutoConfig": "own.Config"})),
     "heads that do not divide": Bad("unlearn", BASE, "config.json", with_config(num_attention_heads=5)),
     "more layers than memory": Bad("unlearn", BASE, "more than any model has", with_config(num_hidden_layers=10**9)),
+    "fewer layers than the weights": Bad("unlearn", BASE, "would be cut off", with_config(num_hidden_layers=1)),
+    "fewer layers, to be measured": Bad("evaluate", "--base {here}/bad", "would be cut off",
+                                        with_config(num_hidden_layers=1)),
+    "no layers": Bad("unlearn", BASE, "num_hidden_layers is 0", with_config(num_hidden_layers=0)),
+    "minus one layer": Bad("unlearn", BASE, "num_hidden_layers is -1", with_config(num_hidden_layers=-1)),
     "more experts than memory": Bad("unlearn", BASE, "more than any model has", with_config(
         text_config={"num_experts": 10**6})),
     "a size that is a word": Bad("unlearn", BASE, "config.json", with_config(hidden_size="wide")),
