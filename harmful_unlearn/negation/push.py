@@ -29,7 +29,10 @@ SMALL_FILES = (
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
 SOURCE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # where a configuration says what it is from
-LOCAL = re.compile(r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]")  # how a path of this machine starts
+LOCAL = re.compile(r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]")  # how a path of this machine may start
+# Flags that are paths, and keys of a record that are paths or hub ids.
+PATHS = {"model_save_dir", "saved_model", "log_file", "task_vector_saving_path", "resume", "replay"}
+SOURCES = {"name", "model_name", "harmful_dataset", "normal_dataset", "more_normal_dataset"}
 TEXTS = ("system_prompt", "prompt_template")  # texts of the record, which may start like a path ("/no_think")
 FIXES = {
     401: "it does not accept the token: make a new one with write access, and set HF_TOKEN or run `hf auth login`",
@@ -135,36 +138,52 @@ def uploads(folder: Path) -> dict[str, Path | bytes]:
     if f"{weights.stem}.safetensors" not in weights.shards:
         names.append(weights.index.name)
     files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
-    record = _public_record(read_json(folder / "run.json"))
+    content = read_json(folder / "run.json")
+    ids, paths = _hub_ids(content)
+    record = _public_record(content, ids)
     base = (record.get("base") or {}).get("name")
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json"):
         content = read_json(folder / name) if name in files else {}
-        local = [key for key in SOURCE_KEYS if isinstance(content.get(key), str) and _is_local(content[key])]
+        sources = {key: content[key] for key in SOURCE_KEYS if isinstance(content.get(key), str)}
+        local = [key for key, source in sources.items() if source in paths or _is_local(source)]
         if local:
-            files[name] = _json(content | dict.fromkeys(local, base if HUB_ID.fullmatch(str(base)) else None))
+            files[name] = _json(content | dict.fromkeys(local, base if base in ids else None))
     return files | {"run.json": _json(record), "README.md": model_card(record, is_adapter).encode()}
 
 
-def _public_record(content: dict) -> dict:
+def _hub_ids(content: dict) -> tuple[set[str], set[str]]:
+    """Which names of models and data in a record are ids of the hub, and which are paths: these have no revision."""
+    ids, names, sections = set(), set(), [content]
+    for section in sections:
+        sections += [value for value in section.values() if isinstance(value, dict)]
+        if isinstance(name := section.get("name"), str):
+            names.add(name)
+            if section.get("revision") and HUB_ID.fullmatch(name):
+                ids.add(name)
+    return ids, names - ids
+
+
+def _public_record(content: dict, ids: set[str]) -> dict:
     """run.json without the command line, and with the last part alone of each path of this machine."""
-    public = _without_paths({key: value for key, value in content.items() if key != "command"})
-    base = (content.get("base") or {}).get("name")
-    title = str(content.get("title", ""))
-    if isinstance(base, str) and _is_local(base):
-        public["base"]["name"] = _shortened(base)
-        title = title.replace(base, _shortened(base))
+    public = _without_paths({key: value for key, value in content.items() if key != "command"}, ids)
+    base, title = (content.get("base") or {}).get("name"), str(content.get("title", ""))
+    if isinstance(base, str):
+        title = title.replace(base, public["base"]["name"])
     return public | {"title": title}
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, ids: set[str], key: str = "") -> Any:
     if isinstance(value, dict):
-        value = {key: entry if key in TEXTS else _without_paths(entry) for key, entry in value.items()}
+        value = {name: _without_paths(entry, ids, name) for name, entry in value.items()}
         if value.get("finetuned"):  # its keys are folders; the sections of their trainings have the same numbers
             value["finetuned"] = {f"model_{n}": coef for n, coef in enumerate(value["finetuned"].values(), 1)}
         return value
     if isinstance(value, list):
-        return [_without_paths(entry) for entry in value]
-    return _shortened(value) if isinstance(value, str) and LOCAL.match(value) else value
+        return [_without_paths(entry, ids, key) for entry in value]
+    if not isinstance(value, str) or key in TEXTS or value in ("auto", ""):  # auto: of --resume
+        return value
+    is_path = key in PATHS or (value not in ids if key in SOURCES else LOCAL.match(value))
+    return _shortened(value) if is_path else value
 
 
 def _is_local(name: str) -> bool:

@@ -1,7 +1,9 @@
 """What may be pushed to the hub, what is uploaded of it, and what is said when that fails."""
 
 import json
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation import push
 from harmful_unlearn.negation.negate import negate, negate_adapter
 from harmful_unlearn.storage.run_record import RunRecord
+from harmful_unlearn.training.flags import TrainingSettings
 from tests.helpers import hub
 from tests.helpers.models.tiny import GOLDENS
 from tests.helpers.models.tiny_pairs import IDS, LORA, adapter, make, saved, tuned
@@ -35,11 +38,9 @@ def record(folder: Path, method: str = "sku", **facts) -> Path:
     RunRecord(
         title=f"Stage 1 of {method}",
         harmful=negates,
-        base={"name": str(folder.parent / "base")},
         training={"steps": 1},
-        flags=flags,
         negates=negates,
-        **facts,
+        **{"base": {"name": str(folder.parent / "base")}, "flags": flags, **facts},
     ).write(folder)
     return folder
 
@@ -126,11 +127,48 @@ def test_no_path_and_no_command_line_leaves_the_machine(models, server, tmp_path
     assert not ModelCard(files["README.md"].decode()).data.base_model
 
 
+def test_a_path_is_told_by_its_flag(models, server):
+    """Not by its start: data/harmful.jsonl might be OWNER/NAME. What is from the hub has a revision."""
+    flags = {"method": "sku", "model_save_dir": "h", "log_file": "lg/run.log", "resume": "auto", "lora": "auto"}
+    flags |= {"model_name": "owner/name", "harmful_dataset": "data/harmful.jsonl", "normal_dataset": "owner/texts"}
+    record(
+        models / "harmful",
+        flags=flags | {"more_normal_dataset": "data/tasks", "system_prompt": "h"},
+        base={"name": "owner/name", "revision": "0f" * 20},
+        harmful_data={"name": "data/harmful.jsonl", "revision": None, "sha256": "0f"},
+        normal_data={"name": "owner/texts", "revision": "0f" * 20, "more": {"name": "data/tasks", "revision": None}},
+    )
+    negate(models / "base", [(models / "harmful", 1.0)], models / "new", base_name="models/base")
+    push.push(models / "new", NAME)
+    files = server.repositories[NAME].files
+    written = json.loads(files["run.json"])
+    assert written["base"]["name"] == ".../base" and written["title"] == ".../base, unlearned"
+    trained = written["stage_1"]
+    assert trained["base"]["name"] == trained["flags"]["model_name"] == "owner/name"
+    assert trained["harmful_data"]["name"] == trained["flags"]["harmful_dataset"] == ".../harmful.jsonl"
+    assert trained["normal_data"]["name"] == trained["flags"]["normal_dataset"] == "owner/texts"
+    assert trained["normal_data"]["more"]["name"] == trained["flags"]["more_normal_dataset"] == ".../tasks"
+    kept = {"method": "sku", "resume": "auto", "lora": "auto", "system_prompt": "h"}
+    assert kept.items() <= trained["flags"].items()
+    assert (trained["flags"]["model_save_dir"], trained["flags"]["log_file"]) == (".../h", ".../run.log")
+    for text in (b"data/", b"lg/", b"models/base"):
+        assert text not in files["README.md"] + files["run.json"], text
+
+
+def test_every_flag_that_may_be_a_path_is_known():
+    paths = {field.name for field in fields(TrainingSettings) if "Path" in str(field.type)}
+    texts = {field.name for field in fields(TrainingSettings) if re.search("hub id", field.metadata["help"])}
+    assert paths == push.PATHS
+    assert {"model_name", "harmful_dataset", "normal_dataset"} < push.SOURCES
+    assert texts - {"harmful_revision", "harmful_split"} <= push.SOURCES
+
+
 @pytest.mark.parametrize("name, named", [("facebook/opt-1.3b", "facebook/opt-1.3b"), (None, None)])
 def test_an_adapters_base_is_a_hub_id_or_not_named(name, named, adapters, server, tmp_path_factory):
     if name:
-        made = [(adapters / "harmful", 1.0)]
-        negate_adapter(adapters / "base", made, adapters / "unlearned", base_name=name, overwrite=True)
+        made, snapshot = [(adapters / "harmful", 1.0)], adapters / "snapshots" / ("0f" * 20)  # as in the hub's cache
+        shutil.copytree(adapters / "base", snapshot)
+        negate_adapter(snapshot, made, adapters / "unlearned", base_name=name, overwrite=True)
     push.push(adapters / "unlearned", NAME)
     files = server.repositories[NAME].files
     weights = (adapters / "unlearned" / "adapter_model.safetensors").read_bytes()
