@@ -14,7 +14,7 @@ from tqdm import tqdm
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.arithmetic import Negation, check_finite
 from harmful_unlearn.negation.lora_adapter import LoraAdapter
-from harmful_unlearn.negation.records import negation_records
+from harmful_unlearn.negation.records import negation_records, weight_hashes
 from harmful_unlearn.negation.sources import WeightedFolders, open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
 from harmful_unlearn.storage.lock import locked
@@ -74,7 +74,8 @@ def negate(
         if output:
             for alpha in alphas:
                 copy_small_files(negation.base, models[alpha])
-                records[alpha].write(models[alpha])
+                weights = weight_hashes(models[alpha], shards)
+                replace(records[alpha], weights=weights).write(models[alpha])
         if save_vector:
             replace(records[alphas[0]], title=f"Task vector from {base_name or base}").write(vector)
 
@@ -121,7 +122,9 @@ def negate_adapter(
                     entry = (entry.to(work_dtype(spec.dtype)) * (-alpha * coef)).to(spec.dtype)
                 writer.write(check_finite(entry, name), name)
             copy_small_files(matrices, target)
-            replace(records[alpha], title=f"LoRA adapter for {records[alpha].title}").write(target)
+            weights = weight_hashes(target, ["adapter_model.safetensors"])
+            title = f"LoRA adapter for {records[alpha].title}"
+            replace(records[alpha], title=title, weights=weights).write(target)
 
 
 def check_targets(targets: Sequence[Path | None], base: Path, finetuned: WeightedFolders, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from harmful_unlearn.errors import UserError, disk_problem, first_line
+from harmful_unlearn.negation.records import weight_hashes
 from harmful_unlearn.storage.files import read_json
 from harmful_unlearn.storage.model_card import HUB_ID, model_card
 from harmful_unlearn.storage.run_record import RunRecord
@@ -79,6 +80,15 @@ def check_unlearned(record: RunRecord, folder: Path) -> None:
             )
 
 
+def _check_weights(record: RunRecord, folder: Path, files: list[str]) -> None:
+    """Raises UserError: the weights are not those that stage 2 wrote with this record, but, say, of a stage 1 model."""
+    if not record.weights:
+        raise UserError(f"run.json of {folder} does not say which weights it is about: make it anew with stage 2")
+    found = weight_hashes(folder, files)
+    if other := [name for name in found.keys() | record.weights if found.get(name) != record.weights.get(name)]:
+        raise UserError(f"{other[0]} in {folder} is not what stage 2 wrote, and is never pushed: make it anew")
+
+
 def _trained(record: RunRecord, coef: float) -> Iterator[tuple[RunRecord, float]]:
     """The stage 1 models behind a record, or an empty record for an unknown one, and what each is subtracted by."""
     if not record.finetuned:
@@ -102,12 +112,15 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
         The URL of the repository.
 
     Raises:
-        UserError: as `check_access` and `check_unlearned`; a broken folder; a repository that is private or public
-            against the wish, or has weights that this upload would not replace; the hub refuses or cannot be reached.
+        UserError: as `check_access` and `check_unlearned`; weights that are not the record's; a broken folder; a
+            repository that is private or public against the wish, or has weights that this upload would not replace;
+            the hub refuses or cannot be reached.
     """
     check_access(repo_id)
-    check_unlearned(RunRecord.read(folder), folder)
+    record = RunRecord.read(folder)
+    check_unlearned(record, folder)
     files = uploads(folder)
+    _check_weights(record, folder, [name for name in files if name.endswith(".safetensors")])
     api = HfApi()
     with _hub_errors(folder, repo_id):
         try:

@@ -1,6 +1,7 @@
 """What run.json says about stage 2: which alpha a source was trained for, and what a negated model is."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,6 +59,15 @@ def negation_records(
             stage_1=tuple(sources),
         )
     return records
+
+
+def weight_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files in a folder, by name, as an unlearned model's run.json has them."""
+    hashes = {}
+    for name in files:
+        with (folder / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _parts(folder: Path) -> list[tuple[RunRecord, float]]:

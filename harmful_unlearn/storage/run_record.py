@@ -13,13 +13,14 @@ from harmful_unlearn.storage.model_card import model_card
 from harmful_unlearn.storage.provenance import provenance
 
 VERSION = 1
-# In the order of the file. A model made from others keeps those of each but its scaling_coef (`RunRecord.stage_1`).
+# In the order of the file. A model made from others keeps those of each (`RunRecord.stage_1`) but OWN.
 FACTS = (
-    "base", "finetuned", "scaling_coef", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags",
-    "negates", "landing_alpha", "prompt_template",
+    "base", "finetuned", "scaling_coef", "weights", "harmful_data", "normal_data", "training", "losses_at_the_end",
+    "flags", "negates", "landing_alpha", "prompt_template",
 )  # fmt: skip
+OWN = ("scaling_coef", "weights")
 VALUES = ("harmful", "scaling_coef", "negates", "landing_alpha", "prompt_template")
-SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
+SECTIONS = ("base", "finetuned", "weights", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")  # flags that decide what a model may be used for
 READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say which rows a training used
 
@@ -34,6 +35,7 @@ class RunRecord:
     # Of a model made in stage 2:
     finetuned: dict[str, float] = field(default_factory=dict)  # its sources: folder -> coefficient
     scaling_coef: float | None = None  # alpha
+    weights: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of weights
     stage_1: "tuple[RunRecord, ...]" = ()  # the records of the models in `finetuned`, in that order
     # Of a stage 1 run:
     harmful_data: dict = field(default_factory=dict)  # where they are from: name, revision, sha256, rows, ...
@@ -110,8 +112,7 @@ class RunRecord:
     def _facts(self) -> dict:
         facts = {name: getattr(self, name) for name in FACTS if getattr(self, name) not in (None, {})}
         for number, record in enumerate(self.stage_1, 1):
-            source = record._facts()
-            source.pop("scaling_coef", None)
+            source = {name: value for name, value in record._facts().items() if name not in OWN}
             if source:
                 facts["stage_1" if len(self.stage_1) == 1 else f"stage_1_of_model_{number}"] = source
         return facts

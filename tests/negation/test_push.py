@@ -225,6 +225,32 @@ def test_a_stage_1_model_is_never_pushed(what, request, server):
     assert not server.requests
 
 
+@pytest.mark.parametrize("what", ["models", "adapters"])
+def test_other_weights_under_an_unlearned_models_record_are_never_pushed(what, request, server):
+    folder = request.getfixturevalue(what)
+    name = next((folder / "harmful").glob("*.safetensors")).name
+    for file in (smuggled := shutil.copytree(folder / "unlearned", folder / "smuggled")).glob("*.safetensors*"):
+        file.unlink()
+    shutil.copy(folder / "harmful" / name, smuggled)
+    push_it = ["--output", str(smuggled), "--push_to_hub", NAME]
+    with pytest.raises(UserError, match="is not what stage 2 wrote, and is never pushed: make it anew"):
+        task_vector.main(push_it)
+    content = json.loads((smuggled / "run.json").read_text())
+    (smuggled / "run.json").write_text(json.dumps(content | {"weights": None}))
+    with pytest.raises(UserError, match="does not say which weights it is about: make it anew with stage 2"):
+        task_vector.main(push_it)
+    assert not server.requests
+
+
+def test_a_changed_shard_is_found_wherever_it_changed(models, server):
+    """Merged adapters differ from the base in some entries only."""
+    file = max((models / "unlearned").glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"{file.name} in .* is not what stage 2 wrote"):
+        push.push(models / "unlearned", NAME)
+
+
 @pytest.mark.parametrize("alpha, message", [("-1", "deliberately harmful"), ("0", "does not unlearn")])
 def test_what_adds_harm_is_refused_before_it_is_made(alpha, message, models, server):
     made = ["--base", str(models / "base"), "--finetuned", str(models / "harmful"), "--output", str(models / "new")]
