@@ -1,9 +1,11 @@
 """What run.json says about stage 2: which alpha a source was trained for, and what a negated model is."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from harmful_unlearn.errors import UserError
@@ -61,13 +63,15 @@ def negation_records(
     return records
 
 
-def weight_hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of files in a folder, by name, as an unlearned model's run.json has them."""
-    hashes = {}
-    for name in files:
+def weight_hashes(folder: Path, files: Collection[str]) -> dict[str, str]:
+    """SHA-256 of files in a folder, by name, as an unlearned model's run.json has them; on as many threads as torch."""
+
+    def sha256(name: str) -> str:
         with (folder / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(files, pool.map(sha256, files), strict=True))
 
 
 def _parts(folder: Path) -> list[tuple[RunRecord, float]]:
