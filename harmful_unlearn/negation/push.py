@@ -177,8 +177,8 @@ def _hub_ids(content: dict) -> tuple[set[str], set[str]]:
 
 
 def _public_record(content: dict, ids: set[str]) -> dict:
-    """run.json without the command line, and with the last part alone of each path of this machine."""
-    public = _without_paths({key: value for key, value in content.items() if key != "command"}, ids)
+    """run.json without command line and working folder, and with the last part alone of each path of this machine."""
+    public = _without_paths({key: value for key, value in content.items() if key not in ("command", "folder")}, ids)
     base, title = (content.get("base") or {}).get("name"), str(content.get("title", ""))
     if isinstance(base, str):
         title = title.replace(base, public["base"]["name"])

@@ -114,6 +114,7 @@ def test_no_path_and_no_command_line_leaves_the_machine(models, server, tmp_path
         assert str(tmp_path_factory.getbasetemp()).encode() not in content and b"hunter2" not in content, name
     assert json.loads(files["config.json"]) == {**config, "_name_or_path": None}
     record = json.loads(files["run.json"])
+    assert not {"command", "folder"} & record.keys()
     assert record["base"]["name"] == ".../base" and record["title"] == ".../base, unlearned"
     assert record["finetuned"] == record["stage_1"]["finetuned"] == {"model_1": 1.0}
     assert record["stage_1"]["stage_1"]["flags"] == {
