@@ -14,12 +14,19 @@ from tqdm import tqdm
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation.arithmetic import Negation, check_finite
 from harmful_unlearn.negation.lora_adapter import LoraAdapter
-from harmful_unlearn.negation.records import negation_records, weight_hashes
+from harmful_unlearn.negation.records import negation_records
 from harmful_unlearn.negation.sources import WeightedFolders, open_matched, vector_metadata
 from harmful_unlearn.storage.files import check_apart, check_target, new_folder, write_file
 from harmful_unlearn.storage.lock import locked
 from harmful_unlearn.storage.run_record import RunRecord
-from harmful_unlearn.storage.safetensors_io import VECTOR_STEM, ShardWriter, TensorSpec, copy_small_files, work_dtype
+from harmful_unlearn.storage.safetensors_io import (
+    VECTOR_STEM,
+    SafetensorsFolder,
+    ShardWriter,
+    TensorSpec,
+    copy_small_files,
+    work_dtype,
+)
 
 Check = Callable[[RunRecord, Path], None]  # what a model's run.json will say, and the folder that is given for it
 
@@ -74,8 +81,8 @@ def negate(
         if output:
             for alpha in alphas:
                 copy_small_files(negation.base, models[alpha])
-                weights = weight_hashes(models[alpha], shards)
-                replace(records[alpha], weights=weights).write(models[alpha])
+                fingerprint = SafetensorsFolder(models[alpha]).fingerprint()
+                replace(records[alpha], fingerprint=fingerprint).write(models[alpha])
         if save_vector:
             replace(records[alphas[0]], title=f"Task vector from {base_name or base}").write(vector)
 
@@ -122,9 +129,9 @@ def negate_adapter(
                     entry = (entry.to(work_dtype(spec.dtype)) * (-alpha * coef)).to(spec.dtype)
                 writer.write(check_finite(entry, name), name)
             copy_small_files(matrices, target)
-            weights = weight_hashes(target, ["adapter_model.safetensors"])
+            fingerprint = SafetensorsFolder(target, "adapter_model").fingerprint()
             title = f"LoRA adapter for {records[alpha].title}"
-            replace(records[alpha], title=title, weights=weights).write(target)
+            replace(records[alpha], title=title, fingerprint=fingerprint).write(target)
 
 
 def check_targets(targets: Sequence[Path | None], base: Path, finetuned: WeightedFolders, overwrite: bool) -> None:

@@ -16,7 +16,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from harmful_unlearn.errors import UserError, disk_problem, first_line
-from harmful_unlearn.negation.records import weight_hashes
 from harmful_unlearn.storage.files import read_json
 from harmful_unlearn.storage.model_card import HUB_ID, model_card
 from harmful_unlearn.storage.run_record import RunRecord
@@ -80,13 +79,14 @@ def check_unlearned(record: RunRecord, folder: Path) -> None:
             )
 
 
-def _check_weights(record: RunRecord, folder: Path, files: list[str]) -> None:
+def _check_weights(record: RunRecord, weights: SafetensorsFolder) -> None:
     """Raises UserError: the weights are not those that stage 2 wrote with this record, but, say, of a stage 1 model."""
-    if not record.weights:
-        raise UserError(f"run.json of {folder} does not say which weights it is about: make it anew with stage 2")
-    found = weight_hashes(folder, files)
-    if other := [name for name in found.keys() | record.weights if found.get(name) != record.weights.get(name)]:
-        raise UserError(f"{other[0]} in {folder} is not what stage 2 wrote, and is never pushed: make it anew")
+    if not record.fingerprint:
+        raise UserError(f"run.json of {weights.folder} does not say which weights it is about: make it anew")
+    if record.fingerprint != weights.fingerprint():
+        raise UserError(
+            f"the weights in {weights.folder} are not what stage 2 wrote, and are never pushed: make it anew"
+        )
 
 
 def _trained(record: RunRecord, coef: float) -> Iterator[tuple[RunRecord, float]]:
@@ -119,8 +119,8 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
     check_access(repo_id)
     record = RunRecord.read(folder)
     check_unlearned(record, folder)
+    _check_weights(record, _weights(folder))
     files = uploads(folder)
-    _check_weights(record, folder, [name for name in files if name.endswith(".safetensors")])
     api = HfApi()
     with _hub_errors(folder, repo_id):
         try:
@@ -140,13 +140,16 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
     return f"{api.endpoint}/{repo_id}"
 
 
+def _weights(folder: Path) -> SafetensorsFolder:
+    return SafetensorsFolder(folder, "adapter_model" if (folder / "adapter_config.json").is_file() else "model")
+
+
 def uploads(folder: Path) -> dict[str, Path | bytes]:
     """What `push` uploads: for each name the file, or the content if it is not that of the folder's file.
 
     Raises UserError: no model or adapter, a broken one, or a broken run.json.
     """
-    is_adapter = (folder / "adapter_config.json").is_file()
-    weights = SafetensorsFolder(folder, "adapter_model" if is_adapter else "model")
+    weights = _weights(folder)
     names = [*weights.shards, *SMALL_FILES]
     if f"{weights.stem}.safetensors" not in weights.shards:
         names.append(weights.index.name)
@@ -161,7 +164,10 @@ def uploads(folder: Path) -> dict[str, Path | bytes]:
         local = [key for key, source in sources.items() if source in paths or _is_local(source)]
         if local:
             files[name] = _json(content | dict.fromkeys(local, base if base in ids else None))
-    return files | {"run.json": _json(record), "README.md": model_card(record, is_adapter).encode()}
+    return files | {
+        "run.json": _json(record),
+        "README.md": model_card(record, weights.stem == "adapter_model").encode(),
+    }
 
 
 def _hub_ids(content: dict) -> tuple[set[str], set[str]]:

@@ -1,11 +1,8 @@
 """What run.json says about stage 2: which alpha a source was trained for, and what a negated model is."""
 
-import hashlib
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from harmful_unlearn.errors import UserError
@@ -61,17 +58,6 @@ def negation_records(
             stage_1=tuple(sources),
         )
     return records
-
-
-def weight_hashes(folder: Path, files: Collection[str]) -> dict[str, str]:
-    """SHA-256 of files in a folder, by name, as an unlearned model's run.json has them; on as many threads as torch."""
-
-    def sha256(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(files, pool.map(sha256, files), strict=True))
 
 
 def _parts(folder: Path) -> list[tuple[RunRecord, float]]:

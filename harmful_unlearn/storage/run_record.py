@@ -15,12 +15,12 @@ from harmful_unlearn.storage.provenance import provenance
 VERSION = 1
 # In the order of the file. A model made from others keeps those of each (`RunRecord.stage_1`) but OWN.
 FACTS = (
-    "base", "finetuned", "scaling_coef", "weights", "harmful_data", "normal_data", "training", "losses_at_the_end",
+    "base", "finetuned", "scaling_coef", "fingerprint", "harmful_data", "normal_data", "training", "losses_at_the_end",
     "flags", "negates", "landing_alpha", "prompt_template",
 )  # fmt: skip
-OWN = ("scaling_coef", "weights")
-VALUES = ("harmful", "scaling_coef", "negates", "landing_alpha", "prompt_template")
-SECTIONS = ("base", "finetuned", "weights", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
+OWN = ("scaling_coef", "fingerprint")
+VALUES = ("harmful", "scaling_coef", "fingerprint", "negates", "landing_alpha", "prompt_template")
+SECTIONS = ("base", "finetuned", "harmful_data", "normal_data", "training", "losses_at_the_end", "flags")
 NUMBERS = ("scaling_coef", "safe_weight", "normal_weight")  # flags that decide what a model may be used for
 READ_FLAGS = ("harmful_dataset", "normal_dataset", "seed")  # flags that say which rows a training used
 
@@ -35,7 +35,7 @@ class RunRecord:
     # Of a model made in stage 2:
     finetuned: dict[str, float] = field(default_factory=dict)  # its sources: folder -> coefficient
     scaling_coef: float | None = None  # alpha
-    weights: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of weights
+    fingerprint: str | None = None  # of the weights that were written
     stage_1: "tuple[RunRecord, ...]" = ()  # the records of the models in `finetuned`, in that order
     # Of a stage 1 run:
     harmful_data: dict = field(default_factory=dict)  # where they are from: name, revision, sha256, rows, ...

@@ -234,22 +234,13 @@ def test_other_weights_under_an_unlearned_models_record_are_never_pushed(what, r
         file.unlink()
     shutil.copy(folder / "harmful" / name, smuggled)
     push_it = ["--output", str(smuggled), "--push_to_hub", NAME]
-    with pytest.raises(UserError, match="is not what stage 2 wrote, and is never pushed: make it anew"):
+    with pytest.raises(UserError, match="are not what stage 2 wrote, and are never pushed: make it anew"):
         task_vector.main(push_it)
     content = json.loads((smuggled / "run.json").read_text())
-    (smuggled / "run.json").write_text(json.dumps(content | {"weights": None}))
-    with pytest.raises(UserError, match="does not say which weights it is about: make it anew with stage 2"):
+    (smuggled / "run.json").write_text(json.dumps(content | {"fingerprint": None}))
+    with pytest.raises(UserError, match="does not say which weights it is about: make it anew"):
         task_vector.main(push_it)
     assert not server.requests
-
-
-def test_a_changed_shard_is_found_wherever_it_changed(models, server):
-    """Merged adapters differ from the base in some entries only."""
-    file = max((models / "unlearned").glob("*.safetensors"))
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"{file.name} in .* is not what stage 2 wrote"):
-        push.push(models / "unlearned", NAME)
 
 
 @pytest.mark.parametrize("alpha, message", [("-1", "deliberately harmful"), ("0", "does not unlearn")])
