@@ -123,10 +123,16 @@ def test_a_chat_says_what_the_spot_check_says(tiny_model, harmful, capsys, monke
     screen = run(capsys, *flags, "--chat")
     assert f"base: {printable(base)} (cut" in screen and f"unlearned: {printable(unlearned)} (cut" in screen
     served: list[dict] = []
-    monkeypatch.setattr(ChatServer, "run", lambda server: served.extend(server.answers("Why?", server.decoding)))
+
+    def serve(server: ChatServer) -> None:
+        server.is_busy.acquire()
+        server.begin("Why?", server.decoding).join()
+        served.extend(server.events)
+
+    monkeypatch.setattr(ChatServer, "run", serve)
     assert "template: released" in run(capsys, *flags, "--web", "--port", "0")
     for number, answer in enumerate((base, unlearned)):
-        assert "".join(event.get("text", "") for event in served if event["model"] == number) == answer
+        assert "".join(event.get("text", "") for event in served if event.get("model") == number) == answer
 
 
 @pytest.mark.parametrize("flag", ["--chat", "--web"])
