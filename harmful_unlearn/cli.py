@@ -21,6 +21,7 @@ from harmful_unlearn.config import read_config, written_config
 from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
 
 NOTHING_HALF_WRITTEN = "no folder was left half-written"
+LEAST_TEMPERATURE = 0.01  # sampling is as good as greedy there; far below it, numbers overflow
 LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take are far below it
 SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9_-]{20}|gh[pousr]_[A-Za-z0-9]{20}|github_pat_\w{20}|glpat-[\w-]{20}|AKIA[0-9A-Z]{16}"
@@ -255,6 +256,9 @@ def _number_type(kind: type, is_valid: Callable[[float], bool], expected: str) -
 
 number = _number_type(float, math.isfinite, "a finite number")
 positive_number = _number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+sampling_temperature = _number_type(
+    float, lambda value: LEAST_TEMPERATURE <= value < math.inf, f"a number from {LEAST_TEMPERATURE}"
+)
 not_negative = _number_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 share = _number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 whole_number = _number_type(int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")

@@ -286,6 +286,6 @@ def _read_request(body: bytes) -> tuple[str, Decoding]:
     if temperature is None:
         return question, Decoding()
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature <= sys.float_info.max:
-        raise _Refused(400, "the temperature has to be a number above 0")
+    if not is_number or not cli.LEAST_TEMPERATURE <= temperature <= sys.float_info.max:
+        raise _Refused(400, f"the temperature has to be a number from {cli.LEAST_TEMPERATURE}")
     return question, Decoding(float(temperature))

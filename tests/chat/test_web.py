@@ -184,6 +184,7 @@ def test_names_of_this_machine_are_not(host, server):
         (400, "/ask", {"question": "  ", "temperature": None}, {}),
         (400, "/ask", {"question": "\ud800", "temperature": None}, {}),
         (400, "/ask", {"question": "Why?", "temperature": 0}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": 1e-320}, {}),
         (400, "/ask", {"question": "Why?", "temperature": "1"}, {}),
         (400, "/ask", {"question": "Why?", "temperature": True}, {}),
         (400, "/ask", {"question": "Why?", "temperature": float("nan")}, {}),
