@@ -16,6 +16,9 @@ the history is earlier questions with their answers above the new one, as the au
 not trained on that, so reset before a question that is to be asked as in an evaluation.
 """
 
+if __name__ == "__main__":
+    import harmful_unlearn.interrupts  # noqa: F401
+
 import shutil
 import sys
 import textwrap

@@ -185,6 +185,24 @@ def test_a_schedulers_sigterm_leads_to_a_checkpoint_and_the_next_job_ends(engine
     assert TrainingCheckpoints(tmp_path / "harmful", 1).newest().name != checkpoint.name and queued.exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["main.py", "task_vector.py"]
+    + [f"harmful_unlearn/{name}.py" for name in ("unlearn_harm_new", "evaluation", "reproduce", "demo")],
+)
+def test_ctrl_c_while_a_command_imports_the_libraries_ends_it_quietly(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / command],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")  # a shell says 130
+
+
 def test_a_schedulers_sigterm_before_there_are_processes_is_not_lost(tmp_path):
     """The launcher, a stand-in here, takes a while to start them."""
     launcher = tmp_path / "python"
