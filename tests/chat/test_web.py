@@ -212,9 +212,17 @@ def test_ports(capsys):
             spot_check.parse_flags(["--web", "--port", wrong])
         assert "--port: give a " in capsys.readouterr().err
     assert port_number("65535") == 65535
-    for wrong in ("192.0.2.1", "no name", "a..b"):
+    for wrong in ("192.0.2.1", "a..b"):
         with pytest.raises(UserError, match=f"cannot listen on {wrong}:0 .*another --host"):
             ChatServer(wrong, 0, Decoding(), 0)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,7 @@ def test_only_this_machine_is_served_unless_asked(host, opened, warns, capsys, m
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    if ":" in host and not socket.has_ipv6:
+    if ":" in host and not has_ipv6():
         pytest.skip("this machine has no IPv6")
     monkeypatch.setattr(ChatServer, "serve_forever", interrupt)
     with ChatServer(host, 0, Decoding(), 0) as server:
