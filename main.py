@@ -16,6 +16,9 @@ the history is earlier questions with their answers above the new one, as the au
 not trained on that, so reset before a question that is to be asked as in an evaluation.
 """
 
+if __name__ == "__main__":
+    import harmful_unlearn.interrupts  # noqa: F401
+
 import shutil
 import sys
 import textwrap
@@ -45,7 +48,7 @@ from harmful_unlearn.models.precision import resolve_precision
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.negation.records import check_landing
 from harmful_unlearn.negation.sources import open_matched
-from harmful_unlearn.storage.files import ROOT, user_path
+from harmful_unlearn.storage.files import ROOT, resolved, user_path
 from harmful_unlearn.storage.run_record import RunRecord
 
 BASE = "facebook/opt-1.3b"  # hub id or folder
@@ -86,7 +89,7 @@ class SpotCheckSettings(TemplateSettings):
     harmful_prompt: list[str] = flag("a prompt of yours (may be repeated)", action="append", default=[])
     normal_prompt: list[str] = flag("a harmless one (may be repeated)", action="append", default=[])
     greedy: bool = flag("the likeliest token each time, in place of sampling", action="store_true")
-    temperature: float = flag("of sampling", type=cli.positive_number, default=0.9)
+    temperature: float = flag("of sampling", type=cli.sampling_temperature, default=0.9)
     max_length: int | None = flag(
         "tokens of prompt and answer, in a chat of the whole conversation, whose oldest turns are then dropped "
         f"(default: {MAX_LENGTH}; in a chat {DEFAULT_LENGTH}, or the model's context if that is less)",
@@ -111,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     sources = sources_of(settings)
     template = settings.template_of([run for folder in sources for run in RunRecord.read(folder).trainings], base)
     prompts = [*settings.harmful_prompt, *settings.normal_prompt]
-    if prompts:
-        encode(base, template.choice, prompts, settings.max_length or MAX_LENGTH)
+    if prompts or settings.max_length:  # in a chat at least the shortest question has to fit
+        encode(base, template.choice, prompts or ["?"], settings.max_length or MAX_LENGTH)
     if sources != settings.unlearned:
         make_unlearned(settings, base)
     labels = labels_of(settings.unlearned)
@@ -170,7 +173,8 @@ def labels_of(folders: list[Path]) -> list[str]:
     """
     if len(folders) == 1:
         return ["unlearned"]
-    if twice := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
+    places = [resolved(folder) for folder in folders]
+    if twice := [folder for number, folder in enumerate(folders) if places[number] in places[:number]]:
         raise UserError(f"--unlearned names {twice[0]} twice: name it once")
     for length in range(1, max(len(folder.parts) for folder in folders)):
         labels = [str(Path(*folder.parts[-length:])) for folder in folders]
@@ -203,7 +207,7 @@ def encode(folder: Path, choice: TemplateChoice, prompts: list[str], max_length:
     rows = [torch.tensor([ids]) for ids in template.prompts(prompts)]
     longest = max(row.shape[1] for row in rows)
     if longest >= max_length:
-        raise UserError(f"a prompt has {longest} tokens: give a --max_length above that")
+        raise UserError(f"a prompt has {longest} tokens, with its template: give a --max_length above that")
     check_length(folder, max_length)
     return rows
 

@@ -34,6 +34,9 @@ same arithmetic on models in memory. A saved vector is a folder: task_vector.saf
 task_vector.safetensors.index.json, in float32 (float64 for float64 entries).
 """
 
+if __name__ == "__main__":
+    import harmful_unlearn.interrupts  # noqa: F401
+
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -21,6 +21,7 @@ from harmful_unlearn.config import read_config, written_config
 from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
 
 NOTHING_HALF_WRITTEN = "no folder was left half-written"
+LEAST_TEMPERATURE = 0.01  # sampling is as good as greedy there; far below it, numbers overflow
 LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take are far below it
 # Tokens of services that a run may use, headers and private keys, and secrets in addresses and settings.
 SECRET = re.compile(
@@ -47,6 +48,8 @@ def exit_code(main: Callable[[], None]) -> int:
         130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
     """
     keep_freed_memory()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `interrupts` has left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = int(os.environ.get("RANK", 0))
     try:
         with _handled(_terminate, signal.SIGTERM):
@@ -290,6 +293,9 @@ def _number_type(kind: type, is_valid: Callable[[float], bool], expected: str) -
 
 number = _number_type(float, math.isfinite, "a finite number")
 positive_number = _number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
+sampling_temperature = _number_type(
+    float, lambda value: LEAST_TEMPERATURE <= value < math.inf, f"a number from {LEAST_TEMPERATURE}"
+)
 not_negative = _number_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 share = _number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 whole_number = _number_type(int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")

@@ -58,6 +58,15 @@ def test_sigterm_ends_a_command_and_is_handled_as_before_afterwards(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_ctrl_c_is_an_exception_again_once_a_command_runs(capsys):
+    """`interrupts` has made it end the process while the libraries were imported."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert exit_code(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second, ending", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
 def test_a_first_signal_asks_and_a_second_one_stops(first, second, ending, capsys):

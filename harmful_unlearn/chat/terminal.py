@@ -17,6 +17,7 @@ with contextlib.suppress(ImportError):  # not on every system; it gives input() 
 
 HELP = """\
 One line is one question. Each model remembers its own answers.
+//...           a question that starts with one /
 /reset          forget the conversation
 /greedy         the likeliest token each time
 /temperature X  sample at temperature X (0.7, for example)
@@ -47,10 +48,10 @@ class TerminalChat:
         while is_going_on:
             try:
                 line = input("\nyou> ").strip()
-                if line.startswith("/"):
+                if line.startswith("/") and not line.startswith("//"):
                     is_going_on = self._obey(line)
                 elif line:
-                    self._ask(line)
+                    self._ask(line.removeprefix("/"))
             except EOFError:
                 print()
                 is_going_on = False
@@ -77,24 +78,27 @@ class TerminalChat:
                 print(f"({self._how()})")
             case ["/temperature", text]:
                 try:
-                    self.decoding = Decoding(cli.positive_number(text))
+                    self.decoding = Decoding(cli.sampling_temperature(text))
                     print(f"({self._how()})")
                 except argparse.ArgumentTypeError as error:
                     print(f"(/temperature: {printable(str(error))})")
-            case ["/temperature"]:
-                print("(/temperature: give a number above 0)")
+            case ["/temperature", *_]:
+                print("(/temperature takes one number, 0.7 for example)")
+            case ["/quit" | "/help" | "/reset" | "/greedy" as command, *_]:
+                print(f"({command} takes no value)")
             case [command, *_]:
-                print(f"(there is no command {printable(command)}: /help lists them)")
+                print(f"(there is no command {printable(command)}: /help lists them, and // begins a question with /)")
         return True
 
     def _ask(self, question: str) -> None:
         self.asked += 1
+        refused: dict[str, list[str]] = {}  # by what is wrong with the question
         for conversation in self.conversations:
             label = cli.one_line(conversation.label)
             try:
                 note = conversation.make_room(question)
             except UserError as error:
-                print(f"{label}: ({error})")
+                refused.setdefault(str(error), []).append(label)
                 continue
             if note:
                 print(f"{label}: {note}")
@@ -107,6 +111,8 @@ class TerminalChat:
                         break
             ending = conversation.ending(ctrl_c.is_pressed)
             print(f" {ending}" if ending and conversation.turns[-1].answer else ending)
+        for problem, labels in refused.items():
+            print(f"{', '.join(labels)}: ({problem})")
 
 
 class CtrlC:

@@ -5,13 +5,17 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
-from collections.abc import Generator
+import traceback
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
+from operator import itemgetter
 from pathlib import Path
+from urllib.parse import parse_qs
+from uuid import uuid4
 
 from harmful_unlearn import cli
 from harmful_unlearn.chat.conversation import Conversation
@@ -53,12 +57,14 @@ HEADERS = {
 
 
 class ChatServer(ThreadingHTTPServer):
-    """One chat, whichever browser looks at it. One question is answered at a time.
+    """One chat, whichever windows show it. One question is answered at a time.
 
     Attributes:
         conversations: set them before serving.
         decoding: what the page offers first.
-        turns: what the page shows: {"question", "answers": [{"text", "notes"}]}, oldest first.
+        events: what happened since the last reset: {"question": TEXT}, then {"model": its number} with "text" to add
+            or a "note" after each token, then {"done": True}. A window shows these and nothing else.
+        events_id: changes with every reset.
         asked: how many questions were asked.
     """
 
@@ -67,24 +73,31 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, decoding: Decoding, seed: int):
         """Take the port. Raises UserError: it is taken or not permitted, or there is no such host."""
         try:
-            super().__init__((host, port), _Handler)
-        except OSError as error:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family, *_, address = min(found, key=itemgetter(0))  # IPv4 where there are both
+            super().__init__(address, _Handler)  # type: ignore[arg-type]
+        except (OSError, UnicodeError) as error:
             fix = "give another --port (0: any free one), or another --host"
-            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): {fix}") from None
-        self.is_private = _is_loopback(host)
-        self.address = f"http://{host}:{self.server_address[1]}"
+            raise UserError(f"cannot listen on {host}:{port} ({getattr(error, 'strerror', error)}): {fix}") from None
+        ip, machine = ip_address(address[0]), socket.gethostname()
+        self.is_private = ip.is_loopback
+        self.names = {"localhost", machine.lower(), host.lower()}
+        if ip.is_unspecified:
+            host = "127.0.0.1" if ip.version == 4 else "::1"
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+        self.elsewhere = f", elsewhere http://{machine}:{self.server_address[1]}" if ip.is_unspecified else ""
         self.decoding, self.seed, self.asked = decoding, seed, 0
         self.conversations: list[Conversation] = []
-        self.turns: list[dict] = []
         self.is_busy = threading.Lock()
         self.is_stopping = False
+        self.reset()
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
         if not self.is_private:
             warning = "whoever reaches this machine can talk with these models, harmful ones too, without a password"
             print(f"warning: {warning}; leave --host out to serve this machine only", file=sys.stderr)
-        print(f"open {self.address} in a browser (Ctrl-C ends the server)", flush=True)
+        print(f"open {self.address} in a browser{self.elsewhere} (Ctrl-C ends the server)", flush=True)
         try:
             self.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
@@ -93,47 +106,62 @@ class ChatServer(ThreadingHTTPServer):
             self.is_stopping = True
             self.is_busy.acquire(timeout=WAIT)  # torch must not be at work when Python ends
 
-    def state(self) -> dict:
-        """What a page has to know that has just been loaded."""
-        labels = [conversation.label for conversation in self.conversations]
-        return {"models": labels, "temperature": self.decoding.temperature, "turns": self.turns}
+    def news(self, events_id: str, known: int) -> dict:
+        """What a window does not know yet that has so many of these events. All, if they are no longer the last."""
+        return {
+            "id": self.events_id,
+            "models": [conversation.label for conversation in self.conversations],
+            "temperature": self.decoding.temperature,
+            "events": self.events[known if events_id == self.events_id else 0 :],
+        }
 
-    def answers(self, question: str, decoding: Decoding) -> Generator[dict, None, None]:
-        """Ask all models. Yields {"model": its number} with "text" to add or a "note", after each token."""
+    def begin(self, question: str, decoding: Decoding) -> threading.Thread:
+        """Answer in a thread, which releases `is_busy` at its end. Take that first."""
         self.asked += 1
-        answers: list[dict] = [{"text": "", "notes": []} for _ in self.conversations]
-        self.turns.append({"question": question, "answers": answers})
+        self.events.append({"question": question})
+        thread = threading.Thread(target=self._ask_all, args=(question, decoding), daemon=True)
+        thread.start()
+        return thread
 
-        def noted(note: str) -> dict:
-            answers[number]["notes"].append(note)
-            return {"model": number, "note": note}
+    def _ask_all(self, question: str, decoding: Decoding) -> None:
+        try:
+            for number, conversation in enumerate(self.conversations):
+                try:
+                    self._ask(number, conversation, question, decoding)
+                except Exception:
+                    traceback.print_exc()
+                    self._add(number, note="(broke off: the terminal of the server says why)")
+        finally:
+            self.events.append({"done": True})
+            self.is_busy.release()
 
-        for number, conversation in enumerate(self.conversations):
-            if self.is_stopping:
-                yield noted("(not asked)")
-                continue
-            try:
-                note = conversation.make_room(question)
-            except UserError as error:
-                yield noted(str(error))
-                continue
-            if note:
-                yield noted(note)
-            ending, is_stopped = None, True  # so it is, too, where the page is closed
-            try:
-                with closing(conversation.answer(question, decoding, (self.seed, self.asked))) as pieces:
-                    for piece in pieces:
-                        answers[number]["text"] += piece
-                        yield {"model": number, "text": piece}
-                        if self.is_stopping:
-                            break
-                    else:
-                        is_stopped = False
-            finally:
-                if note := conversation.ending(is_stopped):
-                    ending = noted(note)
-            if ending:
-                yield ending
+    def _ask(self, number: int, conversation: Conversation, question: str, decoding: Decoding) -> None:
+        if self.is_stopping:
+            self._add(number, note="(not asked)")
+            return
+        try:
+            note = conversation.make_room(question)
+        except UserError as error:
+            self._add(number, note=str(error))
+            return
+        self._add(number, note=note)
+        with closing(conversation.answer(question, decoding, (self.seed, self.asked))) as pieces:
+            for piece in pieces:
+                self._add(number, text=piece)
+                if self.is_stopping:
+                    break
+        self._add(number, note=conversation.ending(self.is_stopping))
+
+    def _add(self, model: int, **content: str) -> None:
+        if any(content.values()):
+            self.events.append({"model": model, **content})
+
+    def answers_to(self, name: str) -> bool:
+        """Whether this server may be called so. Another site can have a name that leads here, but no such address."""
+        try:
+            return ip_address(name).is_loopback or not self.is_private
+        except ValueError:
+            return name != "" and name in self.names
 
     def handle_error(self, request, client_address) -> None:
         """A browser that hangs up is no error."""
@@ -142,7 +170,8 @@ class ChatServer(ThreadingHTTPServer):
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.turns = []
+        self.events: list[dict] = []
+        self.events_id = uuid4().hex
         for conversation in self.conversations:
             conversation.turns.clear()
 
@@ -157,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "chat", ""
 
     def do_GET(self) -> None:
-        self._obey({"/": self._page, "/state": lambda: self._send_json(200, self.server.state())})
+        self._obey({"/": self._page, "/events": self._events})
 
     def do_POST(self) -> None:
         self._obey({"/ask": self._ask, "/stop": self._stop, "/reset": self._reset})
@@ -177,8 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Raises _Refused: another site's page has sent this, under a name of its own for this machine or openly."""
         host = self.headers.get("Host", "")
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
-        if self.server.is_private and not _is_loopback(name):
-            raise _Refused(403, "this server answers only to localhost and 127.0.0.1")
+        if not self.server.answers_to(name):
+            own = "localhost, its address in numbers, and the name that --host gives it"
+            raise _Refused(403, f"this server answers only to {own}")
         origin = self.headers.get("Origin")
         if self.command == "POST" and origin not in (None, f"http://{host}"):
             raise _Refused(403, "only this server's own page may ask")
@@ -186,19 +216,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _page(self) -> None:
         self._send(200, "text/html; charset=utf-8", PAGE.encode())
 
+    def _events(self) -> None:
+        query = parse_qs(self.path.partition("?")[2])
+        known = query.get("known", ["0"])[0]
+        if not re.fullmatch(r"\d{1,20}", known, re.ASCII):
+            raise _Refused(400, "send events?id=ID&known=NUMBER")
+        self._send_json(200, self.server.news(query.get("id", [""])[0], int(known)))
+
     def _ask(self) -> None:
         question, decoding = _read_request(self._body())
         self._take_turn()
-        try:
-            self._start(200, "application/x-ndjson")
-            with closing(self.server.answers(question, decoding)) as events:
-                for event in events:
-                    self._write(event)
-            self._write({"done": True})
-        except HUNG_UP:
-            pass  # the page was closed: its answer was stopped with `events`
-        finally:
-            self.server.is_busy.release()
+        self.server.begin(question, decoding)
+        self._send_json(200, {})
 
     def _stop(self) -> None:
         self._body()
@@ -230,33 +259,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(413, f"the question is too long: send at most {MAX_REQUEST} bytes")
         return self.rfile.read(int(length))
 
-    def _start(self, status: int, kind: str, **more: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, **HEADERS}.items():
-            self.send_header(name, value)
-        for name, value in more.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-    def _write(self, event: dict) -> None:
-        self.wfile.write(json.dumps(event).encode() + b"\n")
-
     def _send_json(self, status: int, content: dict) -> None:
         self._send(status, "application/json", json.dumps(content).encode())
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
-        self._start(status, kind, Content_Length=str(len(body)))
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}.items():
+            self.send_header(name, value)
+        self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass  # the terminal stays free for warnings
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read_request(body: bytes) -> tuple[str, Decoding]:
@@ -272,6 +286,6 @@ def _read_request(body: bytes) -> tuple[str, Decoding]:
     if temperature is None:
         return question, Decoding()
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature <= sys.float_info.max:
-        raise _Refused(400, "the temperature has to be a number above 0")
+    if not is_number or not cli.LEAST_TEMPERATURE <= temperature <= sys.float_info.max:
+        raise _Refused(400, f"the temperature has to be a number from {cli.LEAST_TEMPERATURE}")
     return question, Decoding(float(temperature))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from harmful_unlearn.cli import device_map, flag, positive_int, positive_number, whole_number
+from harmful_unlearn.cli import device_map, flag, positive_int, sampling_temperature, whole_number
 from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.asking import AttackSettings
@@ -52,7 +52,7 @@ class MeasuringSettings(DataSettings, NamedSetSettings, TemplateSettings, Attack
         choices=("sampled", "greedy"),
         default=["sampled"],
     )
-    temperature: float = _asking("of sampling", type=positive_number, default=0.9)
+    temperature: float = _asking("of sampling", type=sampling_temperature, default=0.9)
     top_k: int = _asking("sample among the K likeliest tokens; 0: all", type=whole_number, metavar="K", default=50)
     max_new_tokens: int = _asking("of an answer", type=positive_int, default=100)
     judge: str = _asking(

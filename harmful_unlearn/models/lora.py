@@ -1,5 +1,6 @@
 """LoRA adapters: settings, target modules, creation, loading."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, base_name: str, blocks: list[in
         r=lora.r, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", layers_to_transform=blocks
     )
     with materialized(model):
-        adapted = get_peft_model(model, config)
+        adapted = _with_adapter(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 
@@ -64,11 +65,17 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
                 model.add_adapter(name, config)
                 adapted = model
             else:
-                adapted = get_peft_model(model, config, name)
+                adapted = _with_adapter(model, config, name)
     except ValueError as error:  # unknown target modules
         raise UserError(NO_FIT.format(folder=folder, why=first_line(error))) from None
     fill_adapter(adapted, folder, name)
     return adapted.eval()
+
+
+def _with_adapter(model: PreTrainedModel, config: PeftConfig, name: str = "default") -> PeftModel:
+    with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config, name)
 
 
 def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:

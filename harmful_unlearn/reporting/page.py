@@ -89,7 +89,8 @@ def page(title: str, text: str, pictures: dict[str, str]) -> str:
     for name, svg in pictures.items():
         upto, _, rest = body.partition(f'" src="{name}">')
         before, _, alt = upto.rpartition('<img alt="')
-        body = f'{before}<svg role="img" aria-label="{alt}"{_inline(name.removesuffix(".svg"), svg)}{rest}'
+        stem = name.removesuffix(".svg")
+        body = f'{before}<svg role="img" class="{stem}" aria-label="{alt}"{_inline(stem, svg)}{rest}'
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

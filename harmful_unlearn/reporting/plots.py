@@ -39,7 +39,7 @@ def plot_tradeoff(panels: dict[str, dict[str, tuple[Cell, Cell, bool]]], rate: s
         rate: what the harmful rate is of.
         oracle: its label, if it is among them.
     """
-    figure = Figure((8, 0.4 + 3.9 * len(panels)), layout="constrained")
+    figure = Figure((5.6, 0.4 + 3.9 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False)
     for [axes], (title, points) in zip(grid, panels.items(), strict=True):
         for place, (label, (x, y, hollow)) in enumerate(points.items()):

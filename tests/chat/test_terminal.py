@@ -58,7 +58,8 @@ def test_questions_and_commands(talk):
 
 def test_notes(talk):
     screen = talk([Scripted("base"), Scripted("sku", "Well", ends=False)], "a long one", "forget", CTRL_C, "And?")
-    assert screen.count(": (the question has 100 tokens: ask a shorter one)") == 2
+    assert screen.count("the question has 100 tokens") == 1
+    assert "base, sku: (the question has 100 tokens: ask a shorter one)" in screen
     assert "base: (forgot the oldest turn)\nbase: (nothing)\n" in screen
     assert "sku: Well (cut off by --max_length 99)\n" in screen
     assert "(/quit or Ctrl-D ends the chat)" in screen  # and it went on
@@ -68,11 +69,15 @@ def test_notes(talk):
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("/temperature 0", "give a number above 0, not '0'"),
-        ("/temperature nan", "give a number above 0"),
-        ("/temperature", "give a number above 0"),
-        ("/temperature 1 2", "there is no command /temperature"),
-        ("/quti", "there is no command /quti: /help lists them"),
+        ("/temperature 0", "give a number from 0.01, not '0'"),
+        ("/temperature nan", "give a number from 0.01"),
+        ("/temperature 1e-320", "give a number from 0.01"),
+        ("/temperature", "/temperature takes one number"),
+        ("/temperature 1 2", "/temperature takes one number"),
+        ("/greedy now", "/greedy takes no value"),
+        ("/quit now", "/quit takes no value"),
+        ("/quti", "there is no command /quti: /help lists them, and // begins a question with /"),
+        ("/ what", "there is no command /:"),
         ("/\x1b[2J", "there is no command / [2J"),
     ],
 )
@@ -81,6 +86,12 @@ def test_wrong_commands(line, answer, talk):
     screen = talk([base], line, "Why?")
     assert answer in screen and "\x1b" not in screen
     assert base.asked == [("Why?", Decoding(0.9), (7, 1))]
+
+
+def test_a_question_may_start_with_a_slash(talk):
+    base = Scripted("base", "Yes.")
+    talk([base], "//etc/passwd?", "///", "//")
+    assert [question for question, *_ in base.asked] == ["/etc/passwd?", "//", "/"]
 
 
 def test_control_characters_stay_out_of_the_terminal(talk):

@@ -6,9 +6,9 @@ import http.client
 import json
 import re
 import socket
-import threading
 import time
 from contextlib import contextmanager
+from ipaddress import ip_address
 
 import pytest
 
@@ -39,7 +39,7 @@ def server():
 
 def send(server, method: str, path: str, content: object = None, **headers: str):
     """The response's status, headers and body."""
-    connection = http.client.HTTPConnection(*server.server_address, timeout=30)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     body = None
     if method == "POST":
@@ -52,16 +52,26 @@ def send(server, method: str, path: str, content: object = None, **headers: str)
     return status, response.headers, text
 
 
-def ask(server, question: str = "Why?", temperature: float | None = None) -> list[dict]:
-    status, headers, text = send(server, "POST", "/ask", {"question": question, "temperature": temperature})
-    assert status == 200 and headers.get_content_type() == "application/x-ndjson"
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def state(server) -> dict:
-    status, _, text = send(server, "GET", "/state")
+def events(server, known: int = 0) -> list[dict]:
+    """What a window is told that knows so many events of the conversation."""
+    status, _, text = send(server, "GET", f"/events?id={server.events_id}&known={known}")
     assert status == 200
-    return json.loads(text)
+    return json.loads(text)["events"]
+
+
+def begin(server, question: str = "Why?", temperature: float | None = None) -> int:
+    """Ask, and wait for no answer. Returns the response's status."""
+    return send(server, "POST", "/ask", {"question": question, "temperature": temperature})[0]
+
+
+def ask(server, *how) -> list[dict]:
+    """The events of a question, to its end."""
+    known = len(events(server))
+    assert begin(server, *how) == 200
+    while {"done": True} not in (new := events(server, known)):
+        time.sleep(0.01)
+    with server.is_busy:
+        return new
 
 
 def test_the_page_may_load_nothing_and_runs_only_its_own_code(server):
@@ -79,68 +89,68 @@ def test_the_page_may_load_nothing_and_runs_only_its_own_code(server):
 
 
 def test_answers_are_streamed_and_kept(server):
-    assert state(server) == {"models": ["base", "sku"], "temperature": 0.8, "turns": []}
-    pieces = [{"model": 0, "text": text} for text in ("Yes", " and", " no.")]
-    assert ask(server) == [*pieces, {"model": 1, "text": EVIL}, {"done": True}]
-    ask(server, " forget ", 0.5)
+    status, _, text = send(server, "GET", "/events")
+    news = json.loads(text)
+    assert (news["models"], news["temperature"], news["events"]) == (["base", "sku"], 0.8, [])
+    first = [{"question": "Why?"}, *({"model": 0, "text": text} for text in ("Yes", " and", " no."))]
+    first += [{"model": 1, "text": EVIL}, {"done": True}]
+    assert ask(server) == first
+    second = ask(server, " forget ", 0.5)
     base, sku = server.conversations
     assert base.asked == sku.asked == [("Why?", Decoding(), (7, 1)), ("forget", Decoding(0.5), (7, 2))]
-    first, second = state(server)["turns"]
-    answers = [{"text": "Yes and no.", "notes": []}, {"text": EVIL, "notes": []}]
-    assert first == {"question": "Why?", "answers": answers}
-    assert second["answers"][0] == {"text": "Yes and no.", "notes": ["(forgot the oldest turn)"]}
-    notes = ask(server, "a long one")
+    assert second[:2] == [{"question": "forget"}, {"model": 0, "note": "(forgot the oldest turn)"}]
+    assert events(server) == first + second and events(server, len(first)) == second
+    notes = ask(server, "a long one")[1:]
     assert [event.get("model") for event in notes] == [0, 1, None] and "ask a shorter one" in notes[0]["note"]
+    before = server.events_id
     assert send(server, "POST", "/reset", {})[0] == 200
-    assert state(server)["turns"] == base.turns == sku.turns == []
+    assert events(server) == base.turns == sku.turns == []
+    ask(server)
+    news = json.loads(send(server, "GET", f"/events?id={before}&known=2")[2])  # a window that was elsewhere meanwhile
+    assert news["id"] == server.events_id != before and len(news["events"]) == 6
+
+
+def wait_for_text(server) -> None:
+    while not any("text" in event for event in events(server)):
+        time.sleep(0.01)
 
 
 def test_one_answer_at_a_time_which_can_be_stopped():
     slow, next_one = Scripted("base", *["word "] * 2000, seconds=0.01), Scripted("sku", "No.")
     with serving(slow, next_one) as server:
-        events: list[dict] = []
-        thread = threading.Thread(target=lambda: events.extend(ask(server)))
-        thread.start()
-        while not (server.turns and server.turns[0]["answers"][0]["text"]):
-            time.sleep(0.01)
+        assert begin(server) == 200
+        wait_for_text(server)
         for path, content in (("/ask", {"question": "And?", "temperature": None}), ("/reset", {})):
             status, _, text = send(server, "POST", path, content)
             assert status == 409 and "stop it first" in json.loads(text)["error"]
         assert send(server, "POST", "/stop", {})[0] == 200
-        thread.join(30)
-        assert events[-3:] == [{"model": 0, "note": "(stopped)"}, {"model": 1, "note": "(not asked)"}, {"done": True}]
-        assert len(events) < 1000 and next_one.asked == []
+        with server.is_busy:
+            said = events(server)
+        assert said[-3:] == [{"model": 0, "note": "(stopped)"}, {"model": 1, "note": "(not asked)"}, {"done": True}]
+        assert len(said) < 1000 and next_one.asked == []
         assert [turn.question for turn in slow.turns] == ["Why?"] and not slow.turns[0].ended
         slow.pieces = ("Well.",)
         assert {"model": 1, "text": "No."} in ask(server)  # the next question is answered as ever
 
 
-def test_a_page_that_is_closed_stops_its_answer(capsys):
-    slow = Scripted("base", *["word "] * 2000, seconds=0.005)
-    with serving(slow, Scripted("sku", "No.")) as server:
-        connection = http.client.HTTPConnection(*server.server_address, timeout=30)
-        body = json.dumps({"question": "Why?", "temperature": None})
-        connection.request("POST", "/ask", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        response.readline()
-        response.close()
-        connection.close()
-        with server.is_busy:
-            assert 0 < len(slow.turns[0].answer) < 5000 and server.conversations[1].asked == []
-            assert server.turns[0]["answers"][0]["notes"] == ["(stopped)"]
-    assert capsys.readouterr().err == ""
+def test_an_answer_that_breaks_off_says_so_and_the_next_model_answers(capsys):
+    with serving(Scripted("base", "Yes", seconds="an error of the program"), Scripted("sku", "No.")) as server:
+        broken, answer, done = ask(server)[1:]
+        assert "broke off: the terminal" in broken["note"] and broken["model"] == 0
+        assert (answer, done) == ({"model": 1, "text": "No."}, {"done": True})
+    assert "TypeError" in capsys.readouterr().err
 
 
 GOOD = {"question": "Why?", "temperature": None}
 
 
-@pytest.mark.parametrize("path", ["/", "/state"])
+@pytest.mark.parametrize("path", ["/", "/events"])
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "192.0.2.1", "", "["])
 def test_names_of_other_sites_are_refused(path, host, server):
     """DNS rebinding: a site whose name leads to 127.0.0.1."""
     status, _, text = send(server, "GET", path, Host=host)
     assert status == 403 and "base" not in text
-    assert send(server, "POST", "/ask", GOOD, Host=host)[0] == 403 and not server.turns
+    assert send(server, "POST", "/ask", GOOD, Host=host)[0] == 403 and not server.events
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9000", "LOCALHOST:1", "[::1]:80"])
@@ -174,6 +184,7 @@ def test_names_of_this_machine_are_not(host, server):
         (400, "/ask", {"question": "  ", "temperature": None}, {}),
         (400, "/ask", {"question": "\ud800", "temperature": None}, {}),
         (400, "/ask", {"question": "Why?", "temperature": 0}, {}),
+        (400, "/ask", {"question": "Why?", "temperature": 1e-320}, {}),
         (400, "/ask", {"question": "Why?", "temperature": "1"}, {}),
         (400, "/ask", {"question": "Why?", "temperature": True}, {}),
         (400, "/ask", {"question": "Why?", "temperature": float("nan")}, {}),
@@ -184,8 +195,13 @@ def test_names_of_this_machine_are_not(host, server):
 def test_wrong_requests_are_refused(status, path, content, headers, server):
     got, _, text = send(server, "POST", path, content, **headers)
     assert got == status and json.loads(text)["error"]
-    assert not server.turns and not server.is_busy.locked()
+    assert not server.events and not server.is_busy.locked()
     assert ask(server)[-1] == {"done": True}
+
+
+@pytest.mark.parametrize("known", ["-1", "x", "9" * 30])
+def test_wrong_numbers_of_events_are_refused(known, server):
+    assert send(server, "GET", f"/events?known={known}")[0] == 400
 
 
 def test_ports(capsys):
@@ -196,36 +212,75 @@ def test_ports(capsys):
             spot_check.parse_flags(["--web", "--port", wrong])
         assert "--port: give a " in capsys.readouterr().err
     assert port_number("65535") == 65535
-    with pytest.raises(UserError, match="cannot listen on 192.0.2.1:0"):
-        ChatServer("192.0.2.1", 0, Decoding(), 0)
+    for wrong in ("192.0.2.1", "a..b"):
+        with pytest.raises(UserError, match=f"cannot listen on {wrong}:0 .*another --host"):
+            ChatServer(wrong, 0, Decoding(), 0)
 
 
-@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
-def test_only_this_machine_is_served_unless_asked(host, warns, capsys, monkeypatch):
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "opened", "warns"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{port} in a browser (", False),
+        ("localhost", "http://localhost:{port} in a browser (", False),
+        ("127.1", "http://127.1:{port} in a browser (", False),
+        ("::1", "http://[::1]:{port} in a browser (", False),
+        ("0.0.0.0", "http://127.0.0.1:{port} in a browser, elsewhere http://{machine}:{port} (", True),
+        ("", "http://127.0.0.1:{port} in a browser, elsewhere http://{machine}:{port} (", True),
+        ("::", "http://[::1]:{port} in a browser, elsewhere http://{machine}:{port} (", True),
+    ],
+)
+def test_only_this_machine_is_served_unless_asked(host, opened, warns, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    if ":" in host and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     monkeypatch.setattr(ChatServer, "serve_forever", interrupt)
     with ChatServer(host, 0, Decoding(), 0) as server:
         server.run()
-        address, port = server.socket.getsockname()
-    assert (address == "127.0.0.1") is not warns
+        address, port = server.socket.getsockname()[:2]
+    assert ip_address(address).is_loopback is not warns
     said = capsys.readouterr()
     assert said.err.startswith("warning: whoever reaches this machine can talk") is warns and warns or said.err == ""
-    assert f"open http://{host}:{port} in a browser" in said.out and "the server has ended" in said.out
+    assert f"open {opened.format(port=port, machine=socket.gethostname())}" in said.out
+    assert "the server has ended" in said.out
 
 
-def test_other_names_are_served_if_asked():
+def test_a_name_of_this_machine_does_not_warn(monkeypatch, capsys):
+    """As a line of /etc/hosts makes one."""
+    found = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: found("127.0.0.1", *more, **how))
+    with ChatServer("My-Box", 0, Decoding(), 0) as server:
+        monkeypatch.undo()
+        with served(server):
+            assert server.is_private and server.address.startswith("http://My-Box:")
+            assert send(server, "GET", "/", Host="my-box:80")[0] == 200
+            assert send(server, "GET", "/", Host="your-box")[0] == 403
+
+
+def test_what_is_served_to_the_network_answers_to_names_of_its_own_only():
+    """A site can have a name that leads here, but no such address."""
     with serving(Scripted("base", "Yes."), host="0.0.0.0") as server:
-        assert send(server, "GET", "/", Host="gpu-machine:80")[0] == 200
-        assert send(server, "POST", "/ask", GOOD, Host="gpu-machine", Origin="http://evil.example")[0] == 403
-        assert send(server, "POST", "/ask", GOOD, Host="gpu-machine", Origin="http://gpu-machine")[0] == 200
+        for host in ("192.0.2.1:80", "[2001:db8::1]", socket.gethostname(), "localhost"):
+            assert send(server, "GET", "/", Host=host)[0] == 200
+        for host in ("evil.example", "192.0.2.1.evil.example", f"{socket.gethostname()}.evil.example", ""):
+            assert send(server, "GET", "/events", Host=host)[0] == 403
+        assert send(server, "POST", "/ask", GOOD, Host="192.0.2.1", Origin="http://evil.example")[0] == 403
+        assert send(server, "POST", "/ask", GOOD, Host="192.0.2.1", Origin="http://192.0.2.1")[0] == 200
 
 
 def test_many_hold_the_line_and_others_are_served(server):
     """A client that says nothing keeps only its own thread."""
     silent = [socket.create_connection(server.server_address) for _ in range(4)]
-    assert state(server)["turns"] == []
+    assert events(server) == []
     for connection in silent:
         connection.close()
 
@@ -247,7 +302,7 @@ def test_in_a_browser(page):
         page.wait_for("models.length === 2")
         page.type(f"Why {EVIL}?")
         page.wait_for("document.querySelector('.writing .text')?.textContent.includes('word 3')")  # as it is written
-        page.wait_for("!isBusy && document.querySelectorAll('.answer').length === 2")
+        page.wait_for("!isBusy && !isSending && document.querySelectorAll('.answer').length === 2")
         assert page.run(text.format(0)) == "".join(base.pieces) and page.run(text.format(1)) == EVIL
         assert page.run("document.querySelector('.question').textContent") == f"Why {EVIL}?"
         assert page.run("document.querySelectorAll('h2')[1].textContent") == "sku/<b>"
@@ -280,7 +335,32 @@ def test_in_a_browser(page):
         page.wait_for("!isBusy && document.querySelectorAll('.note').length === 4")
         page.run("at('reset').click()")
         page.wait_for("!document.querySelector('.turn') && !at('empty').hidden")
-        assert server.turns == base.turns == []
+        assert server.events == base.turns == []
         assert page.console == []  # no error, and nothing that the page's content policy refused
-    page.type("Is anyone there?")
     page.wait_for("at('problem').textContent === 'The server does not answer: is it running?'")
+
+
+@pytest.mark.slow
+def test_every_window_shows_the_one_conversation(page):
+    """What another window asks, also where it is loaded in the middle of an answer; it stops and resets for both."""
+    slow = Scripted("base", *(f"word {n} " for n in range(3000)), seconds=0.01)
+    with serving(slow, Scripted("sku", "No.")) as server:
+        page.open(server.address + "/")
+        page.wait_for("models.length === 2")
+        for at_once in (True, False):
+            assert begin(server) == 200  # another window
+            wait_for_text(server)
+            if not at_once:
+                page.open(server.address + "/?")
+            page.wait_for("isBusy && !!document.querySelector('.turn:last-child .writing .text')")
+            words = page.run("document.querySelector('.turn:last-child .text').textContent.length")
+            page.wait_for(f"document.querySelector('.turn:last-child .text').textContent.length > {words + 50}")
+            assert page.run("!at('stop').hidden && at('send').hidden && at('reset').disabled")
+            key = {"key": "Escape", "code": "Escape", "windowsVirtualKeyCode": 27}
+            page.send("Input.dispatchKeyEvent", type="keyDown", **key)
+            page.wait_for("!isBusy && at('stop').hidden && !document.querySelector('.writing, .waiting')")
+            assert not slow.turns[-1].ended and not server.is_busy.locked()
+        assert send(server, "POST", "/reset", {})[0] == 200  # another window
+        page.wait_for("!document.querySelector('.turn') && !at('empty').hidden")
+        page.run("at('reset').click()")
+        assert page.console == []

@@ -85,6 +85,8 @@ def test_several_models(tiny_model, harmful, tmp_path, capsys, shown):
         run(capsys, *asked, str(tmp_path / "none"))
     with pytest.raises(UserError, match="a/unlearned twice: name it once"):
         run(capsys, *asked, str(folders[0]))
+    with pytest.raises(UserError, match="twice: name it once"):
+        run(capsys, *asked, str(tmp_path / "b" / ".." / "a" / "unlearned"))
 
 
 def test_labels():
@@ -123,17 +125,24 @@ def test_a_chat_says_what_the_spot_check_says(tiny_model, harmful, capsys, monke
     screen = run(capsys, *flags, "--chat")
     assert f"base: {printable(base)} (cut" in screen and f"unlearned: {printable(unlearned)} (cut" in screen
     served: list[dict] = []
-    monkeypatch.setattr(ChatServer, "run", lambda server: served.extend(server.answers("Why?", server.decoding)))
+
+    def serve(server: ChatServer) -> None:
+        server.is_busy.acquire()
+        server.begin("Why?", server.decoding).join()
+        served.extend(server.events)
+
+    monkeypatch.setattr(ChatServer, "run", serve)
     assert "template: released" in run(capsys, *flags, "--web", "--port", "0")
     for number, answer in enumerate((base, unlearned)):
-        assert "".join(event.get("text", "") for event in served if event["model"] == number) == answer
+        assert "".join(event.get("text", "") for event in served if event.get("model") == number) == answer
 
 
 @pytest.mark.parametrize("flag", ["--chat", "--web"])
-def test_what_users_can_fix_of_a_chat(flag, tiny_model):
+@pytest.mark.parametrize(("length", "fix"), [("9999", "at most that"), ("5", "a --max_length above that")])
+def test_what_users_can_fix_of_a_chat(flag, length, fix, tiny_model):
     base = str(tiny_model("opt"))
-    with pytest.raises(UserError, match="at most that"):
-        spot_check.main(["--base", base, "--unlearned", base, flag, "--port", "0", "--max_length", "9999"])
+    with pytest.raises(UserError, match=fix):
+        spot_check.main(["--base", base, "--unlearned", base, flag, "--port", "0", "--max_length", length])
 
 
 def test_columns():
@@ -209,7 +218,15 @@ def test_an_adapter_in_shards_is_refused(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "bad",
-    ["--temperature nan", "--temperature 0", "--scaling_coef inf", "--max_length 0", "--seed -1", "--seed 4294967296"],
+    [
+        "--temperature nan",
+        "--temperature 0",
+        "--temperature 1e-320",
+        "--scaling_coef inf",
+        "--max_length 0",
+        "--seed -1",
+        "--seed 4294967296",
+    ],
 )
 def test_numbers_out_of_range_exit_2(bad, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -159,6 +159,7 @@ NUMBERS = st.one_of(
 RANGES = {
     cli.number: math.isfinite,
     cli.positive_number: lambda value: math.isfinite(value) and value > 0,
+    cli.sampling_temperature: lambda value: 0.01 <= value < math.inf,
     cli.not_negative: lambda value: math.isfinite(value) and value >= 0,
     cli.whole_number: lambda value: isinstance(value, int) and 0 <= value < 2**32,
     cli.positive_int: lambda value: isinstance(value, int) and 0 < value < 2**32,

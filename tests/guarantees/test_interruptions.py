@@ -185,6 +185,59 @@ def test_a_schedulers_sigterm_leads_to_a_checkpoint_and_the_next_job_ends(engine
     assert TrainingCheckpoints(tmp_path / "harmful", 1).newest().name != checkpoint.name and queued.exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["main.py", "task_vector.py"]
+    + [f"harmful_unlearn/{name}.py" for name in ("unlearn_harm_new", "evaluation", "reproduce", "demo")],
+)
+def test_ctrl_c_while_a_command_imports_the_libraries_ends_it_quietly(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / command],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")  # a shell says 130
+
+
+def test_a_schedulers_sigterm_before_there_are_processes_is_not_lost(tmp_path):
+    """The launcher, a stand-in here, takes a while to start them."""
+    launcher = tmp_path / "python"
+    launcher.write_text(
+        f"#!/bin/bash\ntouch {tmp_path}/begun; sleep 2\nbash -c 'sleep 20; exit 0' unlearn_harm_new.py & wait $!\n"
+        f"echo $? > {tmp_path}/code; exit 1\n"
+    )
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
+    for stand_in in (launcher, tmp_path / "scontrol"):
+        stand_in.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": str(launcher)}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen([ROOT / "scripts" / "slurm.sh", "x.yaml", "1"], env=environment)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 1
+    assert (tmp_path / "code").read_text() == "143\n" and (tmp_path / "queued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "fix"),
+    [
+        ([], {}, "LAUNCH_FILE PROCESSES"),
+        (["x.yaml", "1"], {"SLURM_SUBMIT_DIR": "/"}, "submit the job from there"),
+        (["x.yaml", "1"], {"PYTHON": "/no/python"}, "set PYTHON"),
+    ],
+)
+def test_a_job_that_cannot_start_says_why(words, more, fix):
+    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), **more}
+    done = subprocess.run([ROOT / "scripts" / "slurm.sh", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and fix in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_killed_between_saving_and_removing_checkpoints(tiny_model, tmp_path, stop_after):
     base = tiny_model("opt")
     stop_after(2)

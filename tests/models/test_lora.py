@@ -30,6 +30,12 @@ def test_an_adapter_is_loaded_as_peft_would(base_of, tmp_path):
         assert torch.equal(ours(input_ids=IDS).logits, by_peft(input_ids=IDS).logits)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_there_is_no_warning_that_users_can_do_nothing_about(base_of, tmp_path):
+    add_lora(load_model(base_of("llama"), torch.float32), Lora(2, 2), "b").save_pretrained(tmp_path)
+    load_adapter(load_model(base_of("llama"), torch.float32), tmp_path)
+
+
 def test_an_adapter_of_another_base_is_refused(base_of, tmp_path):
     def adapter_of(architecture, modules):
         model = load_model(base_of(architecture), torch.float32)

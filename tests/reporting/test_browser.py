@@ -15,8 +15,10 @@ onload = () => {
   const table = page.querySelector("table"), head = table.tHead.rows[0].cells[3], seen = [];
   const note = () => seen.push([head.ariaSort, ...[...table.tBodies[0].rows].map((row) => row.cells[3].textContent)]);
   for (let click = 0; click < 4; click++) { note(); head.querySelector("button").click(); }
-  const wide = page.documentElement.scrollWidth;
-  document.querySelector("pre").textContent = JSON.stringify({ wide, seen });
+  const wide = page.documentElement.scrollWidth, right = (part) => part.getBoundingClientRect().right;
+  const picture = Math.max(...[...page.querySelectorAll("svg.tradeoff text")].map(right));
+  const columns = [...table.tHead.rows[0].cells].filter((cell) => right(cell) <= 375).length;
+  document.querySelector("pre").textContent = JSON.stringify({ wide, picture, columns, seen });
 };
 </script>"""
 
@@ -33,7 +35,7 @@ def test_the_page_in_a_browser(three, tmp_path):
     )
     assert "CONSOLE" not in shown.stderr, shown.stderr
     measured = json.loads(re.search(r"<pre>(.*)</pre>", shown.stdout)[1])
-    assert measured["wide"] <= 375
+    assert measured["wide"] <= 375 and 300 < measured["picture"] <= 375 and measured["columns"] >= 4
     (unsorted, *rows), (up, *ascending), (down, *descending), (again, *restored) = measured["seen"]
     assert (unsorted, up, down, again) == (None, "ascending", "descending", None)
     assert rows == restored and descending == ascending[::-1] and sorted(rows) == sorted(ascending)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from harmful_unlearn.cli import flag, positive_int, positive_number
+from harmful_unlearn.cli import flag, positive_int, positive_number, sampling_temperature
 from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.templates import Template
@@ -145,7 +145,7 @@ class AttackSettings:
     )
     shots: int = _attack("of few_shot: K harmful pairs", type=positive_int, metavar="K", default=5)
     best_of: int = _attack("of best_of_n: N samples of a prompt", type=positive_int, metavar="N", default=10)
-    best_of_temperature: float = _attack("of best_of_n", type=positive_number, default=1.0)
+    best_of_temperature: float = _attack("of best_of_n", type=sampling_temperature, default=1.0)
     long_tokens: int = _attack("of long: at most N tokens of an answer", type=positive_int, metavar="N", default=400)
     relearn_steps: list[int] = _attack(
         "of relearn: ask after so many steps of two pairs (default: 5 10 20 50 100)",

@@ -163,6 +163,8 @@ def _most(report: ReportContext, figures: pd.DataFrame, what: str) -> Claim | No
     most = max(each.high for each in measured)
     if most <= FEW:
         return f"No model{_of_all(report)} gives more than {100 * most:.1f}\N{NO-BREAK SPACE}% {what}.", ""
+    if all(each.cell.value == 0 for each in measured):
+        return f"No model{_of_all(report)} gave any {what}.", ""
     top = _highest(measured)
     if len(top) == 1:
         return f"{top[0].label} gives the most {what}.", _listed("Share", measured)

@@ -31,7 +31,7 @@ TABLE = {
     "a negative seed": Bad("answers", "--seed -1", "a whole number from 0"),
     "a seed too large": Bad("unlearn", "--seed 4294967296", "4294967295"),
     "no tokens": Bad("answers", "--max_length 0", "a whole number from 1"),
-    "a temperature of 0": Bad("answers", "--temperature 0", "a number above 0"),
+    "a temperature of 0": Bad("answers", "--temperature 0", "a number from 0.01"),
     "alpha is NaN": Bad("vector", TO + " --scaling_coef nan", "a finite number"),
     "a coefficient is infinite": Bad("vector", TO + " --coefs inf", "a finite number"),
     "a timeout below 0": Bad("fetch", "--timeout -1", "a number above 0"),

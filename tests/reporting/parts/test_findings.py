@@ -83,6 +83,8 @@ def test_the_most_degenerate_answers():
     assert "- **No model gives clearly the most degenerate answers to unseen prompts.** Largest share" in text
     text = found({"base": (0.0, 0.0, 0.0), "ga": (0.02, 0.01, 0.03)}, **degenerate)
     assert "- **No model gives more than 3.0 % degenerate answers to unseen prompts.**\n" in text
+    text = found({"base": (0.0, 0.0, 0.0), "ga": (0.0, 0.0, 0.0)}, n=40, **degenerate)  # too few to say how few
+    assert "- **No model gave any degenerate answers to unseen prompts.**\n" in text
 
 
 def test_seeds_have_ranges_and_multiples_of_their_own_original():
