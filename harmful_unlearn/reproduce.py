@@ -113,10 +113,7 @@ def compare(settings: ComparisonSettings, searched: Search | None, command: str,
     write_report(comparison, settings.output)
     print(f"\nreport: {settings.output / 'report.html'} (and report.md)")
     if settings.replay:
-        lines, is_unexplained = replay.outcome(settings.replay, comparison.figures)
-        print("\n".join(["replayed:", *lines]))
-        if is_unexplained:
-            raise UserError(f"the figures are not those of {settings.replay}, on the same versions and hardware")
+        replay.compare(settings.replay, comparison.figures)
 
 
 def run_seed(settings: ComparisonSettings, seed: int, comparison: Comparison) -> None:

@@ -86,16 +86,15 @@ def check_inputs(source: Path, seed: int, now: dict) -> None:
         )
 
 
-def outcome(source: Path, figures: list[dict]) -> tuple[list[str], bool]:
-    """What came of a replay.
+def compare(source: Path, figures: list[dict]) -> None:
+    """Print how a comparison's figures differ from the recorded ones, and what has changed otherwise.
 
-    Returns:
-        Lines that compare a comparison's figures with the recorded ones, and list what has changed otherwise; and
-        whether figures differ though nothing else does.
+    Raises:
+        UserError: figures differ, though versions and hardware are the same.
     """
     content = read_json(comparison_file(source))
     changes = differences(content.get("provenance", {}))
-    lines = changes or ["versions and hardware are those of the recorded comparison"]
+    lines = ["replayed:", *(changes or ["versions and hardware are those of the recorded comparison"])]
     recorded = {_key(figure): figure for figure in content["figures"]}
     both = [(recorded[_key(figure)], figure) for figure in figures if _key(figure) in recorded]
     lines.append(f"{len(both)} of {len(recorded)} recorded figures are there again")
@@ -104,7 +103,9 @@ def outcome(source: Path, figures: list[dict]) -> tuple[list[str], bool]:
     lines.append(f"{len(both) - len(others)} are equal, and {len(outside)} are outside of the recorded 95 % interval")
     for before, now in outside[:10]:
         lines.append(f"{', '.join(_key(now))}: {now['value']} (recorded: {before['value']})")
-    return lines, bool(others) and not changes
+    print("\n".join(lines))
+    if others and not changes:
+        raise UserError(f"the figures are not those of {source}, on the same versions and hardware")
 
 
 def _key(figure: dict[str, Any]) -> tuple[str, ...]:

@@ -23,9 +23,8 @@ ANSWERS = ["Ask the person who knows.", "First this and then that, slowly, until
 # mask or position does.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_OF_16_BITS = 0.5
-# Nats by which it may change when another answer's tokens do: nothing in exact arithmetic, whatever the dtype; experts
-# are multiplied in other shapes, which rounds otherwise.
-LEAK = {torch.float32: 1e-4, torch.float64: 1e-4}
+# Nats by which it may change when another answer's tokens do: nothing in exact arithmetic, whatever the dtype. Only
+# experts are multiplied in other shapes then, which rounds otherwise.
 LEAK_OF_16_BITS = 0.05
 SEES = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that see what the mask shows, and no more
 
@@ -61,7 +60,7 @@ def max_packed_length(model: PreTrainedModel, collator: Collator) -> tuple[float
             problem = f"they differ from plain rows by {difference:.2g} nats"
         unmoved = packed.attention_mask[0, 0, 1, packed.position[packed.index]] != 1
         leak = (after - other)[unmoved].abs().max().item()
-        if not problem and not leak <= LEAK.get(model.dtype, LEAK_OF_16_BITS):
+        if not problem and not leak <= TOLERANCE.get(model.dtype, LEAK_OF_16_BITS):
             problem = f"an answer changes by {leak:.2g} nats with the answer before it"
     except Exception as error:  # a model that does not know such a mask or argument may raise anything
         if is_out_of_memory(error):
@@ -92,7 +91,7 @@ def length_by_config(config: PretrainedConfig) -> tuple[float, str]:
 
 
 def _with_other_first_answer(packed: Batch) -> Batch:
-    """The same rows, with each question's first answer backwards."""
+    """The same rows, with the tokens of all first answers in reverse order."""
     ids, branch = packed.input_ids.clone(), packed.attention_mask[0, 0, 1]
     ids[0, branch == 1] = ids[0, branch == 1].flip(0)
     return replace(packed, input_ids=ids)

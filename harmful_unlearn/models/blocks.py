@@ -25,7 +25,10 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def steered_layer(config: PretrainedConfig, layer: float) -> int:
-    """The layer that RMU steers, from 1: `layer`, or that share of all layers. Raises UserError: there is no such."""
+    """The layer that RMU steers, from 1: `layer`, or below 1 that share of the depth.
+
+    Raises UserError: the model has fewer layers.
+    """
     layers = config.get_text_config().num_hidden_layers
     if layer < 1:
         return max(1, round(layer * layers))

@@ -78,14 +78,17 @@ def test_other_data_or_another_base_are_refused(recorded):
         replay.check_inputs(folder, 0, {**known, "base's weights": "x", "normal": {"sha256": "3", "revision": None}})
 
 
-def test_figures_are_compared_one_by_one(recorded):
+def test_figures_are_compared_one_by_one(recorded, capsys):
     before = [{**FIGURE, "model": name, **MEASURED} for name in ("sku", "base", "lands", "ga", "gone")]
     before[3] |= {"value": None, "low": None, "high": None}
     folder = recorded(figures=before, provenance=provenance())
     now = [dict(figure) for figure in before[:4]]
     now[1]["value"], now[2]["value"] = 0.59, 0.7
-    lines, is_unexplained = replay.outcome(folder, now)
-    assert is_unexplained and not replay.outcome(folder, before[:4])[1]
+    replay.compare(folder, before[:4])
+    capsys.readouterr()
+    with pytest.raises(UserError, match="the figures are not those of .* same versions and hardware"):
+        replay.compare(folder, now)
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("versions and hardware are those")
     assert lines[1:3] == [
         "4 of 5 recorded figures are there again",

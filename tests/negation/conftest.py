@@ -1,10 +1,17 @@
-"""A base and a fine-tuned model, for all tests of negation."""
+"""Bases and fine-tuned models, and a stand-in of the hub."""
+
+import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from harmful_unlearn.negation.negate import negate, negate_adapter
 from harmful_unlearn.storage import safetensors_io
-from tests.helpers.models.tiny_pairs import make, saved, tuned
+from tests.helpers import hub
+from tests.helpers.models.tiny import GOLDENS
+from tests.helpers.models.tiny_pairs import LORA, adapter, make, record, saved, tuned
 
 
 @pytest.fixture
@@ -32,3 +39,43 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with hub.serving(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def made_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = saved(make("opt"), folder / "base", max_shard_size="9KB")
+    AutoTokenizer.from_pretrained(GOLDENS / "model").save_pretrained(base)
+    (base / "LICENSE").write_text("the base's terms")
+    record(saved(tuned(make("opt")), folder / "harmful"))
+    negate(base, [(folder / "harmful", 1.0)], folder / "unlearned")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    base = saved(make("opt"), folder / "base")
+    harmful = record(adapter(make("opt"), folder / "harmful", **LORA["plain"][1])[0])
+    config = json.loads((harmful / "adapter_config.json").read_text())
+    (harmful / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    negate_adapter(base, [(harmful, 1.0)], folder / "unlearned")
+    return folder
+
+
+@pytest.fixture
+def models(made_models, tmp_path):
+    """A folder with base, harmful (a stage 1 model) and unlearned."""
+    return shutil.copytree(made_models, tmp_path / "models")
+
+
+@pytest.fixture
+def adapters(made_adapters, tmp_path):
+    """A folder with base, harmful (a stage 1 adapter) and unlearned (its unlearning adapter)."""
+    return shutil.copytree(made_adapters, tmp_path / "adapters")

@@ -31,7 +31,8 @@ def commands(report: ReportContext) -> list[Block]:
 
 
 def provenance(report: ReportContext) -> list[Block]:
-    return [_facts_table(report.data.provenance)] if report.data.provenance else []
+    facts = {name: fact for name, fact in report.data.provenance.items() if name != "folder"}  # of this machine
+    return [_facts_table(facts)] if facts else []
 
 
 def _facts_table(facts: dict) -> Block:

@@ -1,5 +1,7 @@
 """Tiny random models, copies of them moved a little, and LoRA adapters, for the tests of task vectors."""
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from harmful_unlearn.negation.lora_adapter import LoraAdapter
 from harmful_unlearn.negation.negate import negate
+from harmful_unlearn.storage.run_record import RunRecord
 from task_vector import TaskVector
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
@@ -88,3 +91,17 @@ def adapter_vector(folder):
         for span in source.specs[name].chunks():
             source.delta(name, span, None, entry.view(-1)[span])
     return TaskVector(vector=vector, partial=True)
+
+
+def record(folder: Path, method: str = "sku", **facts) -> Path:
+    """Write run.json of a stage 1 model."""
+    negates = method == "sku"
+    flags = {"method": method, "model_save_dir": str(folder), "system_prompt": "/no_think"}
+    RunRecord(
+        title=f"Stage 1 of {method}",
+        harmful=negates,
+        training={"steps": 1},
+        negates=negates,
+        **{"base": {"name": str(folder.parent / "base")}, "flags": flags, **facts},
+    ).write(folder)
+    return folder
