@@ -138,7 +138,7 @@ SMALL = ["--device", "cpu", "--prompts", 6, "--max_new_tokens", 5, "--repeat", 1
 
 def test_an_evaluation(tiny_model, printed):
     text = printed(evaluation, *SMALL, "--model", tiny_model("qwen2"), *DATA, "--precision", "bf16",
-                   "--tokens_per_batch", 100)  # fmt: skip
+                   "--tokens_per_batch", 100, "--prompts", 3)  # fmt: skip
     assert list(rows_of(text, "work")) == ["greedy", "sampled", "scoring", "choices"]
     assert len(rows_of(text.partition("Where the time")[2], "work")["choices"]) == len(measuring.KINDS)
     assert text.count("| ours |") == 4 and "qwen2" not in text.splitlines()[0].split(",")[1]

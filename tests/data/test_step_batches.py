@@ -80,15 +80,17 @@ def test_processes_share_a_step(data, tokenizer):
 def entries(batch) -> list[tuple]:
     """What is scored, with what weights, after which tokens of the same text."""
     found = []
-    for index, target, *weights in zip(batch.index, batch.target, *batch.weights.values(), strict=True):
+    columns = (column.tolist() for column in (batch.index, batch.target, *batch.weights.values()))
+    for index, target, *weights in zip(*columns, strict=True):
+        if not any(weights):
+            continue
         row, position = batch.row[index], batch.position[index]
         ids = batch.input_ids[row]
         seen = torch.arange(len(ids)) <= position
         if batch.is_packed:
             tree, branch = batch.attention_mask[0, 0]
             seen &= (tree == tree[position]) & ((branch == 0) | (branch == branch[position]))
-        if any(weights):
-            found.append((ids[seen].tolist(), int(target), [round(float(weight), 6) for weight in weights]))
+        found.append((ids[seen].tolist(), target, [round(weight, 6) for weight in weights]))
     return sorted(found)
 
 
