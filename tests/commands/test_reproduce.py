@@ -137,6 +137,7 @@ def test_attacks_are_a_part_of_the_comparison(whole, world, tmp_path):
     assert asked == {prompt["prompt"] for prompt in tested}
 
 
+@pytest.mark.slow
 def test_further_prompts_and_an_oracle_are_measured_beside_all_models(whole, world, tmp_path):
     shutil.copytree(whole / "seed-0" / "sku", tmp_path / "seed-0" / "sku")
     near = ["--prompts", f"near={world}/{{seed}}/data/near.jsonl", "--n_prompts", "3"]

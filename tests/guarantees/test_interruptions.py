@@ -61,6 +61,7 @@ def test_a_second_signal_stops_at_once(tiny_model, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "harmful.checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_during_a_checkpoint_costs_nothing_before(tiny_model, tmp_path):
     """The optimizer's file is larger than the disk allows; the checkpoint before stays, and nothing half-written."""
     base = tiny_model("opt")

@@ -104,7 +104,7 @@ def test_the_evaluation_gets_the_same_answers(architecture, base_of):
         assert answers(model, template) == expected
 
 
-@pytest.mark.parametrize("unlearned", ["model", "adapter"])
+@pytest.mark.parametrize("unlearned", ["model", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_the_spot_check_prints_the_same(unlearned, base_of, tmp_path, monkeypatch, capsys):
     base = base_of("llama")
     torch.manual_seed(0)

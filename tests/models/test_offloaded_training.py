@@ -60,7 +60,7 @@ def assert_same(run, expected):
         ("llama", HEAD, ("--method", "land")),
         ("llama", "all", ("--no_packing", "--variant", "paper")),
         pytest.param("llama", "memory", ("--precision", "bf16"), marks=pytest.mark.slow),
-        ("qwen2", ENDS, ("--precision", "bf16")),
+        pytest.param("qwen2", ENDS, ("--precision", "bf16"), marks=pytest.mark.slow),
         ("gemma2", ENDS, ()),  # its logits are more than a product with the LM head
         ("mixtral", MOST, ()),  # the library loads its experts in another layout than the files have
     ],
