@@ -28,10 +28,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(autouse=True)
-def no_bf16_instructions(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def no_bf16_instructions():
     """`--precision auto` is fp32 in this process, whatever the machine, so that figures are the same everywhere."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.MonkeyPatch.context() as patch:  # before fixtures that train for a module
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
 
 
 @pytest.fixture(scope="session")

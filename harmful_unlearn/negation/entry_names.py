@@ -10,7 +10,7 @@ from harmful_unlearn.errors import UserError
 
 Synonyms = Callable[[str], list[str]]  # an entry's name -> every name that it may have, its own first
 IsConstant = Callable[[str], bool]  # an entry's name -> whether it is a constant that old releases saved, not a weight
-MAX_LISTED = 20  # entries that an error names
+MAX_LISTED = 5  # entries that an error names
 
 
 def plain_names() -> tuple[Synonyms, IsConstant]:

@@ -46,8 +46,11 @@ def resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, flag: str = "folder") -> None:
     """Check before the work that a folder can be written.
+
+    Args:
+        flag: that names the folder, for messages.
 
     Raises UserError: it is a file, a mount, the current folder, not empty (without `overwrite`), or not writable.
     """
@@ -56,7 +59,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if target.is_dir() and (os.path.ismount(target) or resolved(target) == Path.cwd()):
         raise UserError(f"{target} cannot be replaced (it is a mount or the current folder): give a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target} is not empty: give another folder, or --overwrite to replace it")
+        raise UserError(f"{target} is not empty: give another {flag}, or --overwrite to replace it")
     _check_parent(target)
 
 

@@ -69,7 +69,7 @@ class Plan:
     disk: float
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.items())
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.items() if size >= GIB / 200)
         epochs = self.steps / self.batches_per_epoch
         tasks = f", {self.tasks:,} of them everyday tasks" if self.tasks else ""
         return "\n".join(

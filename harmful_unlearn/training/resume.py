@@ -36,7 +36,7 @@ def check_stages(settings: TrainingSettings) -> frozenset[str]:
             raise UserError("--saved_model is where stage 2 starts: leave out --stage acquire")
         stages = {"negate"}
     if "acquire" in stages and not settings.resume:
-        check_target(settings.model_save_dir, settings.overwrite)
+        check_target(settings.model_save_dir, settings.overwrite, "--model_save_dir")
         newest = TrainingCheckpoints(settings.model_save_dir, settings.keep_checkpoints).newest()
         if newest and not settings.overwrite:
             with locked(settings.model_save_dir):  # says if that run is still going on
@@ -51,7 +51,7 @@ def check_stages(settings: TrainingSettings) -> frozenset[str]:
             if method not in (None, settings.method):
                 raise UserError(f"{harmful} was trained by --method {method}: give that, not {settings.method}")
         if not settings.resume:
-            check_target(settings.task_vector_saving_path, settings.overwrite)
+            check_target(settings.task_vector_saving_path, settings.overwrite, "--task_vector_saving_path")
     if log_file := settings.log_file or (None if settings.resume else ROOT / "logs" / "a run's" / "run.log"):
         for file in (log_file, beside(log_file, METRICS), beside(log_file, PICTURE)):
             check_file(file)
@@ -96,7 +96,7 @@ def remaining_work(
     fingerprint = SafetensorsFolder(base_folder).fingerprint()
     if "acquire" not in work.stages and _is_negated(settings, fingerprint):
         return RemainingWork(work.stages - {"negate"}, log_file=work.log_file, notes=work.notes)
-    check_target(settings.task_vector_saving_path, settings.overwrite)
+    check_target(settings.task_vector_saving_path, settings.overwrite, "--task_vector_saving_path")
     return work
 
 
@@ -115,7 +115,7 @@ def _remaining_stage_1(settings: TrainingSettings, record: RunRecord, stages: fr
         except UserError:
             if not settings.overwrite:
                 raise
-        check_target(settings.model_save_dir, settings.overwrite)
+        check_target(settings.model_save_dir, settings.overwrite, "--model_save_dir")
         return RemainingWork(stages)
     notes = []
     if checkpoint:
@@ -128,7 +128,7 @@ def _remaining_stage_1(settings: TrainingSettings, record: RunRecord, stages: fr
     if checkpoint:
         earlier = RunRecord.read(checkpoint)
         notes += check_same_run(earlier, record, checkpoint)
-    check_target(settings.model_save_dir, settings.overwrite)
+    check_target(settings.model_save_dir, settings.overwrite, "--model_save_dir")
     log_file = _log_of(earlier) if automatic else None  # a checkpoint from elsewhere may name any file
     return RemainingWork(stages, checkpoint, log_file, tuple(notes))
 
@@ -180,10 +180,14 @@ def result_settings(record: RunRecord, lands: bool) -> dict[str, object]:
     settings["--precision"] = training["precision"]
     settings["LoRA"] = training["lora"] and json.dumps(training["lora"])
     settings["template"] = record.prompt_template
-    settings["base model"] = record.base["fingerprint"][:12]
+    settings["base model (--model_name)"] = record.base["fingerprint"][:12]
     settings |= {f"the base's {name}": sha256[:12] for name, sha256 in record.base["files"].items()}
     more = record.normal_data.get("more", {})
-    sources = {"harmful data": record.harmful_data, "normal data": record.normal_data, "more normal data": more}
+    sources = {
+        "harmful data (--harmful_dataset)": record.harmful_data,
+        "normal data (--normal_dataset)": record.normal_data,
+        "more normal data (--more_normal_dataset)": more,
+    }
     for name, source in sources.items():
         sha256 = source.get("sha256")
         settings[name] = sha256[:12] if sha256 else f"{source.get('revision')} {source.get('split')}"

@@ -53,7 +53,7 @@ def test_resume_of_a_run_that_has_not_begun_and_of_one_that_is_done(tiny_model, 
         (["--lora", "on"], "LoRA was None and is"),
         (["--no_packing"], "--no_packing was False and is True now"),
         (["--harm_category", "Violence"], "--harm_category was [] and is ['Violence'] now"),
-        (["--normal_dataset", str(GOLDENS / "TruthfulQA_current.csv")], "normal data was"),
+        (["--normal_dataset", str(GOLDENS / "TruthfulQA_current.csv")], "normal data (--normal_dataset) was"),
         (["--max_unlearn_steps", "9"], "--max_unlearn_steps was 6 and is 9 now"),
     ],
 )
