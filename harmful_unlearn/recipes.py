@@ -66,7 +66,7 @@ def recipe(
 
     Args:
         shared: flags of all rows. A method's own defaults (losses/methods.py) take precedence over them.
-        sku: SKU's three weights, also used by its ablations.
+        sku: SKU's three weights, and its alpha if that is not 1; also used by its ablations.
         baselines: flags of the methods that SKU is compared with, by --method.
         lands: flags of LANDS, in place of its defaults.
         more_runs: further rows, by name.
@@ -119,13 +119,14 @@ def small_model(scaling_coef: float) -> Recipe:
     runs away, are a row of their own.
 
     Args:
-        scaling_coef: alpha of what is negated at the base's copy, by a sweep on validation prompts.
+        scaling_coef: alpha of SKU and of the task vector, by a sweep of SKU's on validation prompts.
     """
+    alpha = {"scaling_coef": scaling_coef}
     published = {"lr": 2e-4, "normal_weight": 1, "scaling_coef": 1.0, "max_kl": 0}
     return recipe(
-        shared={"max_unlearn_steps": 60, "batch_size": 2, "lr": 5e-5, "max_length": 256, "scaling_coef": scaling_coef},
-        sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05},
-        baselines={"ft": {}, "ga": {"lr": 2e-5}, "ga_mismatch": {"lr": 2e-5, **MISMATCH}, "task_vector": {}},
+        shared={"max_unlearn_steps": 60, "batch_size": 2, "lr": 5e-5, "max_length": 256},
+        sku={"bad_weight": 2.5, "random_weight": 2.5, "normal_weight": 0.05, **alpha},
+        baselines={"ft": {}, "ga": {"lr": 2e-5}, "ga_mismatch": {"lr": 2e-5, **MISMATCH}, "task_vector": alpha},
         lands={"max_unlearn_steps": 60, "max_length": 256},
         more_runs={"sku-published": ComparisonRun("SKU at the published settings", "main", flags=published)},
     )
