@@ -137,6 +137,7 @@ class FlagParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's own takes -1e-3 for a flag
         self._settings: dict[str, argparse.Action] = {}  # the flags that a file may give, by name
         self._parsed: dict[str, Any] = {}
+        self._files: dict[str, str] = {}  # where the value of a flag comes from, if not from the command line
         self._prints_config = False
         self._recorded: Callable[[Path], Mapping[str, Any]] | None = None
 
@@ -247,7 +248,9 @@ class FlagParser(argparse.ArgumentParser):
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         given |= {name.removeprefix("no_") for name in given}
         try:
-            return read_config(text(), file, self._settings, given)
+            of_file = read_config(text(), file, self._settings, given)
+            self._files |= dict.fromkeys((word.partition("=")[0] for word in of_file if word.startswith("--")), file)
+            return of_file
         except ValueError as error:
             self.error(str(error))
         except KeyError as error:
@@ -257,6 +260,8 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line, rather than the usage."""
         message = MAYBE_SECRET.sub("***", one_line(message).removeprefix("argument "))
+        if file := self._files.get(message.partition(":")[0]):
+            message += f", in {file}"
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
     def _suggestion(self, unknown: str) -> str:

@@ -127,7 +127,7 @@ def test_a_value_is_text_as_it_is_written(read):
         ("# lr: 1", "has no flags in it"),
         ("lr: [", "is not YAML (line 1: "),
         ("seed: " + "[" * 3000, "is not YAML"),
-        ("lr: fast", "--lr: give a number above 0"),
+        ("lr: fast", "--lr: give a number above 0, not 'fast', in "),
         ("model_name: hf_abcdefghijklmnopqrstuvwxyz", "set it in the environment"),
     ],
 )
