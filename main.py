@@ -17,7 +17,7 @@ not trained on that, so reset before a question that is to be asked as in an eva
 """
 
 if __name__ == "__main__":
-    import harmful_unlearn.interrupts  # noqa: F401
+    import harmful_unlearn.before_imports  # noqa: F401
 
 import shutil
 import sys

@@ -35,7 +35,7 @@ task_vector.safetensors.index.json, in float32 (float64 for float64 entries).
 """
 
 if __name__ == "__main__":
-    import harmful_unlearn.interrupts  # noqa: F401
+    import harmful_unlearn.before_imports  # noqa: F401
 
 import sys
 from collections.abc import Mapping

@@ -48,7 +48,7 @@ def exit_code(main: Callable[[], None]) -> int:
         130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
     """
     keep_freed_memory()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `interrupts` has left it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `before_imports` has left it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     process = int(os.environ.get("RANK", 0))
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import harmful_unlearn.interrupts  # noqa: F401
+    import harmful_unlearn.before_imports  # noqa: F401
 
 import transformers
 

@@ -2,12 +2,15 @@
 
 import errno
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from harmful_unlearn.cli import FlagParser, device_map, exit_code, number, one_line, share, stop_asked
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, Stopped, UserError
+from harmful_unlearn.storage.files import ROOT
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_sigterm_ends_a_command_and_is_handled_as_before_afterwards(capsys):
 
 
 def test_ctrl_c_is_an_exception_again_once_a_command_runs(capsys):
-    """`interrupts` has made it end the process while the libraries were imported."""
+    """`before_imports` has made it end the process while the libraries were imported."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         assert exit_code(lambda: signal.raise_signal(signal.SIGINT)) == 130
@@ -159,3 +162,9 @@ def test_values_out_of_range(kind, text, message, capsys):
 @pytest.mark.parametrize("text", ["auto", "balanced_low_0", "cpu", "mps", "npu:3"])
 def test_device_maps(text):
     assert device_map(text) == text
+
+
+def test_a_progress_bar_that_goes_into_a_file_is_drawn_rarely():
+    code = "import harmful_unlearn.before_imports; from tqdm import trange; [time.sleep(.01) for _ in trange(50)]"
+    result = subprocess.run([sys.executable, "-c", f"import time; {code}"], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr.count("\r") <= 3 and "50/50" in result.stderr
