@@ -17,7 +17,7 @@ not trained on that, so reset before a question that is to be asked as in an eva
 """
 
 if __name__ == "__main__":
-    import harmful_unlearn.before_imports  # noqa: F401
+    import harmful_unlearn.cli.before_imports  # noqa: F401
 
 import shutil
 import sys
@@ -32,11 +32,12 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from harmful_unlearn import cli
 from harmful_unlearn.chat.conversation import DEFAULT_LENGTH, check_length, is_adapter, open_conversations
 from harmful_unlearn.chat.terminal import TerminalChat, printable
 from harmful_unlearn.chat.web import ChatServer, port_number
-from harmful_unlearn.cli import flag
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import device_map, number, positive_int, sampling_temperature, whole_number
+from harmful_unlearn.cli.running import exit_code, one_line
 from harmful_unlearn.data.templates import Template, TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import TemplateSettings, load_model
@@ -85,18 +86,18 @@ class SpotCheckSettings(TemplateSettings):
     harmful_model: Path = flag(
         "harmful model of stage 1, to make the unlearned one from", type=user_path, default=HARMFUL_MODEL
     )
-    scaling_coef: float = flag("alpha, if the unlearned model is made", type=cli.number, default=1.0)
+    scaling_coef: float = flag("alpha, if the unlearned model is made", type=number, default=1.0)
     harmful_prompt: list[str] = flag("a prompt of yours (may be repeated)", action="append", default=[])
     normal_prompt: list[str] = flag("a harmless one (may be repeated)", action="append", default=[])
     greedy: bool = flag("the likeliest token each time, in place of sampling", action="store_true")
-    temperature: float = flag("of sampling", type=cli.sampling_temperature, default=0.9)
+    temperature: float = flag("of sampling", type=sampling_temperature, default=0.9)
     max_length: int | None = flag(
         "tokens of prompt and answer, in a chat of the whole conversation, whose oldest turns are then dropped "
         f"(default: {MAX_LENGTH}; in a chat {DEFAULT_LENGTH}, or the model's context if that is less)",
-        type=cli.positive_int,
+        type=positive_int,
     )
-    seed: int = flag("of sampling", type=cli.whole_number, default=32)
-    device_map: str | None = flag("spread a model over devices (accelerate): auto, balanced, ...", type=cli.device_map)
+    seed: int = flag("of sampling", type=whole_number, default=32)
+    device_map: str | None = flag("spread a model over devices (accelerate): auto, balanced, ...", type=device_map)
     chat: bool = flag("talk with the models in the terminal", "chat", action="store_true")
     web: bool = flag("talk with them on a page in the browser", "chat", action="store_true")
     port: int = flag("of the page; 0: any free one", "chat", type=port_number, default=8765)
@@ -251,7 +252,7 @@ def side_by_side(answers: dict[str, str]) -> str:
     columns = []
     for label, text in answers.items():
         lines = (line for part in (printable(text) or "(nothing)").splitlines() for line in textwrap.wrap(part, width))
-        columns.append([cli.one_line(label)[-width:], "-" * width, *lines])
+        columns.append([one_line(label)[-width:], "-" * width, *lines])
     rows = zip_longest(*columns, fillvalue="")
     return "\n".join(" | ".join(f"{cell:<{width}}" for cell in row).rstrip() for row in rows)
 
@@ -259,7 +260,7 @@ def side_by_side(answers: dict[str, str]) -> str:
 def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
     """The flags; their defaults are the constants above."""
     title, _, usage = __doc__.partition("\n")
-    parser = cli.FlagParser(description=title, epilog=usage)
+    parser = FlagParser(description=title, epilog=usage)
     parser.add_settings(SpotCheckSettings)
     flags = vars(parser.parse_args(arguments))
     has_prompts = flags["harmful_prompt"] or flags["normal_prompt"]
@@ -274,4 +275,4 @@ def parse_flags(arguments: list[str] | None) -> SpotCheckSettings:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.exit_code(main))
+    sys.exit(exit_code(main))

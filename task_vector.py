@@ -35,7 +35,7 @@ task_vector.safetensors.index.json, in float32 (float64 for float64 entries).
 """
 
 if __name__ == "__main__":
-    import harmful_unlearn.before_imports  # noqa: F401
+    import harmful_unlearn.cli.before_imports  # noqa: F401
 
 import sys
 from collections.abc import Mapping
@@ -46,7 +46,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag, number
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import number
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models.offload import Weights, copy_model, read_entry, shapes_of, tied_groups, write_entry
 from harmful_unlearn.negation.entry_names import match, refuse_mismatch, refuse_untied

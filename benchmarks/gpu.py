@@ -39,7 +39,7 @@ from benchmarks import evaluation, made_up, measuring, negation
 from benchmarks.gpu_check import CHECKED, Wrong, check
 from benchmarks.released import WEIGHTS
 from benchmarks.step import backward
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches, run_sampler
 from harmful_unlearn.data.templates import ReleasedTemplate

@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from benchmarks import measuring
-from harmful_unlearn.cli import FlagParser, exit_code
+from harmful_unlearn.cli.flag_parser import FlagParser
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.pku_saferlhf import read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import read_normal

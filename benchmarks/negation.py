@@ -23,7 +23,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from benchmarks.measuring import watched
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT, user_path
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
 from benchmarks import measuring
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.reference import ReferenceModel

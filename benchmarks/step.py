@@ -31,7 +31,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks import made_up, measuring
 from benchmarks.released import WEIGHTS, released
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.pku_saferlhf import read_harmful
 from harmful_unlearn.data.prompt_format import Pair

@@ -15,7 +15,9 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from harmful_unlearn.cli import FlagParser, exit_code, positive_number
+from harmful_unlearn.cli.flag_parser import FlagParser
+from harmful_unlearn.cli.flag_types import positive_number
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.errors import UserError
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import harmful_unlearn.before_imports  # noqa: F401
+    import harmful_unlearn.cli.before_imports  # noqa: F401
 
 # One thread, here and in the commands that it runs: the figures are the same on any number of cores, and models this
 # small gain nothing from more.
@@ -32,7 +32,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import transformers
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, share, whole_number
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import positive_int, share, whole_number
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.demo_world.base_model import build_model, is_built
 from harmful_unlearn.demo_world.judge import LEGEND, TemplateJudge
 from harmful_unlearn.demo_world.tables import judge_table, kind_figures, table

@@ -22,7 +22,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import harmful_unlearn.before_imports  # noqa: F401
+    import harmful_unlearn.cli.before_imports  # noqa: F401
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,7 +31,9 @@ from itertools import chain
 import transformers
 from accelerate import PartialState
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag, positive_int, whole_number
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import positive_int, whole_number
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.templates import TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.evaluated_model import BASE, evaluated_model, load_model

@@ -22,9 +22,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import harmful_unlearn.before_imports  # noqa: F401
+    import harmful_unlearn.cli.before_imports  # noqa: F401
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import Stopped
 from harmful_unlearn.losses.landing import LandingPoint
 from harmful_unlearn.losses.objective import Objective

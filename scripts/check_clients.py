@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
-from harmful_unlearn.cli import FlagParser, exit_code, flag
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError, first_line
 from harmful_unlearn.negation.negate import negate
 from harmful_unlearn.storage.files import user_path

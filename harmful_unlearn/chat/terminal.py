@@ -7,8 +7,9 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 
-from harmful_unlearn import cli
 from harmful_unlearn.chat.conversation import Conversation
+from harmful_unlearn.cli.flag_types import sampling_temperature
+from harmful_unlearn.cli.running import one_line
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding
 
@@ -78,7 +79,7 @@ class TerminalChat:
                 print(f"({self._how()})")
             case ["/temperature", text]:
                 try:
-                    self.decoding = Decoding(cli.sampling_temperature(text))
+                    self.decoding = Decoding(sampling_temperature(text))
                     print(f"({self._how()})")
                 except argparse.ArgumentTypeError as error:
                     print(f"(/temperature: {printable(str(error))})")
@@ -94,7 +95,7 @@ class TerminalChat:
         self.asked += 1
         refused: dict[str, list[str]] = {}  # by what is wrong with the question
         for conversation in self.conversations:
-            label = cli.one_line(conversation.label)
+            label = one_line(conversation.label)
             try:
                 note = conversation.make_room(question)
             except UserError as error:

@@ -17,8 +17,8 @@ from pathlib import Path
 from urllib.parse import parse_qs
 from uuid import uuid4
 
-from harmful_unlearn import cli
 from harmful_unlearn.chat.conversation import Conversation
+from harmful_unlearn.cli.flag_types import LEAST_TEMPERATURE, whole_number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding
 
@@ -30,7 +30,7 @@ WAIT = 60  # seconds for a silent client, and at the end for a token that is bei
 
 def port_number(text: str) -> int:
     """A `type` of flags. Raises ArgumentTypeError."""
-    port = cli.whole_number(text)
+    port = whole_number(text)
     if port >= 2**16:
         raise argparse.ArgumentTypeError(f"give a port from 0 to {2**16 - 1}, not {text!r}")
     return port
@@ -286,6 +286,6 @@ def _read_request(body: bytes) -> tuple[str, Decoding]:
     if temperature is None:
         return question, Decoding()
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not cli.LEAST_TEMPERATURE <= temperature <= sys.float_info.max:
-        raise _Refused(400, f"the temperature has to be a number from {cli.LEAST_TEMPERATURE}")
+    if not is_number or not LEAST_TEMPERATURE <= temperature <= sys.float_info.max:
+        raise _Refused(400, f"the temperature has to be a number from {LEAST_TEMPERATURE}")
     return question, Decoding(float(temperature))

@@ -8,7 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from harmful_unlearn.cli import FlagParser, flag, not_negative, positive_int, positive_number, whole_number
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import not_negative, positive_int, positive_number, whole_number
 from harmful_unlearn.comparison.recorded_flags import replayed_flags
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.wrappers import read_wrappers

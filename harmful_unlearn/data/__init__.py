@@ -1,1 +1,1 @@
-"""From files to batches of token ids. Imports storage, cli and errors; knows no model and no loss."""
+"""From files to batches of token ids. Imports storage and errors; knows no model and no loss."""

@@ -101,7 +101,7 @@ def _pretrain(model: OPTForCausalLM, rows: list[list[int]], size: Size, seed: in
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(refresh=False, loss=f"{loss.item():.3f}")
     return sum(losses[-20:]) / len(losses[-20:])
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from harmful_unlearn.cli import flag
+from harmful_unlearn.cli.flag_parser import flag
 from harmful_unlearn.data.templates import TEMPLATES, Template, TemplateChoice
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.models import loading

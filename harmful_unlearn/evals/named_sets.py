@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from harmful_unlearn.cli import flag, positive_int
+from harmful_unlearn.cli.flag_parser import flag
+from harmful_unlearn.cli.flag_types import positive_int
 from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.tables import Table, as_text, read_table
 from harmful_unlearn.data.templates import Template

@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from harmful_unlearn.cli import flag
+from harmful_unlearn.cli.flag_parser import flag
 from harmful_unlearn.data.batch_sampler import BatchSampler
 from harmful_unlearn.data.instructions import Instructions, read_instructions
 from harmful_unlearn.data.pku_saferlhf import HarmfulData, Response, read_harmful, read_responses

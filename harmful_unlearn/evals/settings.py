@@ -7,7 +7,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from harmful_unlearn.cli import device_map, flag, positive_int, sampling_temperature, whole_number
+from harmful_unlearn.cli.flag_parser import flag
+from harmful_unlearn.cli.flag_types import device_map, positive_int, sampling_temperature, whole_number
 from harmful_unlearn.data.templates import Template
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.attacks.asking import AttackSettings

@@ -1,1 +1,1 @@
-"""Finding, loading, wrapping and saving models. Imports storage, cli and errors; knows no loss."""
+"""Finding, loading, wrapping and saving models. Imports storage and errors; knows no loss."""

@@ -1,1 +1,1 @@
-"""Bytes and records: safetensors files, atomic folders, run.json. Imports errors and cli; knows no model."""
+"""Bytes and records: safetensors files, atomic folders, run.json. Imports errors; knows no model."""

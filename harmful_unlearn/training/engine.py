@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harmful_unlearn.cli import stop_asked
+from harmful_unlearn.cli.running import stop_asked
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.errors import Diverged, Stopped, UserError, system_errors
 from harmful_unlearn.losses.packing_check import max_packed_length

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harmful_unlearn.cli import (
-    FlagParser,
+from harmful_unlearn.cli.flag_parser import FlagParser, flag
+from harmful_unlearn.cli.flag_types import (
     device_map,
-    flag,
     layer_or_share,
     not_negative,
     number,

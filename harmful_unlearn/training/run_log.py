@@ -199,7 +199,7 @@ class RunLog:
         if self._bar is None:
             self._bar = tqdm(total=steps, initial=len(self.history) - 1, desc="acquire", unit="step")
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "total")
-        self._bar.set_postfix_str(f"{shown} lr {metrics['lr']:.1e} {rate:.0f} tok/s")
+        self._bar.set_postfix_str(f"{shown} lr {metrics['lr']:.1e} {rate:.0f} tok/s", refresh=False)
         self._bar.update()
         if metrics["step"] == steps:
             self._bar.close()

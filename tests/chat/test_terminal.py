@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from harmful_unlearn.chat.terminal import HELP, TerminalChat, printable
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.storage.files import ROOT
 from tests.helpers.conversations import Scripted

@@ -9,7 +9,7 @@ import pytest
 
 from dataloader import fetch_truthfulqa
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.storage.files import ROOT
 from tests.helpers.inputs.bad_input import GOOD, MAINS, SCRIPTS, Bad, check_refusal, listing, words_of
 from tests.helpers.models.tiny import GOLDENS

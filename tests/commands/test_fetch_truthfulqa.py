@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataloader import fetch_truthfulqa
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.storage.files import ROOT
 from tests.helpers.inputs.tables import TRUTHFUL
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main

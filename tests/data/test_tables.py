@@ -241,7 +241,7 @@ def test_offline_hub_for_real(call, tmp_path):
     code = (
         "import sys\nfrom harmful_unlearn.data.pku_saferlhf import read_harmful\n"
         "from harmful_unlearn.data.truthfulqa import read_normal\n"
-        f"from harmful_unlearn.cli import exit_code\nsys.exit(exit_code(lambda: {call}))"
+        f"from harmful_unlearn.cli.running import exit_code\nsys.exit(exit_code(lambda: {call}))"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_DATASETS_CACHE", None)

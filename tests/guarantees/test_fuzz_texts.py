@@ -13,8 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harmful_unlearn import cli
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli import flag_types
 from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NORMAL_COLUMNS, read_choices, read_normal
@@ -23,6 +22,7 @@ from harmful_unlearn.evals.files.answers import write_answers
 from harmful_unlearn.evals.judges.base import Verdict
 from harmful_unlearn.evals.judges.hub import GuardSpec
 from harmful_unlearn.evals.judges.server import ServerJudge, read_cache, read_verdict
+from harmful_unlearn.cli.running import exit_code
 from tests.helpers.inputs.fuzzing import DEEP, JSON, SUFFIXES, TEXT, data_files, odd_parquet, one_row, written
 
 
@@ -157,12 +157,12 @@ NUMBERS = st.one_of(
     st.sampled_from(["9" * 5000, "1_0", "１", "1e999", "-0.0", "%s", str(2**32), "0x10", "1e-400", "nan", " 1 "]),
 )  # fmt: skip
 RANGES = {
-    cli.number: math.isfinite,
-    cli.positive_number: lambda value: math.isfinite(value) and value > 0,
-    cli.sampling_temperature: lambda value: 0.01 <= value < math.inf,
-    cli.not_negative: lambda value: math.isfinite(value) and value >= 0,
-    cli.whole_number: lambda value: isinstance(value, int) and 0 <= value < 2**32,
-    cli.positive_int: lambda value: isinstance(value, int) and 0 < value < 2**32,
+    flag_types.number: math.isfinite,
+    flag_types.positive_number: lambda value: math.isfinite(value) and value > 0,
+    flag_types.sampling_temperature: lambda value: 0.01 <= value < math.inf,
+    flag_types.not_negative: lambda value: math.isfinite(value) and value >= 0,
+    flag_types.whole_number: lambda value: isinstance(value, int) and 0 <= value < 2**32,
+    flag_types.positive_int: lambda value: isinstance(value, int) and 0 < value < 2**32,
 }
 
 
@@ -175,7 +175,7 @@ def test_a_number_is_in_its_range_or_refused(kind, text):
     except SystemExit as stop:
         assert stop.code == 2
         try:
-            plain = (int if kind in (cli.whole_number, cli.positive_int) else float)(text)
+            plain = (int if kind in (flag_types.whole_number, flag_types.positive_int) else float)(text)
         except ValueError:
             return
         assert not RANGES[kind](plain)

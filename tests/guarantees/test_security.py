@@ -167,7 +167,7 @@ sys.path.insert(0, sys.argv[1])
 from accelerate.state import AcceleratorState
 import main, task_vector
 from harmful_unlearn import evaluation, unlearn_harm_new
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 
 scripts = {"main": main, "task_vector": task_vector, "evaluation": evaluation, "unlearn": unlearn_harm_new}
 for name, *arguments in json.load(sys.stdin):

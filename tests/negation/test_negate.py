@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation import negate as negate_module
 from harmful_unlearn.negation.negate import negate, negate_adapter

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.losses import objective
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.storage.run_record import RunRecord

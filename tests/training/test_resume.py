@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.models.tiny import GOLDENS

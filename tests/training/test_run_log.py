@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.training import run_log
 from harmful_unlearn.training.flags import parse_flags

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from harmful_unlearn.cli import flag, positive_int, positive_number, sampling_temperature
+from harmful_unlearn.cli.flag_parser import flag
+from harmful_unlearn.cli.flag_types import positive_int, positive_number, sampling_temperature
 from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Asked, Pair
 from harmful_unlearn.data.templates import Template

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from harmful_unlearn.cli import number
+from harmful_unlearn.cli.flag_types import number
 from harmful_unlearn.evals.evaluated_model import LoadedModel
 from harmful_unlearn.models.offload import write_entry
 from harmful_unlearn.negation.arithmetic import scaled_entries

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from harmful_unlearn.cli import FlagParser
+from harmful_unlearn.cli.flag_parser import FlagParser
 from harmful_unlearn.data.pku_saferlhf import Response
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate

@@ -9,7 +9,7 @@ import main as spot_check
 import task_vector
 from dataloader import fetch_truthfulqa
 from harmful_unlearn import demo, evaluation, reproduce, unlearn_harm_new
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from tests.helpers.inputs.bad_files import Maker
 
 MAINS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.unlearn_harm_new import main
 
 

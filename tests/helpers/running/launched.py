@@ -12,7 +12,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.training import distributed
 from harmful_unlearn.training.run_log import RunLog
 from harmful_unlearn.unlearn_harm_new import main

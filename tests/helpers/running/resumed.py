@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from harmful_unlearn.cli import exit_code
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.storage.files import ROOT
 from harmful_unlearn.unlearn_harm_new import main
 from tests.helpers.running import runs

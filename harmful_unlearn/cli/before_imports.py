@@ -1,7 +1,7 @@
 """What a command sets before it imports the libraries.
 
 Ctrl-C while they are imported ends it at once, without a traceback: some libraries turn an interrupt of their imports
-into another error. `cli.exit_code` then takes over.
+into another error. `exit_code` then takes over.
 
 A progress bar that goes into a file, such as a scheduler's log, is drawn every half a minute.
 """

@@ -9,7 +9,9 @@ import threading
 
 import pytest
 
-from harmful_unlearn.cli import FlagParser, device_map, exit_code, number, one_line, share, stop_asked
+from harmful_unlearn.cli.flag_parser import FlagParser
+from harmful_unlearn.cli.flag_types import device_map, number, share
+from harmful_unlearn.cli.running import exit_code, one_line, stop_asked
 from harmful_unlearn.errors import Diverged, NoSafeAnswers, Stopped, UserError
 from harmful_unlearn.storage.files import ROOT
 
@@ -166,7 +168,7 @@ def test_device_maps(text):
 
 
 def test_a_progress_bar_that_goes_into_a_file_is_drawn_rarely():
-    code = "import harmful_unlearn.before_imports; from tqdm import trange; [time.sleep(.01) for _ in trange(50)]"
+    code = "import harmful_unlearn.cli.before_imports; from tqdm import trange; [time.sleep(.01) for _ in trange(50)]"
     here = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}  # tests may switch it off
     words = [sys.executable, "-c", f"import time; {code}"]
     result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=here)

@@ -7,7 +7,7 @@ import pytest
 import main as spot_check
 import task_vector
 from harmful_unlearn import demo, evaluation
-from harmful_unlearn.cli import FlagParser
+from harmful_unlearn.cli.flag_parser import FlagParser
 from harmful_unlearn.comparison import settings as comparison
 from harmful_unlearn.losses.methods import METHODS
 from harmful_unlearn.storage.files import user_path

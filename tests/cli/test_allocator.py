@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource, sys, threading
 if sys.argv[1] == "kept":
-    from harmful_unlearn.allocator import keep_freed_memory
+    from harmful_unlearn.cli.allocator import keep_freed_memory
     keep_freed_memory()
 import torch
 def work():

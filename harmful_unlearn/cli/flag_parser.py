@@ -1,28 +1,19 @@
-"""What all commands share: the parser, the types of flags, exit codes, and signals."""
+"""The parser of all commands, whose flags are the fields of a dataclass."""
 
 import argparse
 import difflib
-import math
-import os
 import re
-import signal
 import sys
-import threading
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from harmful_unlearn.allocator import keep_freed_memory
-from harmful_unlearn.config import read_config, written_config
-from harmful_unlearn.errors import OUT_OF_MEMORY, Stopped, UserError, disk_problem, is_out_of_memory
+from harmful_unlearn.cli.config_file import read_config, written_config
+from harmful_unlearn.cli.running import one_line
 
-NOTHING_HALF_WRITTEN = "no folder was left half-written"
-LEAST_TEMPERATURE = 0.01  # sampling is as good as greedy there; far below it, numbers overflow
-LARGEST = 2**32 - 1  # NumPy's largest seed; the other whole numbers that flags take are far below it
 # Tokens of services that a run may use, headers and private keys, and secrets in addresses and settings.
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])((hf|api_org|gsk|r8|gh[pousr])_[A-Za-z0-9]{20}|github_pat_\w{20}|wandb_v1_\w{20}"
@@ -37,87 +28,6 @@ MAYBE_SECRET = re.compile(  # how tokens start: in a message, not even a piece o
     r"[^\s'\"]+"
 )
 Settings = TypeVar("Settings")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def exit_code(main: Callable[[], None]) -> int:
-    """Run a command and turn its end into an exit code, without a traceback for problems that the user can fix.
-
-    Returns:
-        0 when `main` returns, 2 for what the user can fix (`UserError`, no memory, a full disk, no permission),
-        130 after Ctrl-C, 143 after SIGTERM. Anything else is a bug and keeps its traceback.
-    """
-    keep_freed_memory()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `before_imports` has left it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = int(os.environ.get("RANK", 0))
-    try:
-        with _handled(_terminate, signal.SIGTERM):
-            main()
-        return 0
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {NOTHING_HALF_WRITTEN}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Stopped as stop:
-        if process == 0:
-            print(f"\n{stop}", file=sys.stderr)
-        return 128 + stop.number
-    except Exception as error:
-        message = _problem(error)
-        if message is None:
-            raise
-    where = f" (process {process})" if process > 0 else ""
-    print(f"error{where}: {one_line(message)}", file=sys.stderr)
-    return 2
-
-
-def _problem(error: Exception) -> str | None:
-    """The message for a problem that the user can fix; None for a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-        return OUT_OF_MEMORY
-    return disk_problem(error)
-
-
-def _terminate(number: int, _frame: object) -> None:
-    raise Stopped(number, f"terminated: {NOTHING_HALF_WRITTEN}")
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None], *signals: int) -> Iterator[None]:
-    """Within the block, signals call `handler`. Only the main thread receives signals; elsewhere nothing changes."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in signals if is_main_thread}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
-
-
-@contextmanager
-def stop_asked() -> Iterator[Callable[[], int]]:
-    """Within the block, the first Ctrl-C or SIGTERM only asks for a stop, which work can heed; a second one stops it.
-
-    Yields:
-        A function that returns the number of the signal received, 0 before. Outside of the main thread it is always 0.
-    """
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            signal.default_int_handler(number, frame) if number == signal.SIGINT else _terminate(number, frame)
-        received.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    with _handled(note, signal.SIGINT, signal.SIGTERM):
-        yield lambda: received[0] if received else 0
-
-
-def one_line(message: str) -> str:
-    """A message without line breaks and terminal control characters, which file names and data may hold."""
-    return "".join(sign if sign.isprintable() else " " for sign in message.strip())
 
 
 def flag(help: str, group: str = "", **options: Any) -> Any:
@@ -279,44 +189,3 @@ def _values_of(flag_name: str, words: list[str]) -> list[str]:
     with suppress(argparse.ArgumentError):  # the complete parser will say so
         return parser.parse_known_args(words)[0].values
     return []
-
-
-def _number_type(kind: type, is_valid: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
-    """A `type` of flags that are numbers. It raises ArgumentTypeError for any other text."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(f"give {expected}, not {text!r}")
-        return value
-
-    return parse
-
-
-number = _number_type(float, math.isfinite, "a finite number")
-positive_number = _number_type(float, lambda value: 0 < value < math.inf, "a number above 0")
-sampling_temperature = _number_type(
-    float, lambda value: LEAST_TEMPERATURE <= value < math.inf, f"a number from {LEAST_TEMPERATURE}"
-)
-not_negative = _number_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
-share = _number_type(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-whole_number = _number_type(int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
-layer_or_share = _number_type(
-    float, lambda value: 0 < value < 1 or (value.is_integer() and 1 <= value <= LARGEST), "a layer from 1, or a share"
-)
-positive_int = _number_type(int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
-
-
-def device_map(text: str) -> str:
-    """One of accelerate's ways to spread a model over devices (DEVICE_MAPS), or a device."""
-    if text not in DEVICE_MAPS and not re.fullmatch(r"(cpu|disk|mps|(cuda|xpu|npu)(:\d+)?)", text):
-        raise argparse.ArgumentTypeError(f"give one of {', '.join(DEVICE_MAPS)}, or a device, not {text!r}")
-    if text.startswith("cuda"):
-        import torch  # here, since it takes seconds that no other flag needs
-
-        if torch.cuda.device_count() <= int(text.partition(":")[2] or 0):
-            raise argparse.ArgumentTypeError(f"this machine has no {text}: give auto or cpu")
-    return text
