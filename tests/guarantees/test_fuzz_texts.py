@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harmful_unlearn.cli import flag_types
+from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.data.pku_saferlhf import read_harmful, read_responses
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.truthfulqa import NORMAL_COLUMNS, read_choices, read_normal
@@ -22,7 +23,6 @@ from harmful_unlearn.evals.files.answers import write_answers
 from harmful_unlearn.evals.judges.base import Verdict
 from harmful_unlearn.evals.judges.hub import GuardSpec
 from harmful_unlearn.evals.judges.server import ServerJudge, read_cache, read_verdict
-from harmful_unlearn.cli.running import exit_code
 from tests.helpers.inputs.fuzzing import DEEP, JSON, SUFFIXES, TEXT, data_files, odd_parquet, one_row, written
 
 
