@@ -23,6 +23,8 @@ from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.models.offload import execution_device
 
 CHUNK = 32 * 2**20  # bytes of float32 logits at a time
+LEAST_ROWS = 64  # of a chunk: with fewer, reading a large LM head takes longer than the products with it
+PRODUCT = 4 * 2**20  # bytes of a product at a time, where it is added to a sum of higher precision
 
 
 class Score(Protocol):
@@ -104,12 +106,19 @@ class Divergence:
     def __call__(self, logits: Tensor, start: int, gradient: bool) -> Tensor:
         chunk = slice(start, start + len(logits))
         base = F.linear(self.hidden[chunk].to(self.head.weight), self.head.weight, self.head.bias)
-        log_p = base.to(logits).log_softmax(-1)  # the base may sit on another device
+        log_p = base.to(logits)  # the base may sit on another device
+        torch.log_softmax(log_p, -1, out=log_p)
         log_q = torch.log_softmax(logits, -1, out=logits)
-        self.values[chunk] = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        p = log_p.exp()
+        self.values[chunk] = log_p.sub_(log_q).mul_(p).sum(-1)
         if gradient:
-            log_q.exp_().sub_(log_p.exp_()).mul_(self.coefficient[chunk, None])
+            log_q.exp_().sub_(p).mul_(self.coefficient[chunk, None])
         return self.coefficient[chunk] @ self.values[chunk]
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """The positions whose logits exist at a time."""
+    return max(CHUNK // (4 * vocabulary), LEAST_ROWS)
 
 
 class _Fused(torch.autograd.Function):
@@ -131,7 +140,7 @@ class _Fused(torch.autograd.Function):
             is_first = not sums
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
-            step = max(1, min(CHUNK // (4 * len(weight)), len(rows)))
+            step = max(1, min(chunk_rows(len(weight)), len(rows)))
             full = _buffer("full", step, len(weight), torch.float32, hidden.device)
             low = full if dtype == torch.float32 else _buffer("low", step, len(weight), dtype, hidden.device)
             if weight_needed and weight_grad is None:
@@ -155,7 +164,7 @@ class _Fused(torch.autograd.Function):
                 if weight_grad is not None and dtype == weight.dtype:
                     weight_grad.addmm_(gradient.T, rows[chunk])
                 elif weight_grad is not None:
-                    weight_grad += gradient.T @ rows[chunk]
+                    _add_product(weight_grad, gradient.T, rows[chunk])
                 if bias_grad is not None:
                     bias_grad += logits.sum(0)
             sums |= {"weight": weight_grad, "bias": bias_grad}
@@ -168,8 +177,17 @@ class _Fused(torch.autograd.Function):
         return *(grad if grad is None else grad.mul_(scale) for grad in ctx.gradients), None, None, None
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, a few rows at a time, so that the product in its lower precision stays in the cache."""
+    step = max(1, PRODUCT // (right.element_size() * right.shape[1]))
+    for start in range(0, len(total), step):
+        total[start : start + step] += left[start : start + step] @ right
+
+
 def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _memory(name, max(CHUNK // 4, columns), dtype, device)[: rows * columns].view(rows, columns)
+    return _memory(name, max(CHUNK // 4, chunk_rows(columns) * columns), dtype, device)[: rows * columns].view(
+        rows, columns
+    )
 
 
 @lru_cache(maxsize=8)
@@ -197,8 +215,14 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
             if torch.is_autocast_enabled(weight.device.type):
                 dtype = torch.get_autocast_dtype(weight.device.type)
             states = at_scored(hidden, batch).to(weight.device)
-            score.settle(lambda: _Fused.apply(states, weight, bias, score, dtype, {}))
-            return _Fused.apply(states, weight, bias, score, dtype, sums)
+
+            def total(sums: dict) -> Tensor:
+                # What is called inside cannot see that no gradient is wanted.
+                needed = [one if one is None or torch.is_grad_enabled() else one.detach() for one in (weight, bias)]
+                return _Fused.apply(states, *needed, score, dtype, sums)
+
+            score.settle(lambda: total({}))
+            return total(sums)
 
     with replaced_head(model, scored):
         return model(**batch.model_inputs, use_cache=False).logits

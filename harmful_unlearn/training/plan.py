@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from harmful_unlearn.data.batch import Batch
 from harmful_unlearn.data.step_batches import StepBatch, StepBatches
 from harmful_unlearn.errors import NoSafeAnswers, UserError
-from harmful_unlearn.losses.fused_linear import CHUNK
+from harmful_unlearn.losses.fused_linear import chunk_rows
 from harmful_unlearn.losses.methods import active_losses
 from harmful_unlearn.losses.terms import LOSSES, NEED_BASE
 from harmful_unlearn.models.blocks import blocks_of, mlp_outputs
@@ -215,13 +215,13 @@ def _activations(
     scored = max(rows.row.numel() for together in passes for rows in together)
     config = structure.config.get_text_config()
     head = 0 if lora else config.vocab_size * config.hidden_size * (2 if precision == "bf16" else 4)
-    logits = scored * config.vocab_size * 4
+    logits, chunk = (rows * config.vocab_size * 4 for rows in (scored, chunk_rows(config.vocab_size)))
     scales = (getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
     in_chunks = all(scale in (None, 1.0) for scale in scales)  # else the LM head's output is not yet the logits
     return {
         "activations": sum(saved_bytes(structure, rows, lora, precision, checkpointing) for rows in largest),
         # A chunk of logits in two dtypes; the gradient of the embeddings as inputs, as outputs, and their sum.
-        "logits": (min(logits, CHUNK) * 1.5 if in_chunks else logits * WHOLE_LOGITS) + 3 * head,
+        "logits": (min(logits, chunk) * 1.5 if in_chunks else logits * WHOLE_LOGITS) + 3 * head,
     }
 
 

@@ -9,7 +9,7 @@ from harmful_unlearn.data.collator import Collator
 from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.losses import fused_linear, objective
-from harmful_unlearn.losses.fused_linear import CrossEntropy, Divergence, _Fused, has_plain_head
+from harmful_unlearn.losses.fused_linear import CrossEntropy, Divergence, _Fused, fused_loss, has_plain_head
 from harmful_unlearn.models.lora import Lora, add_lora
 from harmful_unlearn.models.reference import ReferenceModel
 from tests.helpers.models.tiny import TINY, value_of
@@ -40,7 +40,8 @@ def tensors(positions: int, hidden: int, vocabulary: int, entries: int, with_bia
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_cross_entropy_and_gradient(dtype, chunk, shape, with_bias, monkeypatch):
     """Positions that no entry reads, that several read, and no entry at all; chunks that do not divide them."""
-    monkeypatch.setattr(fused_linear, "CHUNK", 4 * shape[2] * chunk)
+    monkeypatch.setattr(fused_linear, "chunk_rows", lambda _: chunk)
+    monkeypatch.setattr(fused_linear, "PRODUCT", 64)  # bytes: a few rows of the head's gradient at a time
     states, weight, bias, index, target, coefficient = tensors(*shape, with_bias)
     score = CrossEntropy(index, target, coefficient)
     total = _Fused.apply(states, weight, bias, score, dtype, {})
@@ -63,7 +64,7 @@ def test_cross_entropy_and_gradient(dtype, chunk, shape, with_bias, monkeypatch)
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_divergence_and_gradient(dtype, chunk, monkeypatch):
     positions, hidden, vocabulary = 11, 6, 37
-    monkeypatch.setattr(fused_linear, "CHUNK", 4 * vocabulary * chunk)
+    monkeypatch.setattr(fused_linear, "chunk_rows", lambda _: chunk)
     states, weight, bias, *_ = tensors(positions, hidden, vocabulary, 0, True)
     coefficient = torch.randn(positions)
     base = torch.nn.Linear(hidden, vocabulary).requires_grad_(False)
@@ -110,6 +111,16 @@ def test_a_frozen_head_gets_no_gradient():
     assert states.grad is not None and weight.grad is None
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_head_gets_no_gradient_where_none_is_wanted(context, tiny_model, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
+    batch = Collator(ReleasedTemplate(tokenizer), "released", 256).texts_batch(PAIRS)
+    sums = {}
+    with context():
+        fused_loss(model, batch, CrossEntropy(batch.index, batch.target, torch.ones(len(batch.index))), sums)
+    assert sums == {"weight": None, "bias": None}
+
+
 @pytest.mark.parametrize("architecture", [*TINY])
 @pytest.mark.parametrize("name", ["gd", "rd", "pd", "kl"])
 @pytest.mark.parametrize("lora", [False, True])
@@ -127,7 +138,7 @@ def test_a_models_loss_is_the_same_with_and_without(architecture, name, lora, ti
                 parameter += 0.05 * torch.randn_like(parameter)
     collator = Collator(ReleasedTemplate(tokenizer), "released", 256)
     batch = collator.texts_batch(PAIRS) if name in ("pd", "kl") else collator.answers_batch(PAIRS, ["Blame the dog."])
-    monkeypatch.setattr(fused_linear, "CHUNK", 4 * 700 * 5)
+    monkeypatch.setattr(fused_linear, "chunk_rows", lambda _: 5)
     found = []
     for plain in (False, True):
         if plain:

@@ -12,7 +12,7 @@ from harmful_unlearn.data.prompt_format import Pair
 from harmful_unlearn.data.step_batches import StepBatch
 from harmful_unlearn.data.templates import ReleasedTemplate
 from harmful_unlearn.errors import UserError
-from harmful_unlearn.losses.fused_linear import CHUNK
+from harmful_unlearn.losses.fused_linear import chunk_rows
 from harmful_unlearn.models import loading
 from harmful_unlearn.models.blocks import steered_layer
 from harmful_unlearn.models.lora import Lora, add_lora
@@ -137,7 +137,7 @@ def test_logits_that_are_softcapped_are_planned_whole(tokenizer):
             structure = Gemma2ForCausalLM(Gemma2Config(**sizes, vocab_size=90_000, final_logit_softcapping=cap))
         planned.append(_activations({"gd", "rd"}, [StepBatch(batch)], structure, None, "fp32", False)["logits"])
     whole = len(batch.row) * 90_000 * 4
-    assert planned[1] - planned[0] == pytest.approx(4 * whole - 1.5 * min(whole, CHUNK))
+    assert planned[1] - planned[0] == pytest.approx(4 * whole - 1.5 * min(whole, 4 * 90_000 * chunk_rows(90_000)))
 
 
 @pytest.mark.parametrize(
