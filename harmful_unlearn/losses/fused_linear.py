@@ -185,9 +185,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _memory(name, max(CHUNK // 4, chunk_rows(columns) * columns), dtype, device)[: rows * columns].view(
-        rows, columns
-    )
+    size = max(CHUNK // 4, chunk_rows(columns) * columns)
+    return _memory(name, size, dtype, device)[: rows * columns].view(rows, columns)
 
 
 @lru_cache(maxsize=8)
