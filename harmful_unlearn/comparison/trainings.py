@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from harmful_unlearn import unlearn_harm_new
-from harmful_unlearn.errors import Diverged, NoSafeAnswers, UserError
+from harmful_unlearn.errors import Diverged, NoSafeAnswers, Stopped, UserError
 from harmful_unlearn.evals.comparison.seed_evaluation import TrainedModel
 from harmful_unlearn.models.loading import load_config, load_tokenizer
 from harmful_unlearn.storage.files import write_file
+from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.flags import parse_flags as training_flags
 from harmful_unlearn.training.resume import FREE_FLAGS
@@ -42,6 +43,8 @@ def plan(
     if (model.finetuned / "run.json").is_file():
         check_same_flags(model, training_flags(words), base)
         words += ["--stage", "negate"]
+    elif TrainingCheckpoints(model.finetuned, keep=1).newest():
+        words.append("--resume")
     return model, words
 
 
@@ -53,6 +56,7 @@ def train(model: TrainedModel, words: list[str]) -> TrainedModel:
 
     Raises:
         UserError: training cannot start.
+        Stopped: Ctrl-C or SIGTERM; a checkpoint is kept, from which the next call continues.
     """
     failure = model.folder / "failed.txt"
     if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{model.command}\n"):
@@ -63,6 +67,10 @@ def train(model: TrainedModel, words: list[str]) -> TrainedModel:
             unlearn_harm_new.main(words)
         except (Diverged, NoSafeAnswers) as error:
             write_file(failure, f"not trained: {error}\n{model.command}\n")
+        except Stopped as stop:
+            raise Stopped(
+                stop.number, f"stopped in the training of {model.folder}: the same command continues it"
+            ) from None
         gc.collect()  # the model and its optimizer refer to each other; the next training needs their memory
         torch.cuda.empty_cache()
     if failure.exists():
