@@ -13,6 +13,7 @@ from harmful_unlearn.errors import Diverged, NoSafeAnswers, Stopped, UserError
 from harmful_unlearn.evals.comparison.seed_evaluation import TrainedModel
 from harmful_unlearn.models.loading import load_config, load_tokenizer
 from harmful_unlearn.storage.files import write_file
+from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.checkpointing import TrainingCheckpoints
 from harmful_unlearn.training.flags import TrainingSettings
 from harmful_unlearn.training.flags import parse_flags as training_flags
@@ -34,17 +35,16 @@ def plan(
         more_words: the same, as a command line has them.
 
     Raises:
-        UserError: another model is there.
+        UserError: another model is there, or a checkpoint of another.
     """
     words = [*as_words(flags), *more_words]
     model = TrainedModel(folder, f"python harmful_unlearn/unlearn_harm_new.py {shlex.join(words)}")
     words += as_words({"model_save_dir": model.finetuned, "task_vector_saving_path": model.unlearned})
     words += ["--log_file", str(folder / "run.log"), "--overwrite"]
-    if (model.finetuned / "run.json").is_file():
-        check_same_flags(model, training_flags(words), base)
-        words += ["--stage", "negate"]
-    elif TrainingCheckpoints(model.finetuned, keep=1).newest():
-        words.append("--resume")
+    is_trained = (model.finetuned / "run.json").is_file()
+    if there := model.finetuned if is_trained else TrainingCheckpoints(model.finetuned, keep=1).newest():
+        check_same_flags(model.folder, RunRecord.read(there), training_flags(words), base)
+        words += ["--stage", "negate"] if is_trained else ["--resume"]
     return model, words
 
 
@@ -84,18 +84,18 @@ def as_words(flags: Mapping[str, object]) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def check_same_flags(model: TrainedModel, wanted: TrainingSettings, base: Path) -> None:
+def check_same_flags(folder: Path, record: RunRecord, wanted: TrainingSettings, base: Path) -> None:
     """Raises UserError: the model was trained with other flags. The template is compared by what it resolves to."""
-    had = {**training_flags([]).to_json(), **model.record.flags}
+    had = {**training_flags([]).to_json(), **record.flags}
     for name, value in wanted.to_json().items():
         if name not in IGNORED_FLAGS and value != had.get(name):
             raise UserError(
-                f"{model.folder} was trained with --{name} {had.get(name)}, and the recipe has {value} now: "
+                f"{folder} was trained with --{name} {had.get(name)}, and the recipe has {value} now: "
                 "remove that folder, or give another --output"
             )
     template = wanted.template_choice.of(load_tokenizer(base, load_config(base)))
-    if model.record.prompt_template not in (None, template.text):
+    if record.prompt_template not in (None, template.text):
         raise UserError(
-            f"{model.folder} was trained in the template {model.record.prompt_template!r}, and the flags say "
+            f"{folder} was trained in the template {record.prompt_template!r}, and the flags say "
             f"{template.text!r}: give its --template and --system_prompt, or another --output"
         )

@@ -238,6 +238,10 @@ def test_a_stopped_training_continues_from_its_checkpoint(whole, world, tmp_path
     with pytest.raises(Stopped, match=r"seed-0/task_vector: the same command continues it"):
         main(arguments)
     monkeypatch.setattr(Engine, "_save_checkpoint", save)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", recipe({**SHARED, "lr": 5e-4}, SKU, BASELINES))
+    with pytest.raises(UserError, match="task_vector was trained with --lr 0.001.*remove that folder"):
+        main(arguments)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", TINY)
     main(arguments)
     log = (tmp_path / "seed-0" / "task_vector" / "run.log").read_text()
     assert log.count("step 1/3") == log.count("step 3/3") == 1
