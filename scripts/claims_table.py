@@ -38,7 +38,7 @@ WITH_INTERVAL = "harmful, unseen, %"
 WRITE: dict[str, Callable[[float], str]] = {
     PERCENT: lambda value: f"{100 * value:.1f}",
     NUMBER: lambda value: f"{value:.3g}",
-    MULTIPLE: lambda value: f"{value:.2f}",
+    MULTIPLE: lambda value: f"{value:.2f}" if value < 1000 else f"{value:.0e}",
 }
 
 
