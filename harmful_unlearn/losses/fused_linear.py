@@ -216,9 +216,10 @@ def fused_loss(model: PreTrainedModel, batch: Batch, score: Score, sums: dict) -
             states = at_scored(hidden, batch).to(weight.device)
 
             def total(sums: dict) -> Tensor:
-                # What is called inside cannot see that no gradient is wanted.
-                needed = [one if one is None or torch.is_grad_enabled() else one.detach() for one in (weight, bias)]
-                return _Fused.apply(states, *needed, score, dtype, sums)
+                tensors: list[Tensor | None] = [states, weight, bias]
+                if not torch.is_grad_enabled():  # which forward() cannot see
+                    tensors = [one if one is None else one.detach() for one in tensors]
+                return _Fused.apply(*tensors, score, dtype, sums)
 
             score.settle(lambda: total({}))
             return total(sums)

@@ -121,6 +121,20 @@ def test_the_head_gets_no_gradient_where_none_is_wanted(context, tiny_model, tok
     assert sums == {"weight": None, "bias": None}
 
 
+def test_the_first_look_at_a_loss_that_is_no_sum_needs_no_gradient(tiny_model, tokenizer):
+    class Watched(CrossEntropy):
+        wanted = []
+
+        def __call__(self, logits, start, gradient):
+            self.wanted.append(gradient)
+            return super().__call__(logits, start, gradient)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("opt"))
+    batch = Collator(ReleasedTemplate(tokenizer), "released", 256).texts_batch(PAIRS)
+    fused_loss(model, batch, Watched(batch.index, batch.target, torch.sum), {}).backward()
+    assert Watched.wanted == [False, True]
+
+
 @pytest.mark.parametrize("architecture", [*TINY])
 @pytest.mark.parametrize("name", ["gd", "rd", "pd", "kl"])
 @pytest.mark.parametrize("lora", [False, True])
