@@ -20,6 +20,7 @@ TITLES = {  # rows, in the order of the table
     "sku-pd-turned": "SKU, PD's sign turned",
     "task_vector": "task vector",
     "ga_mismatch": "GA + mismatch",
+    "ga_mismatch-2e-5": "GA + mismatch, lr 2e-5",
     "lands": "LANDS",
 }
 PERCENT, NUMBER, MULTIPLE = "percent", "number", "multiple of the base's"

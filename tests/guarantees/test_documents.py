@@ -181,7 +181,7 @@ def test_every_picture_is_shown():
     assert shown == set((DOCS / "pictures").glob("*.png"))
 
 
-@pytest.mark.parametrize("figures", ["smollm2-chat.csv", "smollm2-released.csv"])
+@pytest.mark.parametrize("figures", ["smollm2-chat.csv", "smollm2-released.csv", "gemma-released.csv"])
 def test_the_claims_have_the_tables_of_their_figures(figures):
     assert claims_table.table(pd.read_csv(DOCS / "claims" / figures)) in read(DOCS / "claims.md")
 
