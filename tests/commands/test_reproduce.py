@@ -7,13 +7,12 @@ import pytest
 
 from harmful_unlearn import recipes
 from harmful_unlearn.comparison import trainings
-from harmful_unlearn.errors import Stopped, UserError
+from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals import evaluator
 from harmful_unlearn.evals.comparison.seed_evaluation import SeedEvaluation
 from harmful_unlearn.models import loading
 from harmful_unlearn.recipes import recipe
 from harmful_unlearn.reproduce import main, parse_flags
-from harmful_unlearn.training.engine import Engine
 from tests.helpers.inputs.world import make_world
 
 SHARED = {"max_unlearn_steps": 3, "batch_size": 2, "lr": 1e-3, "precision": "fp32"}
@@ -223,30 +222,6 @@ def test_a_run_that_was_killed_continues_to_the_same_tables(stop_at, whole, worl
     monkeypatch.setitem(recipes.RECIPES, "tiny", TINY)
     main(flags(world, tmp_path))
     assert without_times(comparison_of(tmp_path)) == without_times(comparison_of(whole))
-
-
-def test_a_stopped_training_continues_from_its_checkpoint(whole, world, tmp_path, monkeypatch):
-    arguments = flags(world, tmp_path, "--runs", "task_vector", "--train_flags", "--save_every 1", parts=False)
-    save = Engine._save_checkpoint
-
-    def saving(engine):
-        save(engine)
-        if len(engine.log.history) == 2:
-            raise Stopped(15, "stopped after step 2")
-
-    monkeypatch.setattr(Engine, "_save_checkpoint", saving)
-    with pytest.raises(Stopped, match=r"seed-0/task_vector: the same command continues it"):
-        main(arguments)
-    monkeypatch.setattr(Engine, "_save_checkpoint", save)
-    monkeypatch.setitem(recipes.RECIPES, "tiny", recipe({**SHARED, "lr": 5e-4}, SKU, BASELINES))
-    with pytest.raises(UserError, match="task_vector was trained with --lr 0.001.*remove that folder"):
-        main(arguments)
-    monkeypatch.setitem(recipes.RECIPES, "tiny", TINY)
-    main(arguments)
-    log = (tmp_path / "seed-0" / "task_vector" / "run.log").read_text()
-    assert log.count("step 1/3") == log.count("step 3/3") == 1
-    models = [folder / "seed-0" / "task_vector" / "unlearned" / "model.safetensors" for folder in (tmp_path, whole)]
-    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_what_is_there_is_not_done_again(whole, world, monkeypatch):
