@@ -56,7 +56,7 @@ def train(model: TrainedModel, words: list[str]) -> TrainedModel:
 
     Raises:
         UserError: training cannot start.
-        Stopped: Ctrl-C or SIGTERM; a checkpoint is kept, from which the next call continues.
+        Stopped: Ctrl-C or SIGTERM; the next call continues from the last checkpoint, or with stage 2.
     """
     failure = model.folder / "failed.txt"
     if failure.exists() and not failure.read_text(encoding="utf-8").endswith(f"{model.command}\n"):
