@@ -13,8 +13,8 @@ from harmful_unlearn.chat.terminal import HELP, TerminalChat, printable
 from harmful_unlearn.cli.running import exit_code
 from harmful_unlearn.evals.inference.generation import Decoding
 from harmful_unlearn.storage.files import ROOT
-from tests.helpers.conversations import Scripted
 from tests.helpers.running.terminals import CTRL_C, CTRL_D, Terminal
+from tests.helpers.servers.conversations import Scripted
 
 
 @pytest.fixture

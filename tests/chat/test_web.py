@@ -11,9 +11,9 @@ import pytest
 
 from harmful_unlearn.chat.web import MAX_REQUEST, PAGE
 from harmful_unlearn.evals.inference.generation import Decoding
-from tests.helpers.browser import CHROMIUM, browsing
-from tests.helpers.chat_server import GOOD, send, serving
-from tests.helpers.conversations import Scripted
+from tests.helpers.servers.browser import CHROMIUM, browsing
+from tests.helpers.servers.chat_server import GOOD, send, serving
+from tests.helpers.servers.conversations import Scripted
 
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>&amp;'
 

@@ -9,9 +9,9 @@ import main as spot_check
 from harmful_unlearn.chat.web import ChatServer, port_number
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.evals.inference.generation import Decoding
-from tests.helpers.chat_server import GOOD, send, serving
-from tests.helpers.conversations import Scripted
-from tests.helpers.serving import served
+from tests.helpers.servers.chat_server import GOOD, send, serving
+from tests.helpers.servers.conversations import Scripted
+from tests.helpers.servers.http import served
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from harmful_unlearn.evals.judges.registry import make_judge
-from tests.helpers.serving import served
+from tests.helpers.servers.http import served
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from harmful_unlearn.negation.negate import negate, negate_adapter
 from harmful_unlearn.storage import safetensors_io
-from tests.helpers import hub
 from tests.helpers.models.tiny import GOLDENS
 from tests.helpers.models.tiny_pairs import LORA, adapter, make, record, saved, tuned
+from tests.helpers.servers import hub
 
 
 @pytest.fixture

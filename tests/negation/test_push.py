@@ -18,8 +18,8 @@ from harmful_unlearn.negation import push
 from harmful_unlearn.negation.negate import negate, negate_adapter
 from harmful_unlearn.storage.run_record import RunRecord
 from harmful_unlearn.training.flags import TrainingSettings
-from tests.helpers import hub
 from tests.helpers.models.tiny_pairs import IDS, record
+from tests.helpers.servers import hub
 
 NAME = "someone/unlearned"
 

@@ -9,8 +9,8 @@ import task_vector
 from harmful_unlearn.errors import UserError
 from harmful_unlearn.negation import push
 from harmful_unlearn.negation.negate import negate
-from tests.helpers import hub
 from tests.helpers.models.tiny_pairs import record
+from tests.helpers.servers import hub
 
 NAME = "someone/unlearned"
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-from tests.helpers.serving import served
+from tests.helpers.servers.http import served
 
 TOKEN = "hf_planted4711"
 

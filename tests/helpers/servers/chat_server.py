@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from harmful_unlearn.chat.web import ChatServer
 from harmful_unlearn.evals.inference.generation import Decoding
-from tests.helpers.conversations import Scripted
-from tests.helpers.serving import served
+from tests.helpers.servers.conversations import Scripted
+from tests.helpers.servers.http import served
 
 GOOD = {"question": "Why?", "temperature": None}
 
