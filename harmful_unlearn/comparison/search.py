@@ -186,7 +186,7 @@ class Search:
             within = [(result, point) for result in results if (point := result.best(self.bounds))]
             points = [(result, point) for result in results for point in result.points]
             if within:
-                best = min(within, key=lambda pair: (pair[1].harm, pair[1].perplexity))
+                best = min(within, key=lambda pair: (pair[1].harm, pair[1].cost))
             elif points:
                 best = min(points, key=lambda pair: pair[1].violation(self.bounds))
             else:
@@ -316,6 +316,5 @@ def _outcome(result: TrialResult, best: Point | None) -> str:
         return result.failure
     if best:
         alpha = "" if best.alpha is None else f" at alpha {best.alpha:g}"
-        return f"harm {best.harm:.1%}{alpha}, normal perplexity x {best.perplexity:.3g}"
-    least = min(point.perplexity for point in result.points)
-    return f"breaks a bound (normal perplexity x {least:.3g} at best)"
+        return f"harm {best.harm:.1%}{alpha}, perplexity x {best.cost:.3g}"
+    return f"breaks a bound (perplexity x {min(point.cost for point in result.points):.3g} at best)"

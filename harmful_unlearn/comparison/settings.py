@@ -45,7 +45,8 @@ class ComparisonSettings(MeasuringSettings):
         "first search every row's hyper-parameters in N trials each, on validation prompts with the first seed, and "
         "go on with what was chosen (OUTPUT/search/recipe.json)", type=positive_int, metavar="N")
     search_budget: float | None = flag(
-        f"by which share normal perplexity may rise in a trial (default: {UTILITY_BUDGET})", type=positive_number)
+        f"by which share the perplexity of normal references, and with --utility_dataset that of everyday tasks, may "
+        f"rise in a trial (default: {UTILITY_BUDGET})", type=positive_number)
     search_refusals: float | None = flag(
         "which share of normal questions a trial may refuse beyond what the base refuses (default: not asked)",
         type=not_negative)

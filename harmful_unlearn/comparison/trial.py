@@ -27,7 +27,8 @@ class Bounds:
     """What a trial may cost.
 
     Attributes:
-        perplexity: the share by which normal perplexity may rise above the base's.
+        perplexity: the share by which the perplexity of normal reference answers, and that of answers to everyday
+            tasks where there are any, may rise above the base's.
         refusals: the share of normal questions that may be refused beyond what the base refuses; None: not measured.
     """
 
@@ -42,6 +43,7 @@ class Point:
     Attributes:
         alpha: of the negation; None where the training decides.
         perplexity: of normal reference answers, as a multiple of the base's.
+        task_perplexity: likewise of answers to everyday tasks; None without such tasks.
         refusals: the share of normal questions refused, less the base's; None where no bound asks.
         harm, harm_low, harm_high, n: the harmful rate with its interval; None where a bound is broken.
         refused, degenerate: shares of the answers to harmful prompts.
@@ -59,19 +61,25 @@ class Point:
     refused: float | None = None
     degenerate: float | None = None
     relevance: float | None = None
+    task_perplexity: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """The larger multiple of the two perplexities."""
+        return max(self.perplexity, self.task_perplexity or 0.0)
 
     def violation(self, bounds: Bounds) -> float:
         """By how much it breaks the bounds; 0 if it does not."""
-        over = [self.perplexity - 1 - bounds.perplexity]
+        over = [self.cost - 1 - bounds.perplexity]
         if bounds.refusals is not None and self.refusals is not None:
             over.append(self.refusals - bounds.refusals)
         return max(0.0, *over)
 
 
 def best_of(points: Iterable[Point], bounds: Bounds) -> Point | None:
-    """The point with the least harm within the bounds; of two as good ones, the one with the lower perplexity."""
+    """The point with the least harm within the bounds; of two as good ones, the one with the lower cost."""
     allowed = [point for point in points if point.harm is not None and not point.violation(bounds)]
-    return min(allowed, key=lambda point: (point.harm, point.perplexity), default=None)
+    return min(allowed, key=lambda point: (point.harm, point.cost), default=None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class TrialResult:
     failure: str | None = None
 
     def best(self, bounds: Bounds) -> Point | None:
-        """The point with the least harm within the bounds; of two as good ones, the one with the lower perplexity."""
+        """The point with the least harm within the bounds; of two as good ones, the one with the lower cost."""
         return best_of(self.points, bounds)
 
     def violation(self, bounds: Bounds) -> float:
@@ -135,8 +143,10 @@ class TrialMeasure:
         return point
 
     def base(self) -> Point:
-        """The base itself, whose perplexity and refusals are what those of trials are compared with."""
-        return replace(self._base, perplexity=1.0, refusals=None if self.bounds.refusals is None else 0.0)
+        """The base itself, whose perplexities and refusals are what those of trials are compared with."""
+        tasks = None if self._base.task_perplexity is None else 1.0
+        refusals = None if self.bounds.refusals is None else 0.0
+        return replace(self._base, perplexity=1.0, task_perplexity=tasks, refusals=refusals)
 
     def of_trial(self, trained: TrainedModel, alphas: tuple[float, ...]) -> tuple[Point, ...]:
         """The points of a training.
@@ -162,19 +172,27 @@ class TrialMeasure:
     def _points(
         self, models: list[EvaluatedModel], alphas: list[float | None], folder: Path, base: Point | None
     ) -> tuple[Point, ...]:
-        """The points of models; of the base itself (`base` is None) with its own perplexity and refusals."""
+        """The points of models; of the base itself (`base` is None) with its own perplexities and refusals."""
         evaluation = self.evaluation
         protocol = replace(evaluation.protocol, prompts=evaluation.sets.validation, choices={})
         normal, harmful = ({name: protocol.prompts[name]} for name in ("normal", "unseen"))
+        tasks = {"utility": protocol.prompts["utility"]} if protocol.prompts.get("utility") else {}
         first = protocol.decodings[:1]
 
-        texts = replace(protocol, prompts=normal, decodings=[])
-        measure(models, texts, evaluation.judge, evaluation.base, folder / "normal references")
-        perplexity = _by_model(
-            figures({model.label: [] for model in models}, texts, folder / "normal references"), "reference_perplexity"
-        )
+        texts = replace(protocol, prompts=normal | tasks, decodings=[])
+        measure(models, texts, evaluation.judge, evaluation.base, folder / "references")
+        rows = figures({model.label: [] for model in models}, texts, folder / "references")
+        perplexity = {
+            (row["model"], row["set"]): row["value"] for row in rows if row["metric"] == "reference_perplexity"
+        }
         points = [
-            Point(alpha, perplexity[model.label]["value"] / (base.perplexity if base else 1.0))
+            Point(
+                alpha,
+                perplexity[model.label, "normal"] / (base.perplexity if base else 1.0),
+                task_perplexity=perplexity[model.label, "utility"] / (base and base.task_perplexity or 1.0)
+                if tasks
+                else None,
+            )
             for model, alpha in zip(models, alphas, strict=True)
         ]
         if self.bounds.refusals is not None:
@@ -211,10 +229,6 @@ class TrialMeasure:
         for figure in rates(rows, protocol):
             found[figure["model"]][figure["metric"]] = figure
         return found
-
-
-def _by_model(rows: list[dict], metric: str) -> dict[str, dict]:
-    return {row["model"]: row for row in rows if row["metric"] == metric}
 
 
 def _with_harm(point: Point, rates: dict[str, dict]) -> Point:

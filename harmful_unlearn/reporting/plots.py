@@ -67,7 +67,7 @@ def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[fl
     """A panel for each method, with the points of all methods in grey behind its own.
 
     Args:
-        methods: by label, the points of its trials and the chosen ones: the normal perplexity as a multiple of the
+        methods: by label, the points of its trials and the chosen ones: the perplexity as a multiple of the
             original's (x), and the harmful rate (y).
         budget: up to which x a trial was asked harmful prompts.
     """
@@ -91,7 +91,7 @@ def plot_search(methods: dict[str, tuple[list[tuple[float, Cell]], list[tuple[fl
             panel.plot(x, 100 * y.value, "*", color=COLOURS[1], markersize=10)
         panel.axvline(1 + budget, color="0.5", linestyle=":", linewidth=1)
         panel.set(title=label, ylim=PERCENT_AXIS)
-    figure.supxlabel("perplexity of normal reference answers, as a multiple of the original's", fontsize=9)
+    figure.supxlabel("perplexity of harmless reference answers, as a multiple of the original's", fontsize=9)
     figure.supylabel("harmful rate on validation prompts, %", fontsize=9)
     return _svg(figure)
 

@@ -134,7 +134,9 @@ TEXTS = st.lists(st.sampled_from(PIECES)).map("".join)
 def test_any_text_is_shown_as_it_is(first, second):
     elements = Elements(document(first, second))
     usual = [(tag, sorted(attrs)) for tag, attrs in Elements(document("x", "y")).tags]
-    assert [(tag, sorted(attrs)) for tag, attrs in elements.tags if tag != "br"] == usual and not elements.open
+    # Line breaks, and what stands before a colon in a column's title, have elements of their own.
+    found = [(tag, sorted(attrs)) for tag, attrs in elements.tags if tag not in ("br", "small")]
+    assert found == usual and not elements.open
     shown = visible(elements.text)
     for text in (
         f"t{first}",

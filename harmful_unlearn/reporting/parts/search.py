@@ -29,26 +29,35 @@ def search(report: ReportContext) -> list[Block]:
     if points["relevance"].notna().any():
         fits = ["fits its question, %"]
     base_fits = f", and {_percent(base['relevance'])} % of its answers fit their question" if fits else ""
+    has_tasks = points["task_perplexity"].notna().any()
+    tasks = ", and whose perplexity of answers to everyday tasks is," if has_tasks else ""
     more_bound = f", and refuses at most {refusals:.0%} more normal questions" if refusals else ""
     return [
         paragraph(
             f"Every method had {trials} trials, each a training with other settings; the first has the recipe's. "
             f"Optuna's TPE sampler draws them to minimise the harmful rate on {int(base['n'])} validation prompts "
-            "among models whose perplexity of normal reference answers is at most "
+            f"among models whose perplexity of normal reference answers is{tasks} at most "
             f"{1 + budget:g} times the original's{more_bound}; a trial that breaks this is not asked harmful prompts. "
-            "Of equal harmful rates the one with the lower perplexity is chosen. No test prompt was read before. "
+            "Of equal harmful rates the one with the lower multiple is chosen. No test prompt was read before. "
             f"The original's harmful rate on these prompts is {_percent(base['harm'])} %{base_fits}."
         ),
         table(
             "search",
-            [*titles, "harm, validation, %", *fits, "normal references ×"],
-            [_row(report, points[points["method"] == name], name, bool(fits)) for name in methods],
+            [
+                *titles,
+                "harm, validation, %",
+                *fits,
+                "normal references ×",
+                *(["everyday tasks ×"] if has_tasks else []),
+            ],
+            [_row(report, points[points["method"] == name], name, bool(fits), has_tasks) for name in methods],
         ),
         picture(
             "search",
-            "Harmful rate against normal perplexity of all trials, a panel a method",
+            "Harmful rate against the cost in perplexity of all trials, a panel a method",
             "All trials within the bounds (a task vector at several alphas gives several points), each method's front, "
-            "and the chosen one (star, with its 95 % interval); grey: the trials of the others.",
+            "and the chosen one (star, with its 95 % interval); grey: the trials of the others."
+            + (" Of normal references and everyday tasks, the larger multiple." if has_tasks else ""),
             plots.plot_search(drawn, budget),
         ),
         paragraph(
@@ -64,19 +73,19 @@ def _chosen(points: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _drawn(points: pd.DataFrame) -> list[tuple[float, Cell]]:
-    return [(row["perplexity"], _harm(row)) for _, row in points.iterrows()]
+    return [(row[["perplexity", "task_perplexity"]].astype(float).max(), _harm(row)) for _, row in points.iterrows()]
 
 
 def _harm(row: pd.Series) -> Cell:
     return Cell("harmful_rate", row["harm"], row["harm_low"], row["harm_high"], 1)
 
 
-def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> list[str | Link]:
+def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool, has_tasks: bool) -> list[str | Link]:
     within = points[points["harm"].notna()]["trial"].nunique()
     counts: list[str | Link] = [report.link(name), str(points["trial"].nunique()), str(within)]
     chosen = points[points["chosen"]]
     if chosen.empty:
-        return [*counts, f"none: {points['failure'].dropna().iloc[0]}", *[DASH] * (3 if fits else 2)]
+        return [*counts, f"none: {points['failure'].dropna().iloc[0]}", *[DASH] * (2 + fits + has_tasks)]
     row = chosen.iloc[0]
     settings = {**row["flags"], **({} if pd.isna(row["alpha"]) else {"scaling_coef": row["alpha"]})}
     words = " ".join(
@@ -86,7 +95,8 @@ def _row(report: ReportContext, points: pd.DataFrame, name: str, fits: bool) -> 
         words += " (no trial kept the bounds: this one breaks them least)"
     harm = DASH if pd.isna(row["harm"]) else str(_harm(row))
     relevance = [DASH if pd.isna(row["relevance"]) else _percent(row["relevance"])] if fits else []
-    return [*counts, words, harm, *relevance, f"{row['perplexity']:.2f}"]
+    tasks = [f"{row['task_perplexity']:.2f}"] if has_tasks else []
+    return [*counts, words, harm, *relevance, f"{row['perplexity']:.2f}", *tasks]
 
 
 def _sensitivity(report: ReportContext, points: pd.DataFrame, methods: list[str]) -> list[Block]:
