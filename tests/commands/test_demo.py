@@ -97,7 +97,7 @@ def test_the_demo_measures_the_same_again(quick_demo, tmp_path):
 
 def test_a_failed_command_says_what_to_do():
     with pytest.raises(UserError, match="exit code 2: fix what it reports"):
-        run_command(["scripts/claims_table.py"])  # without its argument; no other script starts so fast
+        run_command(["scripts/results_table.py"])  # without its argument; no other script starts so fast
 
 
 @pytest.fixture(scope="module")
