@@ -31,12 +31,19 @@ class EvaluatedModel:
         identity: what tells it from another model of that label (a fingerprint, an alpha).
         load: called only if something of it is still to be measured; in eval mode, on its device.
         folder: where it is, if it is in a folder.
+        trained_from: the label of the model that an attacker fine-tuned, if it is what came of that.
     """
 
     label: str
     identity: dict
     load: Callable[[], LoadedModel]
     folder: Path | None = None
+    trained_from: str | None = None
+
+    @property
+    def is_of_base(self) -> bool:
+        """Whether it is the base, or made of it by an attack: then other evaluations can use its answers."""
+        return BASE in (self.label, self.trained_from)
 
 
 def evaluated_model(label: str, folder: Path, load: Callable[[Path], LoadedModel]) -> EvaluatedModel:

@@ -61,7 +61,8 @@ def measure(
         reference: the language model under which the answers' perplexity is computed; None for answers and verdicts
             only, without perplexities and scores.
         judge: of harm.
-        base_answers: a folder where the base's answers and scores are kept for other evaluations, and looked for.
+        base_answers: a folder where answers and scores of the base, and of what attacks make of it, are kept for other
+            evaluations, and looked for.
         refusal_judge: of refusals; None: nobody asks whether an answer is one.
         relevance_judge: of whether an answer fits its question; None: nobody asks.
 
@@ -74,10 +75,9 @@ def measure(
     record = _check_protocol(models, protocol, reference, folder)
     rows: dict[str, list[dict]] = {}
     for model in models:
-        kept = folder_of(base_answers, protocol, model) if base_answers else None
-        is_base = model.label == BASE
+        kept = folder_of(base_answers, protocol, model) if base_answers and model.is_of_base else None
         base_rows = rows.get(BASE, []) if reference else None
-        rows[model.label] = _answer_and_score(model, protocol, record, folder, kept if is_base else None, base_rows)
+        rows[model.label] = _answer_and_score(model, protocol, record, folder, kept, base_rows)
     if reference:
         _add_perplexities(rows, protocol, reference, folder)
     for label, answers in rows.items():

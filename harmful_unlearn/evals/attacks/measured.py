@@ -66,7 +66,7 @@ class AttackPlan:
             for variant, (changed, protocol) in variants.items():
                 print(f"attack: {name}, {variant}")
                 at = folder / name / variant.replace(" ", "-")
-                answers = measure(changed, protocol, judge, reference, at)
+                answers = measure(changed, protocol, judge, reference, at, base_answers)
                 for label, own in answers.items():
                     attacked[name][label] += own
                 perplexities += [
@@ -81,4 +81,4 @@ class AttackPlan:
         harm = attack_figures(self.plain, rows, {**self.asking, **protocols}, attacked) + perplexities
         if not self.relearning:
             return harm, []
-        return harm, self.relearning.measure(models, self.plain, judge, rows, folder / RELEARN)
+        return harm, self.relearning.measure(models, self.plain, judge, rows, folder / RELEARN, base_answers)

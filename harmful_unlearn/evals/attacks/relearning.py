@@ -147,13 +147,20 @@ class RelearnPlan:
         ]
 
     def measure(
-        self, models: list[EvaluatedModel], plain: EvalProtocol, judge: Judge, rows: dict[str, list[dict]], folder: Path
+        self,
+        models: list[EvaluatedModel],
+        plain: EvalProtocol,
+        judge: Judge,
+        rows: dict[str, list[dict]],
+        folder: Path,
+        base_answers: Path | None = None,
     ) -> list[dict]:
         """Harmful rates of all models after each number of steps of each attacker.
 
         Args:
             plain: how the attacked prompts, among them `prompts`, are asked without an attack.
             rows: by model, the answers to these prompts (others may be among them).
+            base_answers: as in `evaluator.measure`.
 
         Returns:
             Figures as `metrics.figures.rates` gives harmful rates, each with its "attacker", its "text", "steps",
@@ -176,11 +183,16 @@ class RelearnPlan:
                 print(f"attack: {RELEARN}, {attacker}, {model.label}")
                 training = Relearning(model.load, attacker, pairs, plain.seed, plain.precision)
                 after = [
-                    EvaluatedModel(label_of(steps), {**model.identity, **facts}, partial(training.at, steps))
+                    EvaluatedModel(
+                        label_of(steps),
+                        {**model.identity, **facts, "steps": steps},
+                        partial(training.at, steps),
+                        trained_from=model.label,
+                    )
                     for steps in self.steps
                 ]
                 home = folder / str(attacker).replace(", ", "-").replace(" ", "-") / model.label
-                answers = measure(after, replace(protocol, backend="hf"), judge, None, home)
+                answers = measure(after, replace(protocol, backend="hf"), judge, None, home, base_answers)
                 for steps in self.steps:
                     own = rates({model.label: answers[label_of(steps)]}, protocol)
                     measured.setdefault((model.label, steps), []).append(self._figure(own, attacker, steps))

@@ -211,3 +211,8 @@ def test_a_model_that_yields_after_four_steps_is_found_and_what_is_there_is_not_
     assert len(loads) == 2 + 2 * 2  # one training for the points of a curve
     assert plan.measure(models, rows, judge, models[0], tmp_path / "attacks") == (figures, curves)
     assert len(loads) == 2 + 2 * 2
+    kept = tmp_path / "kept"
+    assert plan.measure(models, rows, judge, models[0], tmp_path / "second", kept) == (figures, curves)
+    assert len(loads) == 2 + 2 * 4
+    assert plan.measure(models, rows, judge, models[0], tmp_path / "third", kept) == (figures, curves)
+    assert len(loads) == 2 + 2 * 5  # the base is not attacked again
