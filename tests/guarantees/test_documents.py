@@ -186,7 +186,7 @@ def test_the_claims_have_the_tables_of_their_figures(figures):
     assert results_table.table(pd.read_csv(DOCS / "claims" / figures)) in read(DOCS / "claims.md")
 
 
-@pytest.mark.parametrize("figures", ["demo.csv"])
+@pytest.mark.parametrize("figures", ["demo.csv", "demo-no-refusals.csv"])
 def test_the_searches_have_the_tables_of_their_figures(figures):
     assert results_table.table(pd.read_csv(DOCS / "search" / figures), "search") in read(DOCS / "search.md")
 
