@@ -1,6 +1,6 @@
 """Where unlearning changed a model: in which weights, and at which tokens of harmless answers.
 
-    .venv/bin/python scripts/what_changed.py --base BASE --model NAME=FOLDER ... --tasks TASKS.jsonl
+    .venv/bin/python scripts/what_changed.py --base BASE --model NAME=FOLDER --tasks TASKS.jsonl
 
 prints two tables in Markdown. The first has the length of each part's change, as a percentage of the part's own length
 (each the root of a sum of squares). The second has, by where a token stands in its answer, KL(base || model) of the
@@ -42,7 +42,9 @@ class Settings:
     """The flags."""
 
     base: Path = flag("the base's folder", type=Path, required=True)
-    model: list[str] = flag("unlearned models", nargs="+", metavar="NAME=FOLDER", required=True)
+    model: list[str] = flag(
+        "an unlearned model (may be repeated)", action="append", metavar="NAME=FOLDER", required=True
+    )
     tasks: str | None = flag("everyday tasks in Alpaca's columns that no model was trained on")
     normal_dataset: str | None = flag("normal data, of which the test part is read")
     seed: int = flag("of the training, by which the normal data were split", type=int, default=8888)

@@ -44,7 +44,7 @@ def test_what_became_less_likely_is_said_by_place(changed, tmp_path, capsys):
     base, model, *_ = changed
     tasks = [{"instruction": f"Name {n} kinds of bread.", "input": "", "output": "rye " * n} for n in (3, 40)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    models = ["--model", f"itself={base}", f"other={model}"]
+    models = ["--model", f"itself={base}", "--model", f"other={model}"]
     what_changed.main(["--base", str(base), *models, "--tasks", str(tmp_path / "tasks.jsonl")])
     _, table = capsys.readouterr().out.split("\n\n")
     rows = cells(table.splitlines())
