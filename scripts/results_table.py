@@ -49,9 +49,10 @@ COLUMNS = {  # of each kind of table. Title: set, metric, and how it is written
     },
     "search": {
         "harmful, unseen, %": ("unseen", "harmful_rate", PERCENT),
-        "refused, %": ("unseen", "refusal_rate", PERCENT),
+        "refused, %": ("unseen", "safe_refused_rate", PERCENT),
+        "safe, fits, %": ("unseen", "safe_relevant_rate", PERCENT),
+        "safe, does not fit, %": ("unseen", "safe_irrelevant_rate", PERCENT),
         "degenerate, %": ("unseen", "degenerate_rate", PERCENT),
-        "fits, %": ("unseen", "relevance_rate", PERCENT),
         "normal fits, %": ("normal", "relevance_rate", PERCENT),
         "normal references ×": ("normal", "reference_perplexity", MULTIPLE),
         "base's answers to everyday tasks ×": ("utility", "base_answer_perplexity", MULTIPLE),
