@@ -185,14 +185,13 @@ class TrialMeasure:
         perplexity = {
             (row["model"], row["set"]): row["value"] for row in rows if row["metric"] == "reference_perplexity"
         }
+        of_base = {"normal": base.perplexity, "utility": base.task_perplexity} if base else {}
+
+        def multiple(model: EvaluatedModel, name: str) -> float:
+            return perplexity[model.label, name] / (of_base.get(name) or 1.0)
+
         points = [
-            Point(
-                alpha,
-                perplexity[model.label, "normal"] / (base.perplexity if base else 1.0),
-                task_perplexity=perplexity[model.label, "utility"] / (base and base.task_perplexity or 1.0)
-                if tasks
-                else None,
-            )
+            Point(alpha, multiple(model, "normal"), task_perplexity=multiple(model, "utility") if tasks else None)
             for model, alpha in zip(models, alphas, strict=True)
         ]
         if self.bounds.refusals is not None:
