@@ -185,10 +185,10 @@ class TrialMeasure:
         perplexity = {
             (row["model"], row["set"]): row["value"] for row in rows if row["metric"] == "reference_perplexity"
         }
-        of_base = {"normal": base.perplexity, "utility": base.task_perplexity} if base else {}
+        of_the_base = {"normal": base.perplexity, "utility": base.task_perplexity} if base else {}
 
         def multiple(model: EvaluatedModel, name: str) -> float:
-            return perplexity[model.label, name] / (of_base.get(name) or 1.0)
+            return perplexity[model.label, name] / (of_the_base.get(name) or 1.0)
 
         points = [
             Point(alpha, multiple(model, "normal"), task_perplexity=multiple(model, "utility") if tasks else None)
