@@ -185,10 +185,10 @@ class TrialMeasure:
         perplexity = {
             (row["model"], row["set"]): row["value"] for row in rows if row["metric"] == "reference_perplexity"
         }
-        of_the_base = {"normal": base.perplexity, "utility": base.task_perplexity} if base else {}
+        base_perplexity = {"normal": base.perplexity, "utility": base.task_perplexity} if base else {}
 
         def multiple(model: EvaluatedModel, name: str) -> float:
-            return perplexity[model.label, name] / (of_the_base.get(name) or 1.0)
+            return perplexity[model.label, name] / (base_perplexity.get(name) or 1.0)
 
         points = [
             Point(alpha, multiple(model, "normal"), task_perplexity=multiple(model, "utility") if tasks else None)
@@ -197,9 +197,9 @@ class TrialMeasure:
         if self.bounds.refusals is not None:
             asked = replace(protocol, prompts=normal, decodings=first)
             refused = self._rates(models, asked, folder / "normal answers")
-            of_base = (base.refusals or 0.0) if base else 0.0
+            base_refusals = (base.refusals or 0.0) if base else 0.0
             points = [
-                replace(point, refusals=refused[model.label]["refusal_rate"]["value"] - of_base)
+                replace(point, refusals=refused[model.label]["refusal_rate"]["value"] - base_refusals)
                 for model, point in zip(models, points, strict=True)
             ]
         allowed = [
