@@ -30,6 +30,7 @@ from harmful_unlearn.data.truthfulqa import read_normal
 from harmful_unlearn.evals.evaluated_model import load_model
 from harmful_unlearn.losses.objective import scored_logits
 from harmful_unlearn.negation.arithmetic import Negation
+from harmful_unlearn.reporting.blocks import table
 
 LAYER = re.compile(r"\.(\d+)\.")
 THIRDS = ("first third of the layers", "middle third of the layers", "last third of the layers")
@@ -86,7 +87,8 @@ def parts_of(name: str, layers: int) -> list[str]:
 def token_changes(
     base: PreTrainedModel, model: PreTrainedModel, collator: Collator, pairs: list[Pair]
 ) -> Iterator[tuple[str, float, float]]:
-    """Of each token of the answers: its place, KL(base || model) before it, and how much less likely it became."""
+    """Of each token of the answers its place (PLACES), KL(base || model) of the prediction of it, and by how much it
+    became less likely, both in nats."""
     for pair in pairs:
         rows = collator.separate_answers([pair])
         if not rows[0].entries:
@@ -99,13 +101,6 @@ def token_changes(
             yield ("first" if number == 0 else "2 to 10" if number < 10 else "later"), *change
         if not collator.encode([pair])[0].cut:
             yield "end", divergence[-1], less[-1]
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table, with the index as its first column."""
-    lines = [[table.index.name, *table.columns], ["---", *("---:" for _ in table.columns)]]
-    lines += [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
         texts["normal answers"] = [normal.texts[row] for row in normal.test]
 
     shares = pd.DataFrame({name: relative_changes(settings.base, folder) for name, folder in folders.items()})
-    shares.index.name = "change of, %"
-    print(markdown(shares.map(lambda share: f"{100 * share:.2g}")), flush=True)
+    rows = [[part, *(f"{100 * share:.2g}" for share in own)] for part, *own in shares.itertuples()]
+    print(table(None, ["change of, %", *folders], rows).markdown, flush=True)
     if not texts:
         return
     base, template = load_model(settings.base, "fp32")
@@ -142,9 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
                 row = f"{kind}, {place} (n = {len(of_place)})"
                 columns[f"{name}: KL"][row] = f"{of_place['KL'].mean():.2f}"
                 columns[f"{name}: less likely by"][row] = f"{of_place['less'].mean():.2f}"
-    tokens = pd.DataFrame(columns)
-    tokens.index.name = "tokens, nats"
-    print(f"\n{markdown(tokens)}")
+    rows = [[*row] for row in pd.DataFrame(columns).itertuples()]
+    print(table(None, ["tokens, nats", *columns], rows).markdown, end="")
 
 
 if __name__ == "__main__":
